@@ -1,0 +1,70 @@
+"""One key an image: what is random about an image comes from its own key, never from its batch or its device."""
+
+from collections.abc import Sequence
+
+import jax
+from jax import Array
+from jax.typing import ArrayLike
+
+
+def image_keys(key: Array, indices: Array) -> Array:
+    r"""Gives every image the key that belongs to its index.
+
+    .. math:: k_i = \mathrm{fold\_in}(k, i)
+
+    The index is that of the image in the whole (global) batch or in the whole sampling job, so that its random
+    numbers are the same for any batch size, any number of devices and any number of images asked for.
+
+    Args:
+      key: the key of the step or of the job, a typed scalar key.
+      indices: (B,) integers >= 0, one an image.
+
+    Returns:
+      (B,) typed keys.
+
+    >>> key = jax.random.key(0)
+    >>> few, many = image_keys(key, jnp.arange(2)), image_keys(key, jnp.arange(5))
+    >>> bool((few == many[:2]).all())
+    True
+    """
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
+
+
+def fold(keys: Array, data: ArrayLike) -> Array:
+    r"""Derives from every image's key the key of one of its uses.
+
+    Args:
+      keys: (B,) typed keys.
+      data: one integer >= 0 that names the use: a step of the chain, a block of the network.
+
+    Returns:
+      (B,) typed keys: `fold_in(keys[i], data)`.
+    """
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
+
+
+def split(keys: Array, num: int) -> tuple[Array, ...]:
+    """Splits every image's key into `num` independent ones.
+
+    Args:
+      keys: (B,) typed keys.
+      num: how many, static.
+
+    Returns:
+      `num` arrays of (B,) typed keys.
+    """
+    children = jax.vmap(lambda key: jax.random.split(key, num))(keys)
+    return tuple(children[:, i] for i in range(num))
+
+
+def normal(keys: Array, shape: Sequence[int]) -> Array:
+    r"""Draws standard normal noise, each image from its own key.
+
+    Args:
+      keys: (B,) typed keys.
+      shape: the shape of one image, (H, W, C).
+
+    Returns:
+      (B, H, W, C) float32, each element N(0, 1).
+    """
+    return jax.vmap(lambda key: jax.random.normal(key, tuple(shape)))(keys)

@@ -1,0 +1,270 @@
+r"""The reverse process p_theta, which turns noise into data (Ho et al. 2020, sec. 3)."""
+
+import typing
+from collections.abc import Callable
+
+import chex
+import jax.numpy as jnp
+from jax import Array
+
+from ddpm_jax.forward import per_image, q_posterior
+from ddpm_jax.schedules import Schedule
+
+Predict = Callable[[Array, Array], Array]
+"""A network as the mathematics sees it: `predict(x_t, times) -> output`, (B, H, W, C) and (B,) to (B, H, W, C or 2C)."""
+
+Prediction = typing.Literal["eps", "x0", "v", "mean"]
+"""What the network's output means: the noise, the clean image, v, or the mean of x_{t-1}."""
+
+Variance = typing.Literal["fixed_small", "fixed_large", "learned", "learned_range"]
+r"""The variance of p(x_{t-1} | x_t): :math:`\tilde\beta_t`, :math:`\beta_t`, or given by the network's second half."""
+
+LEARNED_VARIANCES = ("learned", "learned_range")
+
+
+class Reverse(typing.NamedTuple):
+    """p(x_{t-1} | x_t): a diagonal Gaussian, and the clean image that its mean was made from."""
+
+    mean: Array
+    log_variance: Array
+    x0: Array
+
+
+def predict_x0(schedule: Schedule, output: Array, x_t: Array, t: Array, *, prediction: Prediction) -> Array:
+    r"""Reads the clean image out of the network's output.
+
+    .. math::
+      x_0 = \frac{x_t - \sqrt{1-\bar\alpha_t}\,\epsilon}{\sqrt{\bar\alpha_t}}
+          = \sqrt{\bar\alpha_t}\, x_t - \sqrt{1-\bar\alpha_t}\, v
+          = \frac{\tilde\mu_t - c_{x_t} x_t}{c_{x_0}}
+
+    Args:
+      schedule: tables of T steps.
+      output: the network's prediction, (B, H, W, C).
+      x_t: what it was predicted from, shaped as `output`.
+      t: 0-based times, (B,) int32, each in [0, T).
+      prediction: what `output` is.
+
+    Returns:
+      x0, shaped as `output`; not clipped.
+
+    Ho et al. 2020, eq. 15 for eps; Salimans & Ho 2022, app. D for v.
+    """
+    chex.assert_rank(output, 4)
+    chex.assert_equal_shape([output, x_t])
+    chex.assert_shape(t, x_t.shape[:1])
+    match prediction:
+        case "x0":
+            return output
+        case "eps":
+            return (
+                per_image(schedule.sqrt_recip_alphas_bar[t]) * x_t
+                - per_image(schedule.sqrt_recip_alphas_bar_minus_one[t]) * output
+            )
+        case "v":
+            return (
+                per_image(schedule.sqrt_alphas_bar[t]) * x_t - per_image(schedule.sqrt_one_minus_alphas_bar[t]) * output
+            )
+        case "mean":
+            coef_x0, coef_x_t = schedule.posterior_mean_coef_x0[t], schedule.posterior_mean_coef_x_t[t]
+            return (output - per_image(coef_x_t) * x_t) / per_image(coef_x0)
+    raise ValueError(f"unknown prediction {prediction!r}: choose eps, x0, v or mean")
+
+
+def from_x0(schedule: Schedule, x0: Array, x_t: Array, t: Array, *, target: Prediction) -> Array:
+    r"""Says a clean image in another parameterisation: the inverse of `predict_x0`.
+
+    .. math::
+      \epsilon = \frac{x_t - \sqrt{\bar\alpha_t}\, x_0}{\sqrt{1-\bar\alpha_t}}, \quad
+      v = \frac{\sqrt{\bar\alpha_t}\, x_t - x_0}{\sqrt{1-\bar\alpha_t}}, \quad
+      \tilde\mu_t = c_{x_0} x_0 + c_{x_t} x_t
+
+    Args:
+      schedule: tables of T steps.
+      x0: clean images, (B, H, W, C).
+      x_t: diffused images, shaped as `x0`.
+      t: 0-based times, (B,) int32, each in [0, T).
+      target: what to return.
+
+    Returns:
+      the target, shaped as `x0`.
+
+    Ho et al. 2020, eqs. 4 and 7; Salimans & Ho 2022, app. D for v.
+    """
+    chex.assert_rank(x0, 4)
+    chex.assert_equal_shape([x0, x_t])
+    chex.assert_shape(t, x_t.shape[:1])
+    sqrt_alphas_bar = per_image(schedule.sqrt_alphas_bar[t])
+    sigma = per_image(schedule.sqrt_one_minus_alphas_bar[t])
+    match target:
+        case "x0":
+            return x0
+        case "eps":
+            return (x_t - sqrt_alphas_bar * x0) / sigma
+        case "v":
+            return (sqrt_alphas_bar * x_t - x0) / sigma
+        case "mean":
+            return q_posterior(schedule, x0, x_t, t).mean
+    raise ValueError(f"unknown prediction {target!r}: choose eps, x0, v or mean")
+
+
+def convert(
+    schedule: Schedule, output: Array, x_t: Array, t: Array, *, prediction: Prediction, target: Prediction
+) -> Array:
+    """Turns one parameterisation of the network's output into another.
+
+    Args:
+      schedule: tables of T steps.
+      output: the network's prediction, (B, H, W, C).
+      x_t: what it was predicted from, shaped as `output`.
+      t: 0-based times, (B,) int32, each in [0, T).
+      prediction: what `output` is.
+      target: what to return.
+
+    Returns:
+      the target, shaped as `output`; `output` itself where the two are the same.
+
+    Ho et al. 2020, sec. 3.2.
+    """
+    if prediction == target:
+        return output
+    return from_x0(schedule, predict_x0(schedule, output, x_t, t, prediction=prediction), x_t, t, target=target)
+
+
+def predict_eps(schedule: Schedule, output: Array, x_t: Array, t: Array, *, prediction: Prediction) -> Array:
+    """Reads the noise out of the network's output: `convert` to "eps"."""
+    return convert(schedule, output, x_t, t, prediction=prediction, target="eps")
+
+
+def predict_v(schedule: Schedule, output: Array, x_t: Array, t: Array, *, prediction: Prediction) -> Array:
+    """Reads v out of the network's output: `convert` to "v"."""
+    return convert(schedule, output, x_t, t, prediction=prediction, target="v")
+
+
+def predict_mean(schedule: Schedule, output: Array, x_t: Array, t: Array, *, prediction: Prediction) -> Array:
+    """Reads the mean of x_{t-1} out of the network's output: `convert` to "mean"."""
+    return convert(schedule, output, x_t, t, prediction=prediction, target="mean")
+
+
+def split_output(output: Array, *, variance: Variance) -> tuple[Array, Array | None]:
+    """Separates what the network says of the mean from what it says of the variance.
+
+    Args:
+      output: (B, H, W, C) for a fixed variance; (B, H, W, 2C) for a learned one, the mean's half first.
+      variance: the kind of variance.
+
+    Returns:
+      the mean's half, (B, H, W, C), and the variance's, likewise, or None where it is fixed.
+
+    Raises:
+      ValueError: the variance is learned and the number of channels is odd.
+    """
+    if variance not in LEARNED_VARIANCES:
+        return output, None
+    if output.shape[-1] % 2:
+        raise ValueError(f"{variance} variance needs 2C output channels, not {output.shape[-1]}")
+    mean_output, variance_output = jnp.split(output, 2, axis=-1)
+    return mean_output, variance_output
+
+
+def model_log_variance(
+    schedule: Schedule, variance_output: Array | None, t: Array, *, variance: Variance
+) -> Array:
+    r"""Gives the log-variance of p(x_{t-1} | x_t).
+
+    ==============  =====================================================================================
+    fixed_small     :math:`\log\tilde\beta_t`, optimal for data that is one point
+    fixed_large     :math:`\log\beta_t`, optimal for data that is N(0, I)
+    learned         the network's second half as it is
+    learned_range   :math:`f \log\beta_t + (1-f)\log\tilde\beta_t`, :math:`f = (v+1)/2`, v the second half
+    ==============  =====================================================================================
+
+    Entry 0 of the fixed tables is that of t = 1 of :math:`\tilde\beta`, as in the original code; f is not squashed.
+
+    Args:
+      schedule: tables of T steps.
+      variance_output: the network's second half, (B, H, W, C); None for a fixed variance.
+      t: 0-based times, (B,) int32, each in [0, T).
+      variance: the kind of variance.
+
+    Returns:
+      (B, 1, 1, 1) for a fixed variance, (B, H, W, C) for a learned one.
+
+    Ho et al. 2020, sec. 3.2; learned_range: Nichol & Dhariwal 2021, eq. 15.
+    """
+    match variance:
+        case "fixed_small":
+            return per_image(schedule.posterior_log_variance_clipped[t])
+        case "fixed_large":
+            return per_image(schedule.fixed_large_log_variance[t])
+    if variance_output is None:
+        raise ValueError(f"{variance} variance needs the network's second half")
+    match variance:
+        case "learned":
+            return variance_output
+        case "learned_range":
+            fraction = (variance_output + 1) / 2
+            largest, smallest = schedule.log_betas[t], schedule.posterior_log_variance_clipped[t]
+            return fraction * per_image(largest) + (1 - fraction) * per_image(smallest)
+    raise ValueError(f"unknown variance {variance!r}: choose fixed_small, fixed_large, learned or learned_range")
+
+
+def p_mean_variance(
+    schedule: Schedule,
+    output: Array,
+    x_t: Array,
+    t: Array,
+    *,
+    prediction: Prediction = "eps",
+    variance: Variance = "fixed_large",
+    clip_x0: bool = True,
+) -> Reverse:
+    r"""Gives the distribution that the model thinks x_{t-1} has.
+
+    .. math:: p_\theta(x_{t-1} | x_t) = \mathcal N(\tilde\mu_t(x_t, \hat x_0), \sigma_t^2 I)
+
+    Without clipping the mean is that of the paper's Algorithm 2. The original code clips :math:`\hat x_0` to [-1, 1]
+    before it takes the mean, which the paper does not say and without which samples are worse.
+
+    Args:
+      schedule: tables of T steps.
+      output: the network's output, (B, H, W, C), or (B, H, W, 2C) for a learned variance.
+      x_t: diffused images, (B, H, W, C).
+      t: 0-based times, (B,) int32, each in [0, T).
+      prediction: what `output` (its first half) is.
+      variance: the kind of variance.
+      clip_x0: whether to clip :math:`\hat x_0` to [-1, 1]. With prediction "mean" the network's mean is used as it
+        is, and only the reported x0 is clipped, as in the original code.
+
+    Returns:
+      the Gaussian and the x0 it was made from.
+
+    Ho et al. 2020, eqs. 1, 7, 11 and 15, and its code.
+    """
+    mean_output, variance_output = split_output(output, variance=variance)
+    x0 = predict_x0(schedule, mean_output, x_t, t, prediction=prediction)
+    if clip_x0:
+        x0 = jnp.clip(x0, -1, 1)
+    mean = mean_output if prediction == "mean" else q_posterior(schedule, x0, x_t, t).mean
+    return Reverse(mean, model_log_variance(schedule, variance_output, t, variance=variance), x0)
+
+
+def p_sample(reverse: Reverse, t: Array, z: Array) -> Array:
+    r"""Takes one step of Algorithm 2.
+
+    .. math:: x_{t-1} = \mu_\theta(x_t, t) + \sigma_t z, \quad z = 0 \text{ at the last step}
+
+    Args:
+      reverse: p(x_{t-1} | x_t), of (B, H, W, C).
+      t: 0-based times, (B,) int32; no noise is added where t is 0.
+      z: standard normal noise, (B, H, W, C).
+
+    Returns:
+      x_{t-1}, (B, H, W, C).
+
+    Ho et al. 2020, Algorithm 2, line 4.
+    """
+    chex.assert_equal_shape([reverse.mean, z])
+    chex.assert_shape(t, z.shape[:1])
+    sigma = jnp.exp(0.5 * reverse.log_variance)
+    return reverse.mean + jnp.where(per_image(t) > 0, sigma, jnp.zeros_like(sigma)) * z

@@ -1,0 +1,216 @@
+r"""Noise schedules: :math:`\beta_t` by name, and every table that follows from it (Ho et al. 2020, sec. 2)."""
+
+import dataclasses
+import typing
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax import Array
+from numpy.typing import ArrayLike
+
+ScheduleName = typing.Literal["linear", "quad", "const", "warmup10", "warmup50", "jsd", "sigmoid", "cosine"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    r"""The tables of a diffusion of T steps: an immutable pytree of (T,) float32 arrays.
+
+    Each is computed in float64 and rounded once. The index is 0-based: entry `t` belongs to the paper's t+1, and
+    where a formula needs :math:`\bar\alpha_{t-1}` at t = 0 it is 1.
+    """
+
+    betas: Array
+    r""":math:`\beta_t`, the variance added by step t."""
+    alphas: Array
+    r""":math:`\alpha_t = 1 - \beta_t`."""
+    alphas_bar: Array
+    r""":math:`\bar\alpha_t = \prod_{s \le t} \alpha_s`, the share of the signal's variance left at t."""
+    alphas_bar_prev: Array
+    r""":math:`\bar\alpha_{t-1}`, 1 at t = 0."""
+    one_minus_alphas_bar: Array
+    r""":math:`1 - \bar\alpha_t`, the variance of q(x_t | x_0)."""
+    sqrt_alphas_bar: Array
+    r""":math:`\sqrt{\bar\alpha_t}`."""
+    sqrt_one_minus_alphas_bar: Array
+    r""":math:`\sqrt{1 - \bar\alpha_t}`."""
+    log_one_minus_alphas_bar: Array
+    r""":math:`\log(1 - \bar\alpha_t)`."""
+    sqrt_recip_alphas_bar: Array
+    r""":math:`\sqrt{1 / \bar\alpha_t}`; infinite where :math:`\bar\alpha_t = 0` (the last step of "jsd")."""
+    sqrt_recip_alphas_bar_minus_one: Array
+    r""":math:`\sqrt{1 / \bar\alpha_t - 1}`; infinite where :math:`\bar\alpha_t = 0`."""
+    posterior_mean_coef_x0: Array
+    r""":math:`\sqrt{\bar\alpha_{t-1}}\,\beta_t / (1 - \bar\alpha_t)`, the weight of x_0 in eq. 7."""
+    posterior_mean_coef_x_t: Array
+    r""":math:`\sqrt{\alpha_t}\,(1 - \bar\alpha_{t-1}) / (1 - \bar\alpha_t)`, the weight of x_t in eq. 7."""
+    posterior_variance: Array
+    r""":math:`\tilde\beta_t` of eq. 7; 0 at t = 0."""
+    posterior_log_variance_clipped: Array
+    r""":math:`\log\tilde\beta_t`, with the infinite entry 0 replaced by entry 1, as the original code does."""
+    log_betas: Array
+    r""":math:`\log\beta_t`."""
+    fixed_large_log_variance: Array
+    r""":math:`\log\beta_t` with entry 0 replaced by :math:`\log\tilde\beta_1`: "to get a better decoder log
+    likelihood", says the original code."""
+    times: Array
+    """(T,) int32: the time that the network is told at step t. 0..T-1, but for a respaced schedule."""
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return self.betas.shape[0]
+
+
+def _warmup(beta_start: float, beta_end: float, num_steps: int, fraction: float) -> np.ndarray:
+    betas = np.full(num_steps, beta_end)
+    rising = int(num_steps * fraction)
+    betas[:rising] = np.linspace(beta_start, beta_end, rising)
+    return betas
+
+
+def _cosine(num_steps: int) -> np.ndarray:
+    # Nichol & Dhariwal 2021, eq. 17, with s = 0.008 and the last entries clipped to 0.999.
+    alphas_bar = np.cos((np.arange(num_steps + 1) / num_steps + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - alphas_bar[1:] / alphas_bar[:-1], 0.999)
+
+
+_BETAS: dict[str, Callable[[int, float, float], np.ndarray]] = {
+    "linear": lambda T, start, end: np.linspace(start, end, T),
+    "quad": lambda T, start, end: np.linspace(start**0.5, end**0.5, T) ** 2,
+    "const": lambda T, start, end: np.full(T, end),
+    "warmup10": lambda T, start, end: _warmup(start, end, T, 0.1),
+    "warmup50": lambda T, start, end: _warmup(start, end, T, 0.5),
+    "jsd": lambda T, start, end: 1 / np.linspace(T, 1, T),
+    "sigmoid": lambda T, start, end: (end - start) / (1 + np.exp(-np.linspace(-6, 6, T))) + start,
+    "cosine": lambda T, start, end: _cosine(T),
+}
+
+
+def make_betas(
+    name: ScheduleName, num_steps: int, *, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> np.ndarray:
+    r"""Gives :math:`\beta_0 .. \beta_{T-1}` of a named schedule in float64.
+
+    ========  ====================================================================================
+    linear    :math:`\beta` rises evenly from `beta_start` to `beta_end` (the paper's)
+    quad      :math:`\sqrt\beta` rises evenly
+    const     `beta_end` everywhere
+    warmup10  rises evenly over the first 10 % of the steps, then `beta_end`
+    warmup50  rises evenly over the first 50 % of the steps, then `beta_end`
+    jsd       1/T, 1/(T-1), .., 1, so that :math:`\bar\alpha_t = 1 - (t+1)/T`
+    sigmoid   `beta_start` to `beta_end` along a sigmoid over [-6, 6]
+    cosine    :math:`\bar\alpha` falls as :math:`\cos^2`, each beta at most 0.999
+    ========  ====================================================================================
+
+    Args:
+      name: one of the names above.
+      num_steps: T >= 1.
+      beta_start: first beta, in (0, 1]; unused by const, jsd, cosine. For a "linear" schedule of T != 1000 steps
+        Improved DDPM scales both ends by 1000 / T.
+      beta_end: last beta, in (0, 1]; unused by jsd, cosine.
+
+    Returns:
+      (T,) float64.
+
+    Raises:
+      ValueError: the name is unknown, T < 1, or a beta is outside (0, 1].
+
+    Ho et al. 2020, sec. 4 and its code (`get_beta_schedule`); sigmoid: Song et al. 2021 (DDIM), its code; cosine:
+    Nichol & Dhariwal 2021, eq. 17.
+
+    >>> [round(float(beta), 4) for beta in make_betas("linear", 3)]
+    [0.0001, 0.01, 0.02]
+    """
+    if name not in _BETAS:
+        raise ValueError(f"unknown schedule {name!r}: choose one of {', '.join(_BETAS)}")
+    if num_steps < 1:
+        raise ValueError(f"a schedule needs at least 1 step, not num_steps={num_steps}")
+    for field, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
+        if not 0 < beta <= 1:
+            raise ValueError(f"{field}={beta} is outside (0, 1]: a beta is the variance that one step adds")
+    return _BETAS[name](num_steps, beta_start, beta_end)
+
+
+def schedule_from_betas(betas: ArrayLike, *, times: ArrayLike | None = None) -> Schedule:
+    r"""Computes every table that follows from :math:`\beta_t`, in float64, and rounds it once to float32.
+
+    Args:
+      betas: (T,), each in (0, 1]. 1 is allowed at the last step alone: after it nothing of x_0 is left.
+      times: (T,) integers that the network is told, for a respaced schedule; 0..T-1 if not given.
+
+    Returns:
+      the `Schedule`.
+
+    Raises:
+      ValueError: `betas` is not a vector, is empty, or has an entry outside (0, 1].
+
+    Ho et al. 2020, eqs. 4 and 7.
+    """
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or betas.size < 1:
+        raise ValueError(f"betas must be a vector of at least one step, not of shape {betas.shape}")
+    wrong = ~((betas > 0) & (betas <= 1))
+    wrong[:-1] |= betas[:-1] == 1
+    if wrong.any():
+        t = int(np.argmax(wrong))
+        raise ValueError(f"beta[{t}]={betas[t]} is outside (0, 1) (1 is allowed at the last step alone)")
+    times = np.arange(betas.size) if times is None else np.asarray(times)
+    if times.shape != betas.shape:
+        raise ValueError(f"times of shape {times.shape} do not go with betas of shape {betas.shape}")
+
+    alphas = 1 - betas
+    alphas_bar = np.cumprod(alphas)
+    alphas_bar_prev = np.append(1.0, alphas_bar[:-1])
+    posterior_variance = betas * (1 - alphas_bar_prev) / (1 - alphas_bar)
+    # A chain of one step has no entry 1; its only step adds no noise, and beta is what remains to take.
+    first = posterior_variance[1] if betas.size > 1 else betas[0]
+    with np.errstate(divide="ignore"):
+        recip_alphas_bar = 1 / alphas_bar
+    tables = dict(
+        betas=betas,
+        alphas=alphas,
+        alphas_bar=alphas_bar,
+        alphas_bar_prev=alphas_bar_prev,
+        one_minus_alphas_bar=1 - alphas_bar,
+        sqrt_alphas_bar=np.sqrt(alphas_bar),
+        sqrt_one_minus_alphas_bar=np.sqrt(1 - alphas_bar),
+        log_one_minus_alphas_bar=np.log(1 - alphas_bar),
+        sqrt_recip_alphas_bar=np.sqrt(recip_alphas_bar),
+        sqrt_recip_alphas_bar_minus_one=np.sqrt(recip_alphas_bar - 1),
+        posterior_mean_coef_x0=np.sqrt(alphas_bar_prev) * betas / (1 - alphas_bar),
+        posterior_mean_coef_x_t=np.sqrt(alphas) * (1 - alphas_bar_prev) / (1 - alphas_bar),
+        posterior_variance=posterior_variance,
+        posterior_log_variance_clipped=np.log(np.append(first, posterior_variance[1:])),
+        log_betas=np.log(betas),
+        fixed_large_log_variance=np.log(np.append(first, betas[1:])),
+    )
+    float32 = {name: jax.numpy.asarray(table, jax.numpy.float32) for name, table in tables.items()}
+    return Schedule(**float32, times=jax.numpy.asarray(times, jax.numpy.int32))
+
+
+def make_schedule(
+    name: ScheduleName, num_steps: int, *, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> Schedule:
+    r"""Makes a named schedule of T steps with all its tables.
+
+    Args:
+      name: see `make_betas`.
+      num_steps: T >= 1; the paper's is 1000.
+      beta_start: first beta, in (0, 1].
+      beta_end: last beta, in (0, 1].
+
+    Returns:
+      the `Schedule`.
+
+    Raises:
+      ValueError: as `make_betas`.
+
+    Ho et al. 2020, sec. 4: T = 1000, linear from 1e-4 to 0.02.
+
+    >>> schedule = make_schedule("linear", 1000)
+    >>> schedule.alphas_bar[999]                                # L_T is close to 0
+    Array(4.03583e-05, dtype=float32)
+    """
+    return schedule_from_betas(make_betas(name, num_steps, beta_start=beta_start, beta_end=beta_end))

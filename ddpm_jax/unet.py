@@ -1,0 +1,248 @@
+"""The U-Net of the paper in Flax Linen (Ho et al. 2020, app. B), as its code builds it.
+
+Parameters are named as in the released TensorFlow checkpoints, with `_` for the `/` between a level and its parts.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from ddpm_jax import keys as per_image_keys
+
+
+def _init(scale: float) -> nn.initializers.Initializer:
+    return nn.initializers.variance_scaling(scale, "fan_avg", "uniform")
+
+
+# The original asks for scale 0 in the last layer of each residual branch and of the network, and its initialiser
+# makes 1e-10 of it: the untrained network says (almost) 0, and L_simple starts at 1.
+_DEFAULT, _NEAR_ZERO = _init(1.0), _init(1e-10)
+
+
+def time_embedding(t: Array, dim: int) -> Array:
+    r"""Embeds times as sines and cosines of geometrically spaced frequencies.
+
+    .. math:: e = [\sin(t f_0), .., \sin(t f_{h-1}), \cos(t f_0), .., \cos(t f_{h-1})], \quad
+              f_k = 10000^{-k / (h - 1)}, \quad h = \lfloor \mathrm{dim} / 2 \rfloor
+
+    Args:
+      t: 0-based times, (B,) int32.
+      dim: the size of the embedding, >= 4, static.
+
+    Returns:
+      (B, dim) float32; the last column is 0 if `dim` is odd.
+
+    Ho et al. 2020, app. B; Vaswani et al. 2017, sec. 3.5; the original code's order and its h - 1.
+    """
+    chex.assert_rank(t, 1)
+    half = dim // 2
+    frequencies = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-math.log(10000) / (half - 1)))
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
+    embedding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+    return jnp.pad(embedding, [(0, 0), (0, dim % 2)])
+
+
+def dropout(x: Array, keys: Array | None, rate: float) -> Array:
+    """Drops elements with probability `rate`, each image from its own key, and scales up the others.
+
+    Args:
+      x: (B, H, W, C).
+      keys: (B,) typed keys; None for a network that is not being trained.
+      rate: in [0, 1), static.
+
+    Returns:
+      shaped as `x`; `x` itself without keys or at rate 0.
+    """
+    if keys is None or rate == 0:
+        return x
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+
+def _upsample(x: Array) -> Array:
+    """Repeats every pixel twice in both directions."""
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
+    return x.reshape(batch, 2 * height, 2 * width, channels)
+
+
+class ResnetBlock(nn.Module):
+    """Norm, swish, convolution, twice, with the time added between and the input added at the end."""
+
+    channels: int
+    groups: int
+    dropout: float
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Array, embedding: Array, dropout_keys: Array | None) -> Array:
+        h = nn.swish(_norm(self, "norm1")(x))
+        h = _conv(self, self.channels, "conv1")(h)
+        h += nn.Dense(self.channels, kernel_init=_DEFAULT, dtype=self.dtype, name="temb_proj")(nn.swish(embedding))[
+            :, None, None, :
+        ]
+        h = nn.swish(_norm(self, "norm2")(h))
+        h = dropout(h, dropout_keys, self.dropout)
+        h = _conv(self, self.channels, "conv2", init=_NEAR_ZERO)(h)
+        if x.shape[-1] != self.channels:
+            x = nn.Dense(self.channels, kernel_init=_DEFAULT, dtype=self.dtype, name="nin_shortcut")(x)
+        return x + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all pixels, added to its input."""
+
+    heads: int
+    groups: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        batch, height, width, channels = x.shape
+        h = _norm(self, "norm")(x).reshape(batch, height * width, channels)
+        shape = (batch, height * width, self.heads, channels // self.heads)
+        q, k, v = (
+            nn.Dense(channels, kernel_init=_DEFAULT, dtype=self.dtype, name=name)(h).reshape(shape) for name in "qkv"
+        )
+        logits = jnp.einsum("bqhc,bkhc->bhqk", q, k) * shape[-1] ** -0.5
+        weights = nn.softmax(logits.astype(jnp.float32), axis=-1).astype(self.dtype)
+        h = jnp.einsum("bhqk,bkhc->bqhc", weights, v).reshape(x.shape)
+        return x + nn.Dense(channels, kernel_init=_NEAR_ZERO, dtype=self.dtype, name="proj_out")(h)
+
+
+def _norm(block: "ResnetBlock | AttentionBlock | UNet", name: str) -> nn.GroupNorm:
+    # The two-pass variance is the original's; the fast one, E[x^2] - E[x]^2, loses digits.
+    return nn.GroupNorm(block.groups, epsilon=1e-6, use_fast_variance=False, dtype=block.dtype, name=name)
+
+
+def _conv(
+    block: "ResnetBlock | UNet", channels: int, name: str, *, strides: int = 1, init: nn.initializers.Initializer = _DEFAULT
+) -> nn.Conv:
+    # At stride 2 "SAME" pads nothing at the top and left and one zero at the bottom and right, as TensorFlow does.
+    return nn.Conv(
+        channels, (3, 3), strides=strides, padding="SAME", kernel_init=init, dtype=block.dtype, name=name
+    )
+
+
+class UNet(nn.Module):
+    """The network of the paper: x_t and t to what it predicts of them.
+
+    Apply it as `unet.apply({"params": params}, x_t, t)`; with `dropout_keys` when it is being trained. Level l has
+    the resolution H / 2^l x W / 2^l and `width * multipliers[l]` channels.
+    """
+
+    width: int = 128
+    """Channels of the first level; also the size of the sinusoidal embedding."""
+    multipliers: Sequence[int] = (1, 2, 2, 2)
+    """Channels of each level, in units of `width`."""
+    blocks: int = 2
+    """Residual blocks of each level on the way down; one more on the way up."""
+    attention_resolutions: Sequence[int] = (16,)
+    """Heights of the levels whose blocks are followed by attention; the middle always has it."""
+    heads: int = 1
+    """Attention heads."""
+    dropout: float = 0.1
+    """Rate of the dropout in each residual block."""
+    out_channels: int = 3
+    """Channels of the output: those of the image, or twice as many for a learned variance."""
+    groups: int = 32
+    """Groups of each group normalisation; must divide every level's channels."""
+    dtype: DTypeLike = jnp.float32
+    """Type of the computation; parameters, statistics, softmax and output stay float32."""
+
+    @nn.compact
+    def __call__(self, x: Array, t: Array, *, dropout_keys: Array | None = None) -> Array:
+        r"""Predicts.
+
+        Args:
+          x: x_t, (B, H, W, C), H and W divisible by 2^(levels - 1).
+          t: 0-based times, (B,) int32.
+          dropout_keys: (B,) typed keys, one an image; None to sample or evaluate, without dropout.
+
+        Returns:
+          (B, H, W, out_channels) float32.
+
+        Raises:
+          ValueError: H or W, the groups or the heads do not divide what they must.
+
+        Ho et al. 2020, app. B, and its code (`models/unet.py`).
+        """
+        chex.assert_rank(x, 4)
+        chex.assert_shape(t, x.shape[:1])
+        check_unet(self, x.shape[1:3])
+        levels = len(self.multipliers)
+        block_indices = itertools.count()
+
+        def resnet(h: Array, channels: int, name: str) -> Array:
+            index = next(block_indices)
+            keys = None if dropout_keys is None else per_image_keys.fold(dropout_keys, index)
+            return ResnetBlock(channels, self.groups, self.dropout, self.dtype, name=name)(h, embedding, keys)
+
+        def attention(h: Array, name: str) -> Array:
+            return AttentionBlock(self.heads, self.groups, self.dtype, name=name)(h)
+
+        embedding = time_embedding(t, self.width)
+        embedding = nn.Dense(4 * self.width, kernel_init=_DEFAULT, dtype=self.dtype, name="temb_dense0")(embedding)
+        embedding = nn.Dense(4 * self.width, kernel_init=_DEFAULT, dtype=self.dtype, name="temb_dense1")(
+            nn.swish(embedding)
+        )
+
+        h = _conv(self, self.width, "conv_in")(x)
+        skips = [h]
+        for level, multiplier in enumerate(self.multipliers):
+            for block in range(self.blocks):
+                h = resnet(h, self.width * multiplier, f"down_{level}_block_{block}")
+                if h.shape[1] in self.attention_resolutions:
+                    h = attention(h, f"down_{level}_attn_{block}")
+                skips.append(h)
+            if level < levels - 1:
+                h = _conv(self, self.width * multiplier, f"down_{level}_downsample", strides=2)(h)
+                skips.append(h)
+
+        h = resnet(h, h.shape[-1], "mid_block_1")
+        h = attention(h, "mid_attn_1")
+        h = resnet(h, h.shape[-1], "mid_block_2")
+
+        for level, multiplier in reversed(list(enumerate(self.multipliers))):
+            for block in range(self.blocks + 1):
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = resnet(h, self.width * multiplier, f"up_{level}_block_{block}")
+                if h.shape[1] in self.attention_resolutions:
+                    h = attention(h, f"up_{level}_attn_{block}")
+            if level > 0:
+                h = _conv(self, self.width * multiplier, f"up_{level}_upsample")(_upsample(h))
+
+        h = nn.swish(_norm(self, "norm_out")(h))
+        return _conv(self, self.out_channels, "conv_out", init=_NEAR_ZERO)(h).astype(jnp.float32)
+
+
+def check_unet(unet: UNet, image_size: Sequence[int]) -> None:
+    """Checks that a U-Net fits images of (H, W).
+
+    Raises:
+      ValueError: H or W, the groups or the heads do not divide what they must; says which, and what would.
+    """
+    stride = 2 ** (len(unet.multipliers) - 1)
+    for side, size in zip(("height", "width"), image_size, strict=True):
+        if size % stride:
+            below = size // stride * stride
+            nearest = f"{below} or {below + stride}" if below else f"{stride}"
+            raise ValueError(
+                f"image {side} {size} is not divisible by {stride}, as {len(unet.multipliers)} levels need: "
+                f"use {nearest}, or fewer model multipliers"
+            )
+    for multiplier in unet.multipliers:
+        channels = unet.width * multiplier
+        for what, divisor in (("groups", unet.groups), ("heads", unet.heads)):
+            if channels % divisor:
+                raise ValueError(
+                    f"{channels} channels (width {unet.width} x multiplier {multiplier}) are not divisible by "
+                    f"{divisor} {what}: use model {what} {math.gcd(channels, divisor)}, or another width"
+                )
