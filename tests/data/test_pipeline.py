@@ -1,0 +1,275 @@
+import threading
+import time
+
+import chex
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from ddpm_jax import keys as per_image_keys
+from ddpm_jax.config import DataConfig
+from ddpm_jax.data import pipeline
+from ddpm_jax.data.sources import Source, load_source
+from ddpm_jax.errors import UserError
+
+few = hypothesis.settings(max_examples=50, deadline=None)
+seeds = st.integers(0, 2**64 - 1)
+
+
+def counting_source(num_examples, *, read=None):
+    """A source whose image i is filled with i."""
+    images = np.broadcast_to(np.arange(num_examples, dtype=np.uint8)[:, None, None, None], (num_examples, 2, 3, 1))
+    return Source(
+        name="counting",
+        num_examples=num_examples,
+        image_shape=(2, 3, 1),
+        read_images=read or (lambda indices: images[indices]),
+        labels=np.arange(num_examples, dtype=np.int32),
+    )
+
+
+def line(seed, first, last, *, batch_size, num_examples):
+    """The examples of several steps, one after the other."""
+    return np.concatenate(
+        [
+            pipeline.batch_indices(seed, step, batch_size=batch_size, num_examples=num_examples)
+            for step in range(first, last)
+        ]
+    )
+
+
+# --- the order of the examples ---
+
+
+@few
+@hypothesis.given(seeds, st.integers(0, 2**64 - 1), st.integers(1, 3000))
+def test_an_epoch_is_a_permutation(seed, epoch, num_examples):
+    order = pipeline.epoch_permutation(seed, epoch, num_examples)
+    assert order.dtype == np.int64
+    np.testing.assert_array_equal(np.sort(order), np.arange(num_examples))
+
+
+def test_the_order_is_the_same_on_every_version_of_numpy():
+    # Changing one of these numbers changes every run that anyone has begun.
+    np.testing.assert_array_equal(pipeline.epoch_permutation(0, 0, 10), [0, 2, 9, 1, 8, 5, 4, 3, 6, 7])
+    np.testing.assert_array_equal(pipeline.epoch_permutation(0, 1, 10), [5, 3, 7, 8, 2, 4, 1, 0, 6, 9])
+    np.testing.assert_array_equal(pipeline.epoch_permutation(7, 0, 10), [8, 4, 1, 6, 3, 2, 7, 5, 9, 0])
+    large = pipeline.epoch_permutation(2**64 - 1, 12345, 50_000)
+    np.testing.assert_array_equal(large[:8], [31873, 26892, 27342, 5396, 44249, 9553, 28113, 2825])
+
+
+def test_a_permutation_cannot_be_spoilt_in_the_cache():
+    order = pipeline.epoch_permutation(3, 0, 5)
+    with pytest.raises(ValueError, match="read-only"):
+        order[0] = 1
+
+
+def test_every_order_is_as_likely_as_any_other():
+    # 24 orders of 4 examples over 4,800 (seed, epoch) pairs: chi-squared with 23 degrees of freedom, z < 4.
+    counts = {}
+    for seed in range(60):
+        for epoch in range(80):
+            order = tuple(pipeline.epoch_permutation(seed, epoch, 4))
+            counts[order] = counts.get(order, 0) + 1
+    assert len(counts) == 24
+    chi_squared = sum((count - 200) ** 2 / 200 for count in counts.values())
+    assert abs(chi_squared - 23) / np.sqrt(2 * 23) < 4
+
+
+def test_epochs_and_seeds_are_independent():
+    # Spearman's correlation of two independent orders of N has standard deviation 1 / sqrt(N - 1).
+    orders = [pipeline.epoch_permutation(seed, epoch, 10_001) for seed in (0, 1, 2**40) for epoch in (0, 1, 2**40)]
+    correlations = np.corrcoef([order.astype(np.float64) for order in orders])
+    assert np.abs(correlations - np.eye(len(orders))).max() < 4.5 / 100
+
+
+@pytest.mark.parametrize(("seed", "epoch", "num_examples"), [(-1, 0, 5), (2**64, 0, 5), (0, -1, 5), (0, 0, 0)])
+def test_a_permutation_refuses_what_is_out_of_range(seed, epoch, num_examples):
+    with pytest.raises(ValueError, match="must be"):
+        pipeline.epoch_permutation(seed, epoch, num_examples)
+
+
+@few
+@hypothesis.given(seeds, st.integers(1, 40), st.integers(1, 60), st.integers(1, 4))
+def test_every_epoch_is_complete_whatever_the_batch_size(seed, num_examples, batch_size, epochs):
+    steps = -(-epochs * num_examples // batch_size)
+    seen = line(seed, 0, steps, batch_size=batch_size, num_examples=num_examples)
+    for epoch in range(epochs):
+        one = seen[epoch * num_examples : (epoch + 1) * num_examples]
+        np.testing.assert_array_equal(one, pipeline.epoch_permutation(seed, epoch, num_examples))
+
+
+@few
+@hypothesis.given(seeds, st.integers(0, 10**15), st.integers(1, 40), st.integers(1, 30), st.integers(1, 5))
+def test_the_batch_size_only_cuts_the_line_of_examples(seed, step, num_examples, batch_size, factor):
+    large = pipeline.batch_indices(seed, step, batch_size=batch_size * factor, num_examples=num_examples)
+    small = line(seed, step * factor, (step + 1) * factor, batch_size=batch_size, num_examples=num_examples)
+    chex.assert_shape(large, (batch_size * factor,))
+    np.testing.assert_array_equal(large, small)
+
+
+@pytest.mark.parametrize(("step", "batch_size", "num_examples"), [(-1, 1, 1), (0, 0, 1), (0, 1, 0)])
+def test_batch_indices_refuses_what_is_out_of_range(step, batch_size, num_examples):
+    with pytest.raises(ValueError, match="must be"):
+        pipeline.batch_indices(0, step, batch_size=batch_size, num_examples=num_examples)
+
+
+# --- reading ahead ---
+
+
+def test_batches_hold_the_images_and_the_labels_of_their_step():
+    source = counting_source(7)
+    with pipeline.batches(source, 5, 0, 6, batch_size=3) as found:
+        for step, batch in enumerate(found):
+            indices = pipeline.batch_indices(5, step, batch_size=3, num_examples=7)
+            assert batch.step == step
+            chex.assert_shape(batch.images, (3, 2, 3, 1))
+            assert batch.images.dtype == np.uint8
+            np.testing.assert_array_equal(batch.images[:, 1, 2, 0], indices)
+            np.testing.assert_array_equal(batch.labels, indices)
+        assert step == 5
+
+
+def test_a_source_without_labels_gives_none():
+    source = Source("plain", 2, (1, 1, 1), lambda indices: np.zeros((len(indices), 1, 1, 1), np.uint8))
+    with pipeline.batches(source, 0, 0, 1, batch_size=2) as found:
+        assert next(found).labels is None
+
+
+@few
+@hypothesis.given(st.integers(0, 20), st.integers(1, 5), st.integers(1, 9))
+def test_batches_begin_anywhere(first, ahead, batch_size):
+    source = load_source(DataConfig())
+    with pipeline.batches(source, 1, 0, 24, batch_size=batch_size) as found:
+        whole = list(found)
+    with pipeline.batches(source, 1, first, 24, batch_size=batch_size, ahead=ahead) as found:
+        part = list(found)
+    chex.assert_trees_all_equal(whole[first:], part)
+
+
+def test_hosts_read_their_rows():
+    source = counting_source(10)
+    with pipeline.batches(source, 1, 3, 4, batch_size=8) as found:
+        whole = next(found)
+    halves = []
+    for rows in (slice(0, 4), slice(4, 8)):
+        with pipeline.batches(source, 1, 3, 4, batch_size=8, rows=rows) as found:
+            halves.append(next(found).images)
+    np.testing.assert_array_equal(np.concatenate(halves), whole.images)
+
+
+def test_reading_is_ahead_by_as_many_batches_as_asked_for():
+    read = []
+    enough = threading.Event()
+
+    def read_images(indices):
+        read.append(len(indices))
+        if len(read) == 4:
+            enough.set()
+        return np.zeros((len(indices), 2, 3, 1), np.uint8)
+
+    with pipeline.batches(counting_source(9, read=read_images), 0, 0, 100, batch_size=2, ahead=3) as found:
+        next(found)
+        assert enough.wait(30)  # the one taken and the three after it
+        time.sleep(0.05)
+        assert len(read) == 4
+    with pytest.raises(StopIteration):
+        next(found)
+    assert len(read) == 4
+
+
+def test_an_error_is_raised_where_its_batch_is_taken():
+    error = UserError("the disk is gone")
+
+    def read_images(indices):
+        if 4 in indices:
+            raise error
+        return np.zeros((len(indices), 2, 3, 1), np.uint8)
+
+    befallen = int(np.flatnonzero(pipeline.epoch_permutation(0, 0, 9) == 4)[0])
+    with pipeline.batches(counting_source(9, read=read_images), 0, 0, 9, batch_size=1) as found:
+        for step in range(befallen):
+            assert next(found).step == step
+        with pytest.raises(UserError) as raised:
+            next(found)
+        assert raised.value is error
+        with pytest.raises(StopIteration):
+            next(found)
+
+
+def test_closing_ends_the_thread():
+    before = threading.active_count()
+    found = pipeline.batches(counting_source(9), 0, 0, 100, batch_size=2)
+    next(found)
+    found.close()
+    found.close()
+    assert threading.active_count() == before
+    assert list(found) == []
+
+
+def test_waiting_is_measured():
+    go = threading.Event()
+
+    def read_images(indices):
+        go.wait(30)
+        return np.zeros((len(indices), 2, 3, 1), np.uint8)
+
+    with pipeline.batches(counting_source(9, read=read_images), 0, 0, 1, batch_size=2) as found:
+        assert found.seconds_waited == 0
+        threading.Timer(0.1, go.set).start()
+        next(found)
+        assert found.seconds_waited > 0
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"batch_size": 1, "ahead": 0}])
+def test_batches_refuses_what_is_out_of_range(wrong):
+    with pytest.raises(ValueError, match="must be at least"):
+        pipeline.batches(counting_source(3), 0, 0, 1, **wrong)
+
+
+# --- pixels ---
+
+
+def test_a_flip_mirrors_some_images_and_leaves_the_others():
+    keys = per_image_keys.image_keys(jax.random.key(0), jnp.arange(400))
+    images = jnp.arange(400 * 2 * 3 * 2, dtype=jnp.float32).reshape(400, 2, 3, 2)
+    flipped = jax.jit(pipeline.flip)(keys, images)
+    chex.assert_equal_shape([flipped, images])
+    mirrored = (flipped == images[:, :, ::-1]).all((1, 2, 3))
+    same = (flipped == images).all((1, 2, 3))
+    assert bool((mirrored ^ same).all())
+    assert abs(int(mirrored.sum()) - 200) < 4 * 10  # binomial with standard deviation 10
+
+
+def test_a_flip_comes_from_the_key_of_the_image_alone():
+    keys = per_image_keys.image_keys(jax.random.key(1), jnp.arange(16))
+    images = jax.random.randint(jax.random.key(2), (16, 2, 4, 1), 0, 256).astype(jnp.uint8)
+    whole = pipeline.flip(keys, images)
+    assert whole.dtype == jnp.uint8
+    alone = jnp.concatenate([pipeline.flip(keys[i : i + 1], images[i : i + 1]) for i in range(16)])
+    chex.assert_trees_all_equal(whole, alone)
+
+
+def test_a_flip_refuses_a_wrong_number_of_keys():
+    with pytest.raises(AssertionError):
+        pipeline.flip(jax.random.split(jax.random.key(0), 2), jnp.zeros((3, 2, 2, 1)))
+
+
+def test_every_pixel_comes_back():
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    for change in (lambda f: f, jax.jit):
+        images = change(pipeline.to_float)(pixels)
+        assert images.dtype == jnp.float32
+        np.testing.assert_allclose(images, pixels.astype(np.float64) / 127.5 - 1, atol=1e-7)
+        assert float(images.min()) == -1
+        assert float(images.max()) == 1
+        np.testing.assert_array_equal(images, pipeline.to_float(pixels))
+        np.testing.assert_array_equal(change(pipeline.to_uint8)(images), pixels)
+
+
+def test_pixels_are_rounded_to_the_nearest_and_clipped():
+    images = jnp.array([-7.0, -1.001, -1 + 0.9 / 127.5, -1 + 1.4 / 127.5, 0.999, 1.0, 9.0])
+    np.testing.assert_array_equal(pipeline.to_uint8(images), [0, 0, 1, 1, 255, 255, 255])
