@@ -3,7 +3,6 @@ r"""What the network is trained on (Ho et al. 2020, sec. 3): Algorithm 1 and the
 import typing
 
 import chex
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -22,23 +21,6 @@ class LossInfo(typing.NamedTuple):
     """The noise in them, (B, H, W, C)."""
     output: Array
     """What the network said of them, (B, H, W, C)."""
-
-
-def uniform_times(keys: Array, num_steps: int) -> Array:
-    r"""Draws a time for every image.
-
-    .. math:: t \sim \mathrm{Uniform}\{0, .., T-1\}
-
-    Args:
-      keys: (B,) typed keys, one an image.
-      num_steps: T, static.
-
-    Returns:
-      (B,) int32.
-
-    Ho et al. 2020, Algorithm 1, line 3 (there 1..T).
-    """
-    return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_steps))(keys)
 
 
 def regression_target(schedule: Schedule, x0: Array, t: Array, eps: Array, *, prediction: Prediction) -> Array:
@@ -101,7 +83,7 @@ def l_simple(
       schedule: tables of T steps.
       predict: the network.
       x0: clean images, (B, H, W, C), in [-1, 1].
-      t: 0-based times, (B,) int32, each in [0, T): see `uniform_times`.
+      t: 0-based times, (B,) int32, each in [0, T): see `times`.
       prediction: what the network's output means.
 
     Returns:

@@ -11,7 +11,7 @@ from ddpm_jax.forward import per_image, q_posterior
 from ddpm_jax.schedules import Schedule
 
 Predict = Callable[[Array, Array], Array]
-"""A network as the mathematics sees it: `predict(x_t, times) -> output`, (B, H, W, C) and (B,) to (B, H, W, C or 2C)."""
+"""A network as the mathematics sees it: `predict(x_t, times)`, (B, H, W, C) and (B,) to (B, H, W, C or 2C)."""
 
 Prediction = typing.Literal["eps", "x0", "v", "mean"]
 """What the network's output means: the noise, the clean image, v, or the mean of x_{t-1}."""
@@ -167,9 +167,7 @@ def split_output(output: Array, *, variance: Variance) -> tuple[Array, Array | N
     return mean_output, variance_output
 
 
-def model_log_variance(
-    schedule: Schedule, variance_output: Array | None, t: Array, *, variance: Variance
-) -> Array:
+def model_log_variance(schedule: Schedule, variance_output: Array | None, t: Array, *, variance: Variance) -> Array:
     r"""Gives the log-variance of p(x_{t-1} | x_t).
 
     ==============  =====================================================================================
@@ -197,9 +195,8 @@ def model_log_variance(
             return per_image(schedule.posterior_log_variance_clipped[t])
         case "fixed_large":
             return per_image(schedule.fixed_large_log_variance[t])
-    if variance_output is None:
-        raise ValueError(f"{variance} variance needs the network's second half")
-    match variance:
+        case "learned" | "learned_range" if variance_output is None:
+            raise ValueError(f"{variance} variance needs the network's second half")
         case "learned":
             return variance_output
         case "learned_range":

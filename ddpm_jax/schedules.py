@@ -88,9 +88,7 @@ _BETAS: dict[str, Callable[[int, float, float], np.ndarray]] = {
 }
 
 
-def make_betas(
-    name: ScheduleName, num_steps: int, *, beta_start: float = 1e-4, beta_end: float = 0.02
-) -> np.ndarray:
+def make_betas(name: ScheduleName, num_steps: int, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
     r"""Gives :math:`\beta_0 .. \beta_{T-1}` of a named schedule in float64.
 
     ========  ====================================================================================
@@ -163,7 +161,11 @@ def schedule_from_betas(betas: ArrayLike, *, times: ArrayLike | None = None) -> 
     alphas = 1 - betas
     alphas_bar = np.cumprod(alphas)
     alphas_bar_prev = np.append(1.0, alphas_bar[:-1])
-    posterior_variance = betas * (1 - alphas_bar_prev) / (1 - alphas_bar)
+    # By logarithms, for 1 - alphas_bar loses the digits of a small beta.
+    with np.errstate(divide="ignore"):
+        one_minus_alphas_bar = -np.expm1(np.cumsum(np.log1p(-betas)))
+    one_minus_alphas_bar_prev = np.append(0.0, one_minus_alphas_bar[:-1])
+    posterior_variance = betas * one_minus_alphas_bar_prev / one_minus_alphas_bar
     # A chain of one step has no entry 1; its only step adds no noise, and beta is what remains to take.
     first = posterior_variance[1] if betas.size > 1 else betas[0]
     with np.errstate(divide="ignore"):
@@ -173,14 +175,14 @@ def schedule_from_betas(betas: ArrayLike, *, times: ArrayLike | None = None) -> 
         alphas=alphas,
         alphas_bar=alphas_bar,
         alphas_bar_prev=alphas_bar_prev,
-        one_minus_alphas_bar=1 - alphas_bar,
+        one_minus_alphas_bar=one_minus_alphas_bar,
         sqrt_alphas_bar=np.sqrt(alphas_bar),
-        sqrt_one_minus_alphas_bar=np.sqrt(1 - alphas_bar),
-        log_one_minus_alphas_bar=np.log(1 - alphas_bar),
+        sqrt_one_minus_alphas_bar=np.sqrt(one_minus_alphas_bar),
+        log_one_minus_alphas_bar=np.log(one_minus_alphas_bar),
         sqrt_recip_alphas_bar=np.sqrt(recip_alphas_bar),
-        sqrt_recip_alphas_bar_minus_one=np.sqrt(recip_alphas_bar - 1),
-        posterior_mean_coef_x0=np.sqrt(alphas_bar_prev) * betas / (1 - alphas_bar),
-        posterior_mean_coef_x_t=np.sqrt(alphas) * (1 - alphas_bar_prev) / (1 - alphas_bar),
+        sqrt_recip_alphas_bar_minus_one=np.sqrt(one_minus_alphas_bar * recip_alphas_bar),
+        posterior_mean_coef_x0=np.sqrt(alphas_bar_prev) * betas / one_minus_alphas_bar,
+        posterior_mean_coef_x_t=np.sqrt(alphas) * one_minus_alphas_bar_prev / one_minus_alphas_bar,
         posterior_variance=posterior_variance,
         posterior_log_variance_clipped=np.log(np.append(first, posterior_variance[1:])),
         log_betas=np.log(betas),
@@ -190,9 +192,7 @@ def schedule_from_betas(betas: ArrayLike, *, times: ArrayLike | None = None) -> 
     return Schedule(**float32, times=jax.numpy.asarray(times, jax.numpy.int32))
 
 
-def make_schedule(
-    name: ScheduleName, num_steps: int, *, beta_start: float = 1e-4, beta_end: float = 0.02
-) -> Schedule:
+def make_schedule(name: ScheduleName, num_steps: int, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
     r"""Makes a named schedule of T steps with all its tables.
 
     Args:

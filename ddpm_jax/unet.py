@@ -123,12 +123,15 @@ def _norm(block: "ResnetBlock | AttentionBlock | UNet", name: str) -> nn.GroupNo
 
 
 def _conv(
-    block: "ResnetBlock | UNet", channels: int, name: str, *, strides: int = 1, init: nn.initializers.Initializer = _DEFAULT
+    block: "ResnetBlock | UNet",
+    channels: int,
+    name: str,
+    *,
+    strides: int = 1,
+    init: nn.initializers.Initializer = _DEFAULT,
 ) -> nn.Conv:
     # At stride 2 "SAME" pads nothing at the top and left and one zero at the bottom and right, as TensorFlow does.
-    return nn.Conv(
-        channels, (3, 3), strides=strides, padding="SAME", kernel_init=init, dtype=block.dtype, name=name
-    )
+    return nn.Conv(channels, (3, 3), strides=strides, padding="SAME", kernel_init=init, dtype=block.dtype, name=name)
 
 
 class UNet(nn.Module):

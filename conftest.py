@@ -1,0 +1,41 @@
+"""Settings of every test and doctest: 8 simulated CPU devices, and jax at its strictest."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    # Read when jax starts, so set before it is imported.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.forward import q_sample
+from ddpm_jax.keys import image_keys
+from ddpm_jax.samplers import ancestral, sample
+from ddpm_jax.schedules import make_schedule
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+# The same examples on every run: a failure is found again by starting the same command.
+hypothesis.settings.register_profile("ddpm_jax", deadline=None, derandomize=True, max_examples=30)
+hypothesis.settings.load_profile("ddpm_jax")
+
+
+@pytest.fixture(autouse=True)
+def _names_of_doctests(doctest_namespace):
+    doctest_namespace |= dict(
+        jax=jax,
+        jnp=jnp,
+        np=np,
+        make_schedule=make_schedule,
+        q_sample=q_sample,
+        image_keys=image_keys,
+        ancestral=ancestral,
+        sample=sample,
+    )
