@@ -1,0 +1,119 @@
+"""What long work shows of itself: a bar on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Counts towards a total and shows how far it is, how fast it goes and how long it has left.
+
+    On a terminal it is a bar. Elsewhere (a log file, a pipe) it is a line now and then, and one at the end, which is
+    written however the work ends. Use it in a `with` block.
+
+    >>> with Progress(3, unit="image", file=sys.stdout) as progress:
+    ...     for loss in (0.3, 0.2, 0.1):
+    ...         progress.update(1, loss=loss)
+    image: 3/3 images, 100 %, 00:00 gone, 00:00 left, ... images/s, loss 0.1
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        initial: int = 0,
+        unit: str = "step",
+        description: str = "",
+        file: typing.TextIO | None = None,
+        seconds_between_lines: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Begins to count.
+
+        Args:
+          total: how many units there are in all.
+          initial: how many of them were done before; they do not count as speed.
+          unit: what is counted, in the singular.
+          description: what is being done; the unit if empty.
+          file: where to; stderr if not given.
+          seconds_between_lines: the least time between two lines where there is no terminal.
+          clock: the time in seconds, for those lines.
+        """
+        self._file = sys.stderr if file is None else file
+        self._total, self._initial, self._done = total, initial, initial
+        self._unit, self._description = unit, description or unit
+        self._seconds_between_lines, self._clock = seconds_between_lines, clock
+        self._numbers: dict[str, str] = {}
+        self._start = self._line_time = clock()
+        self._line_done = initial
+        self._closed = False
+        self._bar = None
+        if self._file.isatty():
+            self._bar = tqdm(
+                total=total,
+                initial=initial,
+                unit=f" {unit}",
+                desc=description or None,
+                file=self._file,
+                dynamic_ncols=True,
+            )
+
+    def update(self, n: int = 1, **numbers: typing.SupportsFloat) -> None:
+        """Counts `n` more units.
+
+        Args:
+          n: how many.
+          numbers: what else to show, such as the loss; shown until it is given anew.
+        """
+        self._done += n
+        self._numbers |= {name: f"{float(number):.4g}" for name, number in numbers.items()}
+        if self._bar is not None:
+            self._bar.set_postfix(self._numbers, refresh=False)
+            self._bar.update(n)
+        elif self._clock() - self._line_time >= self._seconds_between_lines:
+            self._write_line()
+
+    def close(self) -> None:
+        """Shows the last state; may be called more than once."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._bar is not None:
+            self._bar.close()
+        elif self._done != self._line_done:
+            self._write_line()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: types.TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write_line(self) -> None:
+        now = self._clock()
+        # The speed of late: that of the whole would long remember the compilation. The last line has the whole's.
+        since, at = (self._initial, self._start) if self._closed else (self._line_done, self._line_time)
+        speed = (self._done - since) / (now - at) if now > at else 0.0
+        left = tqdm.format_interval((self._total - self._done) / speed) if speed > 0 else "?"
+        share = f", {100 * self._done / self._total:.0f} %" if self._total else ""
+        line = (
+            f"{self._description}: {self._done}/{self._total} {self._unit}s{share}, "
+            f"{tqdm.format_interval(now - self._start)} gone, {left} left, {speed:.3g} {self._unit}s/s"
+        )
+        self._line_time, self._line_done = now, self._done
+        print(
+            ", ".join([line, *(f"{name} {number}" for name, number in self._numbers.items())]),
+            file=self._file,
+            flush=True,
+        )
+
+
+def say(line: str) -> None:
+    """Writes a line to stderr for the person who is watching, above the bar if there is one."""
+    tqdm.write(line, file=sys.stderr)
