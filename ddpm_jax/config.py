@@ -14,7 +14,7 @@ import tempfile
 import traceback
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -175,8 +175,7 @@ class Leaf(typing.NamedTuple):
     """Whether it may differ between a run and its continuation."""
 
 
-@functools.cache
-def leaves(kind: type) -> Mapping[str, Leaf]:
+def leaves(kind: Any) -> Mapping[str, Leaf]:
     """Lists the fields of a dataclass and of the dataclasses in it by their dotted names, in their order.
 
     >>> leaves(Config)["train.batch_size"]
@@ -189,7 +188,7 @@ def leaves(kind: type) -> Mapping[str, Leaf]:
             found |= {f"{each.name}.{name}": leaf for name, leaf in leaves(hints[each.name]).items()}
         else:
             found[each.name] = Leaf(hints[each.name], each.metadata.get("free", False))
-    return types.MappingProxyType(found)
+    return found
 
 
 def value_of(config: object, name: str) -> Any:
@@ -201,8 +200,12 @@ def value_of(config: object, name: str) -> Any:
     return functools.reduce(getattr, name.split("."), config)
 
 
-def _options(kind: Any) -> tuple[Any, ...]:
-    """The members of a union; of another kind, itself."""
+def members(kind: Any) -> tuple[Any, ...]:
+    """Lists the members of a union; of another kind, itself.
+
+    >>> members(int | None)
+    (<class 'int'>, <class 'NoneType'>)
+    """
     return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
 
 
@@ -212,8 +215,8 @@ def describe(kind: Any) -> str:
     >>> describe(int | None)
     'an integer or None'
     """
-    if len(_options(kind)) > 1:
-        return " or ".join(map(describe, _options(kind)))
+    if len(members(kind)) > 1:
+        return " or ".join(map(describe, members(kind)))
     match typing.get_origin(kind):
         case typing.Literal:
             return f"one of {', '.join(map(str, typing.get_args(kind)))}"
@@ -246,21 +249,29 @@ def cast(kind: Any, value: Any) -> Any:
     >>> cast(tuple[int, ...], [1, 2])
     (1, 2)
     """
-    for option in _options(kind):
-        match typing.get_origin(option):
-            case typing.Literal if isinstance(value, str) and value in typing.get_args(option):
+    for member in members(kind):
+        match typing.get_origin(member):
+            case typing.Literal if isinstance(value, str) and value in typing.get_args(member):
                 return value
             case origin if origin is tuple and isinstance(value, list | tuple):
-                return tuple(cast(typing.get_args(option)[0], entry) for entry in value)
-        if option is float and type(value) is int:
+                return tuple(cast(typing.get_args(member)[0], entry) for entry in value)
+        if member is float and type(value) is int:
             return float(value)
-        if type(value) is option:
+        if type(value) is member:
             return value
     raise TypeError(f"needs {describe(kind)}, not {value!r}")
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str], *, form: Callable[[str], str] = str) -> str:
     """Gives the known name that was probably meant, as the end of an error line; empty if none is near.
+
+    Args:
+      name: what was written.
+      names: what is known.
+      form: how a known name is written in the line.
+
+    Returns:
+      `: did you mean NAME?`, or nothing.
 
     >>> nearest("train.batchsize", leaves(Config))
     ': did you mean train.batch_size?'
@@ -273,7 +284,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
     found = found or [
         known for known in names if difflib.get_close_matches(last, [known.rpartition(".")[2]], cutoff=0.7)
     ]
-    return f": did you mean {' or '.join(found[:3])}?" if found else ""
+    return f": did you mean {' or '.join(map(form, found[:3]))}?" if found else ""
 
 
 def _check_kinds(config: Config) -> None:
