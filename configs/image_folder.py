@@ -1,0 +1,19 @@
+"""A folder of your own images, 64x64: PNG, JPEG or WebP of any size, grey, colour or with alpha.
+
+    python train.py configs/image_folder.py --data.path FOLDER
+
+Images are cropped in the middle and resized; other sizes: `--data.height 128 --data.width 96` (each divisible by 16).
+Meant for one GPU with 16 GB or more, a day or two; with few images fewer steps (`--train.steps 100000`) and a look at
+the samples as they come. The network (78.7M parameters) and the learning rate are those of DDIM (Song et al. 2021) for
+CelebA 64x64, which reports FID 3.51 there after 1000-step sampling. Nothing of this is measured here.
+"""
+
+from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig
+
+config = Config(
+    name="image_folder",
+    data=DataConfig(source="folder", height=64, width=64, channels=None, flip=True),
+    diffusion=DiffusionConfig(schedule="linear", num_steps=1000, variance="fixed_large"),
+    model=ModelConfig(width=128, multipliers=(1, 2, 2, 2, 4), blocks=2, attention_resolutions=(16,), dropout=0.1),
+    train=TrainConfig(steps=500_000, batch_size=128, learning_rate=2e-4, warmup=5000, ema_decay=0.9999),
+)
