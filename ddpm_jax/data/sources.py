@@ -8,13 +8,18 @@ resized with an antialiasing bicubic filter (the digits and idx files, which are
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import difflib
+import gzip
+import io
 import logging
 import math
 import os
 import pathlib
+import struct
 import typing
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -209,9 +214,9 @@ class _Unreadable(Exception):
     """A file is no picture; the reason in a few words."""
 
 
-def _open(path: pathlib.Path) -> Image.Image:
+def _open(file: pathlib.Path | io.BytesIO) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             image.load()
             return ImageOps.exif_transpose(image)
     except Exception as error:  # damaged files make Pillow raise a dozen kinds
@@ -415,13 +420,219 @@ def _report_unreadable(config: DataConfig, unreadable: dict[pathlib.Path, str], 
     _log.warning("skipped: %s", count)
 
 
+# --- idx, the format of MNIST's files ---
+
+_IDX_PARTS = {"train": ("train",), "test": ("t10k",), "all": ("train", "t10k")}
+
+
 def _load_idx(config: DataConfig) -> Source:
-    raise UserError("idx")
+    folder = _idx_folder(config)
+    if config.channels != 1:
+        raise UserError(f"data.channels: idx files hold grey images; set it to 1, not {config.channels}")
+    if config.split not in _IDX_PARTS:
+        raise _refuse_split(config, _IDX_PARTS)
+    images, labels = [], []
+    for part in _IDX_PARTS[config.split]:
+        images_file = _find_idx(folder, part, "images", 3)
+        if images_file is None:
+            raise UserError(f"data.path: {folder} holds no {part}-images-idx3-ubyte or .gz; {_WHERE_IDX_IS_FROM}")
+        pixels = _read_idx(images_file, 3)
+        images.append(_pad(config, pixels))
+        labels_file = _find_idx(folder, part, "labels", 1)
+        if labels_file is not None:
+            labels.append(_read_idx(labels_file, 1).astype(np.int32))
+            if len(labels[-1]) != len(pixels):
+                raise UserError(f"data.path: {labels_file} has {len(labels[-1])} labels for {len(pixels)} images")
+    name = f"idx {folder}, {config.split}"
+    if len(labels) < len(images):
+        return _in_memory(name, np.concatenate(images))
+    numbers = np.concatenate(labels)
+    return _in_memory(name, np.concatenate(images), numbers, [str(i) for i in range(int(numbers.max()) + 1)])
+
+
+_WHERE_IDX_IS_FROM = (
+    "apt-get install dataset-fashion-mnist puts such files into"
+    f" {_DEBIAN_FASHION_MNIST}, MNIST's own are at https://ossci-datasets.s3.amazonaws.com/mnist"
+)
+
+
+def _idx_folder(config: DataConfig) -> pathlib.Path:
+    if not config.path:
+        if _DEBIAN_FASHION_MNIST.is_dir():
+            return _DEBIAN_FASHION_MNIST
+        raise UserError(f"data.path: name the folder of idx files; {_WHERE_IDX_IS_FROM}")
+    folder = pathlib.Path(config.path).expanduser()
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"data.path: {config.path} {what}; {_WHERE_IDX_IS_FROM}")
+    return folder
+
+
+def _find_idx(folder: pathlib.Path, part: str, what: str, rank: int) -> pathlib.Path | None:
+    names = [f"{part}-{what}{dot}idx{rank}-ubyte{end}" for dot in "-." for end in ("", ".gz")]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _read_idx(path: pathlib.Path, rank: int) -> np.ndarray:
+    """Reads one file: two zero bytes, the type (8: uint8), the rank, the big-endian shape, the data; gzipped or not."""
+    try:
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"data.path: {path} cannot be read ({error}); fetch it again") from error
+    begin = 4 + 4 * rank
+    if content[:4] != bytes([0, 0, 8, rank]) or len(content) < begin:
+        raise UserError(f"data.path: {path} is no idx file of {rank} dimensions of bytes; fetch it again")
+    shape = struct.unpack(f">{rank}I", content[4:begin])
+    if len(content) - begin != math.prod(shape):
+        raise UserError(
+            f"data.path: {path} has {len(content) - begin} bytes of data where its header says {math.prod(shape)};"
+            " fetch it again"
+        )
+    if shape[0] == 0:
+        raise UserError(f"data.path: {path} is empty; fetch it again")
+    return np.frombuffer(content, np.uint8, offset=begin).reshape(shape)
+
+
+def _pad(config: DataConfig, images: np.ndarray) -> np.ndarray:
+    """Surrounds (N, h, w) images with black to the configuration's size; an odd row or column goes below or right."""
+    height, width = images.shape[1:]
+    rows, columns = config.height - height, config.width - width
+    if rows < 0 or columns < 0:
+        raise UserError(
+            f"data: the images of {config.source} are {height}x{width}, larger than {config.height}x{config.width};"
+            f" set data.height={height} and data.width={width}, or more: what is more is padded with black"
+        )
+    sides = ((0, 0), (rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2))
+    return np.pad(images, sides)[..., None]
+
+
+# --- TFDS ---
+
+
+class _Prepared(typing.NamedTuple):
+    examples: typing.Any
+    features: typing.Any
 
 
 def _load_tfds(config: DataConfig) -> Source:
-    raise UserError("tfds")
+    examples, features = _open_tfds(config)
+    shape, num_examples = _shape(config), len(examples)
+    if shape[2] not in (1, 3, 4):
+        raise UserError(f"data.channels: must be 1, 3 or 4, not {shape[2]}")
+    if num_examples == 0:
+        raise UserError(f"data.split: {config.split!r} of {config.source} is empty")
+    # Only classes with names; TFDS calls other things label too (text, several numbers).
+    class_names = tuple(getattr(dict(features.items()).get("label"), "names", None) or ())
+
+    def image(i: int) -> np.ndarray:
+        return _decode_tfds(config, i, examples[i]["image"])
+
+    def label(i: int) -> int:
+        return examples[i]["label"]
+
+    def image_and_label(i: int) -> tuple[np.ndarray, int]:
+        example = examples[i]
+        return _decode_tfds(config, i, example["image"]), example["label"] if class_names else -1
+
+    def read_images(indices: np.ndarray) -> np.ndarray:
+        return np.stack(list(_in_threads(image, [int(i) for i in indices])))
+
+    images = np.empty((num_examples, *shape), np.uint8) if _fits(config, num_examples) else None
+    labels = np.full(num_examples, -1, np.int32)
+    if images is not None:
+        for i, (pixels, number) in enumerate(_in_threads(image_and_label, range(num_examples), label="reading images")):
+            images[i], labels[i] = pixels, number
+    elif class_names:
+        for i, number in enumerate(_in_threads(label, range(num_examples), label="reading labels")):
+            labels[i] = number
+    known, names = (labels, class_names) if labels.min() >= 0 else (None, ())  # test parts may hide their labels as -1
+    name = f"{config.source}, {config.split}"
+    if images is not None:
+        return _in_memory(name, images, known, names)
+    return Source(name, num_examples, shape, read_images, labels=known, class_names=names)
 
 
 def _probe_tfds(config: DataConfig) -> int:
-    raise UserError("tfds")
+    channels = _open_tfds(config).features["image"].shape[-1]
+    if channels not in (1, 3, 4):
+        raise UserError(f"data.channels: {config.source} does not say how many channels it has; set it to 1, 3 or 4")
+    return channels
+
+
+def _decode_tfds(config: DataConfig, i: int, image: bytes | np.ndarray) -> np.ndarray:
+    if isinstance(image, np.ndarray):
+        return _to_array(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), _shape(config))
+    try:
+        return _to_array(_open(io.BytesIO(image)), _shape(config))
+    except _Unreadable as error:
+        raise UserError(
+            f"data.source: image {i} of {config.source} cannot be read ({error}); prepare it anew"
+        ) from None
+
+
+def _open_tfds(config: DataConfig) -> _Prepared:
+    """Opens a prepared data set; of one that is not prepared it says so at once, and touches no network."""
+    import tensorflow_datasets as tfds
+
+    name = config.source.removeprefix("tfds:")
+    with _quiet("absl"):
+        try:
+            builder = tfds.builder(name, data_dir=str(pathlib.Path(config.path).expanduser()) if config.path else None)
+            prepared = builder.is_prepared()
+        except Exception as error:  # an unknown name, configuration or version: TFDS has a kind for each
+            raise _unknown_tfds(name, error) from error
+        features = builder.info.features
+        if "image" not in features or len(features["image"].shape or ()) != 3:
+            raise UserError(
+                f"data.source: {name} has no feature 'image' that is one picture; it has {', '.join(sorted(features))}"
+            )
+        if not prepared:
+            where = f" --data_dir={config.path}" if config.path else ""
+            raise UserError(
+                f"data.source: {name} is not prepared in {builder.data_dir}; where there is a network do once"
+                f" `pip install tensorflow` and `tfds build {name} --file_format=array_record{where}`"
+                " (TensorFlow is not needed after that)"
+            )
+        skip = {"image": tfds.decode.SkipDecoding()} if isinstance(features["image"], tfds.features.Image) else None
+        try:
+            return _Prepared(builder.as_data_source(config.split, decoders=skip), features)
+        except NotImplementedError as error:
+            raise UserError(
+                f"data.source: {name} in {builder.data_dir} is prepared as {builder.info.file_format.value}, which has"
+                f" no random access; move it away and do `tfds build {name} --file_format=array_record`"
+            ) from error
+        except ValueError as error:
+            raise UserError(
+                f"data.split: {config.source} has no split {config.split!r}; it has {', '.join(builder.info.splits)},"
+                " and parts such as train[:90%]"
+            ) from error
+
+
+def _unknown_tfds(name: str, error: Exception) -> UserError:
+    import tensorflow_datasets as tfds
+
+    base, _, variant = name.partition("/")
+    known = tfds.list_builders(with_community_datasets=False)
+    if base.partition(":")[0] not in known:
+        near = difflib.get_close_matches(base, known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see https://www.tensorflow.org/datasets/catalog"
+        return UserError(f"data.source: TFDS knows no data set {base!r}; {hint}")
+    variants = list(tfds.builder_cls(base.partition(":")[0]).builder_configs)
+    if variant and variant not in variants:
+        near = difflib.get_close_matches(variant, variants, n=3) or variants[:10]
+        return UserError(f"data.source: {base} of TFDS has no configuration {variant!r}; it has {', '.join(near)}")
+    return UserError(f"data.source: TFDS cannot open {name}: {' '.join(str(error).split())}")
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Holds back the warnings of a library's logger, where our own line says it better."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
