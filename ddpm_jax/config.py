@@ -404,7 +404,7 @@ def validate(config: Config) -> None:
     for name, least in _AT_LEAST.items():
         if not least <= value_of(config, name) < float("inf"):
             raise UserError(f"{name}={value_of(config, name)} must be at least {least}")
-    if not config.name or Path(config.name).name != config.name:
+    if config.name in ("", ".", "..") or Path(config.name).name != config.name:
         raise UserError(f"name={config.name!r} must be the name of a folder, without a path before it")
     if data.channels is not None and data.channels < 1:
         raise UserError(f"data.channels={data.channels} must be at least 1, or None to take what the images have")
