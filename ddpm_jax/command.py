@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import tyro
 
 from ddpm_jax.config import Config, Leaf, describe, leaves, load_config, members, nearest
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import Stopped, UserError
 
 Options = typing.TypeVar("Options")
 
@@ -100,15 +100,16 @@ def parse_run(
 def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Runs a script's `main` and ends the process.
 
-    ========================  ======================================================  ======
+    ========================  ======================================================  ================
     `main`                    what is written                                         status
-    ========================  ======================================================  ======
+    ========================  ======================================================  ================
     returns a status or None  nothing                                                 it, or 0
     raises `UserError`        one line on stderr: `NAME: error: LINE`                 2
+    raises `Stopped`          one line on stderr                                      128 + the signal
     is stopped by Ctrl-C      one line on stderr                                      130
     writes to a closed pipe   nothing (the reader has gone: `train.py --help | head`) 141
     raises another exception  its traceback: that is a defect of this program         1
-    ========================  ======================================================  ======
+    ========================  ======================================================  ================
 
     Args:
       main: the whole script; it reads `sys.argv` itself.
@@ -125,8 +126,11 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
             status = ending.code
         sys.stdout.flush()
     except UserError as error:
-        print(f"{program}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        print(f"{program}: error: {_one_line(error)}", file=sys.stderr)
         status = 2
+    except Stopped as stop:
+        print(f"{program}: {_one_line(stop)}", file=sys.stderr)
+        status = 128 + stop.signal_number
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         status = 130
@@ -135,6 +139,10 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     sys.exit(status)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).splitlines())
 
 
 def _places(kind: Any) -> tuple[str, ...]:

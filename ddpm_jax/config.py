@@ -68,11 +68,11 @@ class DiffusionConfig:
     schedule: ScheduleName = "linear"
     """How beta rises with t."""
     num_steps: int = 1000
-    """T."""
+    """T, the steps from image to noise; with another T than 1000 the betas should be scaled by 1000/T."""
     beta_start: float = 1e-4
-    """The first beta."""
+    """The first beta; jsd, cosine and const have none."""
     beta_end: float = 0.02
-    """The last beta."""
+    """The last beta; jsd and cosine have none."""
     prediction: Prediction = "eps"
     """What the network predicts."""
     variance: Variance = "fixed_large"
@@ -94,7 +94,7 @@ class ModelConfig:
     attention_resolutions: tuple[int, ...] = (16,)
     """Feature heights at which attention follows every block."""
     heads: int = 1
-    """Attention heads."""
+    """Heads of each attention; must divide the channels of every level."""
     groups: int = 32
     """Groups of each group normalisation; must divide the channels of every level."""
     dropout: float = 0.1
@@ -516,6 +516,17 @@ def build_schedule(config: Config) -> Schedule:
     return make_schedule(diffusion.schedule, diffusion.num_steps, **ends)
 
 
+def image_shape(config: Config) -> tuple[int, int, int]:
+    """Gives (H, W, C) of a configuration whose `data.channels` is known.
+
+    Raises:
+      ValueError: `data.channels` is None.
+    """
+    if config.data.channels is None:
+        raise ValueError("data.channels is None: take it from the images before the network is made")
+    return config.data.height, config.data.width, config.data.channels
+
+
 def build_unet(config: Config) -> UNet:
     """Makes the network: as many channels out as the images have, twice as many for a learned variance.
 
@@ -528,10 +539,8 @@ def build_unet(config: Config) -> UNet:
     Raises:
       ValueError: `data.channels` is None.
     """
-    if config.data.channels is None:
-        raise ValueError("data.channels is None: take it from the images before the network is made")
-    learned = config.diffusion.variance in LEARNED_VARIANCES
-    return _unet(config, out_channels=config.data.channels * (2 if learned else 1))
+    channels = image_shape(config)[-1]
+    return _unet(config, out_channels=2 * channels if config.diffusion.variance in LEARNED_VARIANCES else channels)
 
 
 def _unet(config: Config, *, out_channels: int) -> UNet:

@@ -214,10 +214,10 @@ def sample_trajectory(
     Ho et al. 2020, sec. 4.3 (progressive generation).
     """
     slot_of_time = {int(time): slot for slot, time in enumerate(at)}
-    slots = np.array([slot_of_time.pop(int(time), len(at)) for time in sampler.times])
+    slot_of_step = [slot_of_time.pop(int(time), len(at)) for time in sampler.times]
     if slot_of_time:
         raise ValueError(f"the chain does not pass time {min(slot_of_time)}")
-    slots = jnp.asarray(slots)
+    slots = jnp.asarray(slot_of_step)
     keys = per_image_keys.image_keys(key, jnp.arange(shape[0]) if indices is None else indices)
     state = sampler.init(initial_noise(keys, shape[1:]))
     frames = jnp.zeros((2, len(at), *shape))

@@ -1,0 +1,40 @@
+# Each target makes .venv first if it is not there. `make demo PYTHON=python3.13` takes another Python.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-slow lint types clean
+.DEFAULT_GOAL := demo
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("ddpm_jax needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing what requirements.txt names into $(VENV) (a minute or two)"
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps --editable .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed requirements-test.txt
+	$(PIP) -r requirements-test.txt
+	touch $@
+
+demo: $(VENV)/installed           ## train on scikit-learn's digits, then sample: minutes on two CPU cores
+	$(BIN)/python train.py configs/digits.py
+	$(BIN)/python sample.py runs/digits --num 64
+
+test: $(VENV)/installed-test      ## all tests and doctests
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-slow: $(VENV)/installed-test ## the long tests
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed-test
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache

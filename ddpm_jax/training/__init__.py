@@ -1,0 +1,1 @@
+"""Training: what a run's state is, one step of it, many devices, checkpoints, and the loop around them."""

@@ -1,0 +1,257 @@
+"""The loop around the training step: a run's folder, its resumption, what it writes, and how it ends."""
+
+import collections
+import contextlib
+import fcntl
+import math
+import os
+import signal
+import time
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax import Array
+
+from ddpm_jax import pictures
+from ddpm_jax.config import Config, build_schedule, build_unet, differences, read_config, save_config
+from ddpm_jax.data.pipeline import batches, to_uint8
+from ddpm_jax.data.sources import Source, load_source
+from ddpm_jax.errors import Stopped, UserError
+from ddpm_jax.progress import Progress, say
+from ddpm_jax.samplers import ancestral, sample
+from ddpm_jax.training.checkpoints import Checkpoints
+from ddpm_jax.training.metrics import append_line, read_lines, rewind
+from ddpm_jax.training.parallel import make_layout
+from ddpm_jax.training.state import TrainState, init_state, learning_rate, make_optimizer
+from ddpm_jax.training.step import StepInfo, make_training_step
+
+# The uses of the run's seed.
+_INIT, _STEPS, _SAMPLES = 0, 1, 2
+# Steps dispatched before the first of them is waited for: the device never waits for the host, nor runs far ahead.
+_IN_FLIGHT = 2
+
+
+def train(config: Config, run: Path) -> None:
+    """Trains a run to `config.train.steps`, from its own newest checkpoint or from scratch.
+
+    What the run becomes is a function of its configuration alone: killed at any moment and started again, it is the
+    run that was never stopped.
+
+    Args:
+      config: the whole configuration, valid.
+      run: the run's folder; made if it is not there.
+
+    Raises:
+      UserError: the folder is another run's or in use, the images cannot be read, the batch does not fit the devices,
+        a checkpoint cannot be read or written, or the loss is not finite.
+      Stopped: SIGINT or SIGTERM came; the state is saved.
+    """
+    with _claimed(run), _signals() as received, jax.default_matmul_precision(_matmul_precision(config)):
+        _adopt_config(config, run)
+        source = load_source(config.data)
+        say(source.describe())
+        _train(config, run, source, received)
+
+
+def _matmul_precision(config: Config) -> str | None:
+    return None if config.train.matmul_precision == "default" else config.train.matmul_precision
+
+
+def _train(config: Config, run: Path, source: Source, received: list[int]) -> None:
+    seed_key = jax.random.key(config.train.seed)
+    init_key, run_key, samples_key = (jax.random.fold_in(seed_key, use) for use in (_INIT, _STEPS, _SAMPLES))
+    unet, schedule, optimizer = build_unet(config), build_schedule(config), make_optimizer(config.train)
+    layout = make_layout(config.train.parallel, batch_size=config.train.batch_size)
+
+    def init(key: Array) -> TrainState:
+        return init_state(key, unet, optimizer, source.image_shape)
+
+    def make_step(**device_mean):
+        return make_training_step(
+            unet,
+            schedule,
+            optimizer,
+            prediction=config.diffusion.prediction,
+            ema_decay=config.train.ema_decay,
+            random_flip=config.data.flip,
+            **device_mean,
+        )
+
+    training_step = layout.lift(make_step)
+    draw = _make_draw(config, source, samples_key)
+    metrics_file, timing_file = run / "metrics.jsonl", run / "timing.jsonl"
+
+    with Checkpoints(run, keep=config.checkpoints.keep, warn=say) as checkpoints:
+        restored = checkpoints.restore(layout.abstract_state(init, init_key))
+        if restored is None:
+            state, window = layout.init(init, init_key), []
+        else:
+            state, window = layout.place_state(restored[0]), restored[1]["window"]
+        first = int(jax.device_get(layout.saved_state(state).step))
+        for file in (metrics_file, timing_file):
+            rewind(file, first)
+        if first >= config.train.steps:
+            say(f"{run} has done its {first} steps; --train.steps {2 * first} would train it further")
+            return
+        if first:
+            say(f"{run}: going on from step {first}")
+
+        def save(step: int) -> None:
+            checkpoints.save(step, layout.saved_state(state), notes={"window": window})
+
+        in_flight: collections.deque[tuple[int, StepInfo]] = collections.deque()
+
+        def collect(left: int) -> None:
+            """Waits for all but the last `left` steps, and looks at what they said."""
+            while len(in_flight) > left:
+                step, info = in_flight.popleft()
+                loss, grad_norm, param_norm = (float(value) for value in jax.device_get(info))
+                if not all(map(math.isfinite, (loss, grad_norm, param_norm))):
+                    kept = [saved for saved in checkpoints.steps() if saved < step]
+                    last = f"the last good checkpoint is step {max(kept)}" if kept else "no checkpoint was saved yet"
+                    raise UserError(
+                        f"step {step}: loss {loss}, gradient norm {grad_norm}, parameter norm {param_norm}: training "
+                        f"stopped, {last} in {run}; try a smaller --train.learning-rate in another --workdir"
+                    )
+                window.append([loss, grad_norm, param_norm])
+
+        busy, stretch = 0.0, time.perf_counter()  # seconds of training alone, since the last line of timing
+        waited_before, stretch_first = 0.0, first
+        with (
+            batches(source, config.train.seed, first, config.train.steps, batch_size=config.train.batch_size) as feed,
+            Progress(config.train.steps, initial=first, unit="step", description=config.name) as progress,
+        ):
+            for batch in feed:
+                state, info = training_step(run_key, state, layout.place_batch(batch.images))
+                step = batch.step + 1
+                in_flight.append((step, info))
+                collect(_IN_FLIGHT)
+                if window:
+                    progress.update(1, loss=np.mean([line[0] for line in window[-50:]]))
+                else:
+                    progress.update(1)
+
+                last = step == config.train.steps
+                logs = step % config.log.every == 0 or last
+                saves = step % config.checkpoints.every == 0 or last
+                draws = config.log.samples_every > 0 and (step % config.log.samples_every == 0 or last)
+                if not (logs or saves or draws or received):
+                    continue
+                collect(0)
+                busy += time.perf_counter() - stretch
+                if logs:
+                    loss, grad_norm, _ = np.mean(window, axis=0)
+                    rate = float(learning_rate(config.train)(batch.step))
+                    line = {"loss": loss, "grad_norm": grad_norm, "param_norm": window[-1][2], "learning_rate": rate}
+                    append_line(metrics_file, {"step": step, **line})
+                    done = step - stretch_first
+                    waited = feed.seconds_waited - waited_before
+                    append_line(
+                        timing_file,
+                        {
+                            "step": step,
+                            "seconds": round(busy, 3),
+                            "images_per_second": round(done * config.train.batch_size / busy, 2),
+                            "waited_for_data": round(waited / busy, 4),
+                        },
+                    )
+                    window.clear()
+                    busy, waited_before, stretch_first = 0.0, feed.seconds_waited, step
+                if draws:
+                    images = draw(layout.saved_state(state).ema)
+                    (run / "samples").mkdir(exist_ok=True)
+                    pictures.save_png(run / "samples" / f"step_{step:07d}.png", pictures.grid(images))
+                    _plot(run, metrics_file)
+                if saves or received:
+                    save(step)
+                if received and not last:
+                    checkpoints.wait()
+                    name = signal.Signals(received[0]).name
+                    raise Stopped(received[0], f"stopped by {name} at step {step}, saved: the same command goes on")
+                stretch = time.perf_counter()
+        checkpoints.wait()
+        _plot(run, metrics_file)
+    last_line = read_lines(metrics_file)[-1]
+    say(f"{run}: {config.train.steps} steps done, loss {last_line['loss']:.4f}")
+
+
+def _make_draw(config: Config, source: Source, key: Array):
+    """Makes the function from averaged parameters to images: always the same latents, so that progress shows."""
+    unet, schedule = build_unet(config), build_schedule(config)
+    diffusion = config.diffusion
+
+    @jax.jit
+    def draw(ema, key: Array) -> Array:
+        def predict(x_t: Array, t: Array) -> Array:
+            return typing.cast(Array, unet.apply({"params": ema}, x_t, t))
+
+        sampler = ancestral(
+            schedule,
+            predict,
+            prediction=diffusion.prediction,
+            variance=diffusion.variance,
+            clip_x0=diffusion.clip_x0,
+        )
+        return to_uint8(sample(key, sampler, (config.log.num_samples, *source.image_shape)))
+
+    return lambda ema: np.asarray(draw(ema, key))
+
+
+def _plot(run: Path, metrics_file: Path) -> None:
+    lines = read_lines(metrics_file)
+    if lines:
+        pictures.plot_loss(run / "loss.png", [line["step"] for line in lines], [line["loss"] for line in lines])
+
+
+def _adopt_config(config: Config, run: Path) -> None:
+    """Writes the configuration into the folder, or holds it against the one that is there."""
+    file = run / "config.json"
+    if file.exists():
+        different = differences(read_config(file), config)
+        if different:
+            raise UserError(
+                f"{run} holds a run of another configuration ({'; '.join(different)}): "
+                "use its configuration, or another --workdir"
+            )
+    save_config(config, file)
+
+
+@contextlib.contextmanager
+def _claimed(run: Path) -> Iterator[None]:
+    """Keeps a second process out of the folder; the lock goes with the process, however it ends."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write to {run}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"{run} is being trained by another process: wait for it, or use another --workdir"
+            ) from error
+        yield
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM, so that the loop can end between two steps; a second one ends at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        del frame
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        say("stopping after this step, saving; once more to stop without saving")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,141 @@
+"""One training step: a pure function, Algorithm 1 and what the original code puts around it."""
+
+import typing
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import ArrayLike
+
+from ddpm_jax import keys as per_image_keys
+from ddpm_jax.data.pipeline import flip, to_float
+from ddpm_jax.losses import l_simple
+from ddpm_jax.reverse import Prediction
+from ddpm_jax.schedules import Schedule
+from ddpm_jax.times import uniform_times
+from ddpm_jax.training.state import Params, TrainState
+from ddpm_jax.unet import UNet
+
+
+class Batch(typing.NamedTuple):
+    """The images of one step, or one device's share of them."""
+
+    images: ArrayLike
+    """(B, H, W, C) uint8."""
+    indices: ArrayLike
+    """(B,) int32: the place of each image in the whole batch, over all devices and hosts."""
+
+
+class StepInfo(typing.NamedTuple):
+    """What one step has to say of itself, float32 scalars."""
+
+    loss: Array
+    """Mean loss of the batch, before the update."""
+    grad_norm: Array
+    """Global norm of the gradient, before clipping."""
+    param_norm: Array
+    """Global norm of the parameters, after the update."""
+
+
+class StepKeys(typing.NamedTuple):
+    """The keys of one step, (B,) each: one an image for each of its uses."""
+
+    flip: Array
+    time: Array
+    noise: Array
+    dropout: Array
+
+
+TrainingStep = Callable[[Array, TrainState, Batch], tuple[TrainState, StepInfo]]
+
+
+def step_keys(key: Array, step: Array, indices: Array) -> StepKeys:
+    r"""Derives every key of a step from the run's key.
+
+    .. math:: k_{s,i} = \mathrm{fold\_in}(\mathrm{fold\_in}(k, s), i)
+
+    Args:
+      key: the run's key, a typed scalar key.
+      step: scalar int32.
+      indices: (B,) places in the whole batch.
+
+    Returns:
+      the keys: the same for an image whichever device holds it.
+    """
+    keys = per_image_keys.image_keys(jax.random.fold_in(key, step), indices)
+    return StepKeys(*per_image_keys.split(keys, len(StepKeys._fields)))
+
+
+def update_ema(ema: Params, params: Params, step: Array, *, decay: float) -> Params:
+    r"""Moves the average towards new parameters.
+
+    .. math:: \bar\theta \leftarrow d\,\bar\theta + (1 - d)\,\theta, \quad d = 0 \text{ at the first update}
+
+    Args:
+      ema: the average so far.
+      params: the parameters after the update.
+      step: how many updates there were before this one, scalar int32.
+      decay: d in [0, 1); 0.9999 has a half-life of 6,931 steps.
+
+    Returns:
+      the new average.
+
+    Ho et al. 2020, app. B; its code copies at the first update.
+    """
+    decay_now = jnp.where(step == 0, 0.0, decay)
+    return jax.tree.map(lambda average, new: decay_now * average + (1 - decay_now) * new, ema, params)
+
+
+def make_training_step(
+    unet: UNet,
+    schedule: Schedule,
+    optimizer: optax.GradientTransformation,
+    *,
+    prediction: Prediction,
+    ema_decay: float,
+    random_flip: bool,
+    device_mean: Callable[[typing.Any], typing.Any] = lambda tree: tree,
+) -> TrainingStep:
+    r"""Makes Algorithm 1: one step of gradient descent on L_simple, and of the average behind it.
+
+    Args:
+      unet: the network.
+      schedule: tables of T steps.
+      optimizer: what turns gradients into updates.
+      prediction: what the network's output means.
+      ema_decay: decay of the average of the parameters, a step.
+      random_flip: whether each image is mirrored left to right with probability 0.5.
+      device_mean: the mean of a pytree over devices that each see their share of the batch; the identity where
+        the step sees the whole batch.
+
+    Returns:
+      a pure function `(key, state, batch) -> (state, info)`, to be lifted over devices by `parallel`. `key` is the
+      run's key: what is random at a step follows from it, the step's number and each image's place in the batch.
+
+    Ho et al. 2020, Algorithm 1, and its code.
+    """
+
+    def training_step(key: Array, state: TrainState, batch: Batch) -> tuple[TrainState, StepInfo]:
+        keys = step_keys(key, state.step, jnp.asarray(batch.indices))
+        x0 = to_float(batch.images)
+        if random_flip:
+            x0 = flip(keys.flip, x0)
+        t = uniform_times(keys.time, schedule.num_steps)
+
+        def batch_loss(params: Params) -> Array:
+            def predict(x_t: Array, times: Array) -> Array:
+                return typing.cast(Array, unet.apply({"params": params}, x_t, times, dropout_keys=keys.dropout))
+
+            losses, _ = l_simple(keys.noise, schedule, predict, x0, t, prediction=prediction)
+            return jnp.mean(losses)
+
+        loss, gradient = device_mean(jax.value_and_grad(batch_loss)(state.params))
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = update_ema(state.ema, params, state.step, decay=ema_decay)
+        info = StepInfo(loss, optax.global_norm(gradient), optax.global_norm(params))
+        return TrainState(state.step + 1, params, ema, opt_state), info
+
+    return training_step

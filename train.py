@@ -1,0 +1,42 @@
+"""Trains a run: python train.py [CONFIG] [--workdir DIR] [--section.field VALUE ..].
+
+Starting the same command again goes on where the run was.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from ddpm_jax.command import parse_run, run_script
+from ddpm_jax.config import build_unet, image_shape, validate, warnings_of
+from ddpm_jax.data.sources import resolve
+from ddpm_jax.progress import say
+from ddpm_jax.summary import summary
+from ddpm_jax.training.loop import train
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What this command does beside the run itself."""
+
+    workdir: str = ""
+    """The run's folder; runs/NAME if empty."""
+    summary: bool = False
+    """Print the network's blocks, shapes, parameters and FLOPs, and stop."""
+
+
+def main() -> None:
+    options, config = parse_run(Options, description=__doc__)
+    validate(config)
+    config = dataclasses.replace(config, data=resolve(config.data))
+    if options.summary:
+        print(summary(build_unet(config), image_shape(config)))
+        return
+    for warning in warnings_of(config):
+        say(f"warning: {warning}")
+    run = Path(options.workdir or Path("runs") / config.name)
+    train(config, run)
+    say(f"now: python sample.py {run}")
+
+
+if __name__ == "__main__":
+    run_script(main)
