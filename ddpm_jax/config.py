@@ -8,9 +8,7 @@ import dataclasses
 import difflib
 import functools
 import json
-import os
 import runpy
-import tempfile
 import traceback
 import types
 import typing
@@ -23,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.errors import UserError
+from ddpm_jax.files import write_whole
 from ddpm_jax.reverse import LEARNED_VARIANCES, Prediction, Variance
 from ddpm_jax.schedules import Schedule, ScheduleName, make_betas, make_schedule
 from ddpm_jax.unet import UNet, check_unet
@@ -566,26 +565,13 @@ def save_config(config: Config, path: str | Path) -> None:
 
     Args:
       config: any configuration.
-      path: the file, in a folder that exists.
+      path: the file; its folder is made if it is not there.
 
     Raises:
       UserError: it cannot be written; says why.
     """
-    path = Path(path)
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile("w", encoding="ascii", dir=path.parent, prefix=".", delete=False) as file:
-            temporary = Path(file.name)
-            json.dump(dataclasses.asdict(config), file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    write_whole(Path(path), lambda file: file.write(text.encode("ascii")))
 
 
 def read_config(path: str | Path) -> Config:
