@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,11 @@ class Layout:
     """Where the state and the batch lie, and how a step is lifted over the devices."""
 
     lift: Callable[[Callable[..., TrainingStep]], TrainingStep]
-    """From `make_step(device_mean=..)` to the compiled step on placed arguments; the state is donated."""
+    """From `make_step(device_mean=.., whole_batch=..)` to the compiled step on placed arguments; the state is donated."""
     init: Callable[[Callable[[Array], TrainState], Array], TrainState]
     """From an `init(key)` and a key to the state, made where it lies."""
-    place_batch: Callable[[np.ndarray], Batch]
-    """From the images of the whole batch, on the host, to the batch on the devices."""
+    place_batch: Callable[[np.ndarray, np.ndarray | None], Batch]
+    """From the images of the whole batch and their labels (or None), on the host, to the batch on the devices."""
     place_state: Callable[[TrainState], TrainState]
     """From a state as it is saved to the state on the devices."""
     saved_state: Callable[[TrainState], TrainState]
@@ -36,18 +36,19 @@ class Layout:
     """From an `init(key)` and a key to the shapes, types and shardings of the state as it is saved."""
 
 
-def make_mesh() -> jax.sharding.Mesh:
-    """Makes a mesh of all devices along one axis, "data"."""
+def make_mesh(devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
+    """Makes a mesh of devices along one axis, "data"."""
     # Automatic axes: the default became explicit ones, under which jax 0.12 refuses some gradients.
-    return jax.make_mesh((jax.device_count(),), (_AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.make_mesh((len(devices),), (_AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
 
 
-def make_layout(parallel: Parallel, *, batch_size: int) -> Layout:
-    """Makes the layout of a run over all devices there are.
+def make_layout(parallel: Parallel, *, batch_size: int, devices: Sequence[jax.Device] | None = None) -> Layout:
+    """Makes the layout of a run over devices.
 
     Args:
       parallel: "jit" or "pmap".
       batch_size: images a step over all devices.
+      devices: which; all there are if not given.
 
     Returns:
       the `Layout`.
@@ -55,12 +56,13 @@ def make_layout(parallel: Parallel, *, batch_size: int) -> Layout:
     Raises:
       UserError: the batch cannot be shared out evenly.
     """
-    if batch_size % jax.device_count():
+    devices = jax.devices() if devices is None else devices
+    if batch_size % len(devices):
         raise UserError(
-            f"train.batch_size={batch_size} cannot be shared out evenly over {jax.device_count()} devices: "
-            f"use a multiple of {jax.device_count()}"
+            f"train.batch_size={batch_size} cannot be shared out evenly over {len(devices)} devices: "
+            f"use a multiple of {len(devices)}"
         )
-    return _jit_layout() if parallel == "jit" else _pmap_layout()
+    return _jit_layout(devices) if parallel == "jit" else _pmap_layout(devices)
 
 
 def _abstract(init: Callable[[Array], TrainState], key: Array, sharding: jax.sharding.Sharding) -> TrainState:
@@ -68,8 +70,8 @@ def _abstract(init: Callable[[Array], TrainState], key: Array, sharding: jax.sha
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
 
-def _jit_layout() -> Layout:
-    mesh = make_mesh()
+def _jit_layout(devices: Sequence[jax.Device]) -> Layout:
+    mesh = make_mesh(devices)
     everywhere, shared_out = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(_AXIS))
 
     def lift(make_step: Callable[..., TrainingStep]) -> TrainingStep:
@@ -80,8 +82,8 @@ def _jit_layout() -> Layout:
             out_shardings=(everywhere, everywhere),
         )
 
-    def place_batch(images: np.ndarray) -> Batch:
-        return jax.device_put(Batch(images, np.arange(len(images), dtype=np.int32)), shared_out)
+    def place_batch(images: np.ndarray, labels: np.ndarray | None = None) -> Batch:
+        return jax.device_put(Batch(images, np.arange(len(images), dtype=np.int32), labels), shared_out)
 
     return Layout(
         lift=lift,
@@ -93,13 +95,15 @@ def _jit_layout() -> Layout:
     )
 
 
-def _pmap_layout() -> Layout:
-    devices = jax.device_count()
-    alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def _pmap_layout(devices: Sequence[jax.Device]) -> Layout:
+    alone = jax.sharding.SingleDeviceSharding(devices[0])
 
     def lift(make_step: Callable[..., TrainingStep]) -> TrainingStep:
-        step = make_step(device_mean=functools.partial(jax.lax.pmean, axis_name=_AXIS))
-        lifted = jax.pmap(step, axis_name=_AXIS, in_axes=(None, 0, 0), donate_argnums=1)
+        step = make_step(
+            device_mean=functools.partial(jax.lax.pmean, axis_name=_AXIS),
+            whole_batch=functools.partial(jax.lax.all_gather, axis_name=_AXIS, tiled=True),
+        )
+        lifted = jax.pmap(step, axis_name=_AXIS, in_axes=(None, 0, 0), donate_argnums=1, devices=devices)
 
         def first_of(key: Array, state: TrainState, batch: Batch) -> tuple[TrainState, StepInfo]:
             state, info = lifted(key, state, batch)
@@ -108,12 +112,13 @@ def _pmap_layout() -> Layout:
         return first_of
 
     def place_state(state: TrainState) -> TrainState:
-        return jax.pmap(lambda _, state: state, in_axes=(0, None))(jnp.arange(devices), state)
+        copies = jax.pmap(lambda _, state: state, in_axes=(0, None), devices=devices)
+        return copies(jnp.arange(len(devices)), state)
 
-    def place_batch(images: np.ndarray) -> Batch:
-        share = len(images) // devices
-        indices = np.arange(len(images), dtype=np.int32).reshape(devices, share)
-        return Batch(images.reshape(devices, share, *images.shape[1:]), indices)  # pmap moves it to the devices
+    def place_batch(images: np.ndarray, labels: np.ndarray | None = None) -> Batch:
+        batch = Batch(images, np.arange(len(images), dtype=np.int32), labels)
+        share = lambda leaf: leaf.reshape(len(devices), -1, *leaf.shape[1:])
+        return jax.tree.map(share, batch)  # pmap moves it to the devices
 
     return Layout(
         lift=lift,
