@@ -1,8 +1,9 @@
-"""Writing files so that each is there whole or not at all."""
+"""Writing files so that each is there whole or not at all, and folders that one process writes at a time."""
 
 import contextlib
+import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,7 +20,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
       UserError: the disk is full, the folder may not be written to, and the like.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Always the same name: what a killed process left is written over by the next.
+    beside = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as file:
@@ -32,3 +34,26 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keeps a second process out of a folder; the lock goes with the process, however that ends.
+
+    Args:
+      folder: made if it is not there; gets a file `.lock`.
+
+    Raises:
+      UserError: another process has it, or it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is writing to {folder}: wait for it, or use another folder") from error
+        yield

@@ -1,0 +1,415 @@
+"""The sampling job: what `sample.py` does. Any number of images of one run, drawn in batches, stopped and continued.
+
+A job is an endless line of images. Image i is drawn from `fold_in(key(seed), i)` alone, so the first 64 of 50,000 are
+the 64 of a job of 64, and neither the batch size nor the devices nor an interruption shows.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import typing
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from PIL import Image
+
+from ddpm_jax import pictures
+from ddpm_jax.config import Config, build_schedule, build_unet, read_config
+from ddpm_jax.data.pipeline import to_uint8
+from ddpm_jax.errors import UserError
+from ddpm_jax.files import claimed, write_whole
+from ddpm_jax.keys import image_keys
+from ddpm_jax.progress import Progress, say
+from ddpm_jax.samplers import Chain, Sampler, ancestral, initial_noise, run_chain
+from ddpm_jax.stored_images import Parts, StoredImages, missing_ranges
+from ddpm_jax.training.checkpoints import load_ema
+from ddpm_jax.training.state import Params
+
+Format = typing.Literal["grid", "png", "npz", "gif"]
+"""How images are shown: one picture of all, a picture each, none, or the reverse process of all."""
+
+MakeSampler = Callable[[Params], Sampler]
+
+# So often the host looks at the chain: it costs about 1 % and shows progress.
+_STEPS_AT_ONCE = 50
+_GIF_FRAMES = 50
+_GIF_SECONDS, _GIF_PAUSE = 0.06, 2.0
+# What Pillow and most viewers open without complaint, and what fifty frames fit into memory of.
+_GRID_PIXELS, _GIF_PIXELS = 89_000_000, 8_000_000
+
+
+def cut(num_steps: int, *, longest: int) -> list[tuple[int, int]]:
+    """Cuts a chain into ranges, of one length if there is a good one: each length is one program to compile.
+
+    Args:
+      num_steps: steps of the chain, >= 1.
+      longest: how long a range may be, >= 1.
+
+    Returns:
+      (first, length) of each range.
+
+    >>> cut(1000, longest=50)[-1], cut(128, longest=3)[-1], cut(7, longest=5)
+    ((950, 50), (126, 2), [(0, 5), (5, 2)])
+    """
+    divisors = (length for length in range(min(longest, num_steps), longest // 2, -1) if num_steps % length == 0)
+    length = next(divisors, min(longest, num_steps))
+    return [(first, min(length, num_steps - first)) for first in range(0, num_steps, length)]
+
+
+class BatchChain:
+    """Draws batches of one size over all local devices, and lets the host look at the chain now and then.
+
+    The parameters, the key and the place in the chain are arguments of what is compiled, so one program serves every
+    seed and every checkpoint.
+    """
+
+    def __init__(self, make_sampler: MakeSampler, image_shape: Sequence[int], *, batch_size: int):
+        """Makes the programs.
+
+        Args:
+          make_sampler: from the network's parameters to the rule of the chain.
+          image_shape: (H, W, C).
+          batch_size: images at a time, over all devices; a multiple of their number (see `whole_batch`).
+        """
+        mesh = jax.make_mesh(
+            (jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,), devices=jax.local_devices()
+        )
+        shared_out = NamedSharding(mesh, PartitionSpec("data"))
+        spread = lambda array: jax.lax.with_sharding_constraint(array, shared_out)
+
+        def start(params: Params, key: Array, first: Array) -> tuple[Array, Chain]:
+            keys = spread(image_keys(key, first + jnp.arange(batch_size)))
+            return keys, make_sampler(params).init(spread(initial_noise(keys, image_shape)))
+
+        def advance(params: Params, keys: Array, state: Chain, first: Array, *, num_steps: int) -> Chain:
+            state = run_chain(keys, make_sampler(params), state, first, num_steps=num_steps)
+            return state._replace(x=spread(state.x))
+
+        self._make_sampler = make_sampler
+        self._everywhere = NamedSharding(mesh, PartitionSpec())
+        self._start = jax.jit(start)
+        self._advance = jax.jit(advance, static_argnames="num_steps")
+        self._pixels = jax.jit(to_uint8)
+
+    def draw(
+        self, key: Array, params: Params, first: int, *, longest: int = _STEPS_AT_ONCE
+    ) -> Iterator[tuple[int, Array]]:
+        """Draws the images first, first + 1, .. of a job.
+
+        Args:
+          key: the job's key.
+          params: the network's parameters, as `place` gives them.
+          first: the index of the batch's first image.
+          longest: how many steps there may be between two looks.
+
+        Yields:
+          how many steps of the chain are done, first 0 and last all, and the images as they are then, (B, H, W, C)
+          uint8.
+
+        Ho et al. 2020, Algorithm 2.
+        """
+        keys, state = self._start(params, key, first)
+        yield 0, self._pixels(state.x)
+        for begin, length in cut(self._make_sampler(params).num_steps, longest=longest):
+            state = self._advance(params, keys, state, begin, num_steps=length)
+            yield begin + length, jax.block_until_ready(self._pixels(state.x))
+
+    def place(self, params: Params) -> Params:
+        """Copies parameters to every device."""
+        return jax.device_put(params, self._everywhere)
+
+
+@functools.lru_cache(maxsize=4)
+def batch_chain(config: Config, *, batch_size: int) -> BatchChain:
+    """Makes the chain of a run; the same one, already compiled, when it is asked for again.
+
+    Args:
+      config: of the run.
+      batch_size: see `BatchChain`.
+    """
+    return BatchChain(make_ancestral(config), _image_shape(config), batch_size=batch_size)
+
+
+def whole_batch(batch_size: int) -> int:
+    """Rounds a batch up to what the local devices can share."""
+    devices = jax.local_device_count()
+    return math.ceil(batch_size / devices) * devices
+
+
+def make_ancestral(config: Config) -> MakeSampler:
+    """Makes the rule of a run's chain, Algorithm 2, from its configuration."""
+    unet, schedule, diffusion = build_unet(config), build_schedule(config), config.diffusion
+
+    def make_sampler(params: Params) -> Sampler:
+        def predict(x_t: Array, t: Array) -> Array:
+            return typing.cast(Array, unet.apply({"params": params}, x_t, t))
+
+        return ancestral(
+            schedule,
+            predict,
+            prediction=diffusion.prediction,
+            variance=diffusion.variance,
+            clip_x0=diffusion.clip_x0,
+        )
+
+    return make_sampler
+
+
+def describe_job(config: Config, params: Params, *, checkpoint: int, seed: int) -> dict[str, Any]:
+    """Says all that the images of a job depend on, so that two jobs are the same if these are.
+
+    Args:
+      config: of the run.
+      params: the weights; a checksum of them tells two runs of one configuration apart.
+      checkpoint: the training step that they are of.
+      seed: of the job.
+
+    Returns:
+      names and values, of the kinds that JSON has.
+    """
+    checksum = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        checksum = zlib.crc32(jax.tree_util.keystr(path).encode(), checksum)
+        checksum = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data, checksum)
+    sections: dict[str, Any] = {"diffusion": config.diffusion, "model": config.model}
+    fields = {
+        f"{section}.{name}": value
+        for section, values in sections.items()
+        for name, value in dataclasses.asdict(values).items()
+    }
+    description = {
+        "seed": seed,
+        "checkpoint": checkpoint,
+        "weights": f"{checksum:08x}",
+        "image": (config.data.height, config.data.width, config.data.channels),
+        "sampler": "ancestral",
+        **fields,
+        "train.precision": config.train.precision,
+        "train.matmul_precision": config.train.matmul_precision,
+    }
+    return json.loads(json.dumps(description))
+
+
+class Job(typing.NamedTuple):
+    """What was asked for."""
+
+    config: Config
+    """Of the run."""
+    params: Params
+    """The averaged weights."""
+    checkpoint: int
+    """The training step that they are of."""
+    seed: int
+    """From it and its index comes an image."""
+
+
+def load_job(run: Path, *, seed: int, step: int | None = None) -> Job:
+    """Loads what a job needs from a run's folder.
+
+    Args:
+      run: the folder.
+      seed: of the job.
+      step: which checkpoint; the newest that is whole if None.
+
+    Raises:
+      UserError: the folder is not there or no run's, or has no such checkpoint, or the seed is out of range.
+    """
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed must be in [0, 2^32), not {seed}")
+    if not run.is_dir():
+        raise UserError(f"there is no folder {run}: give the folder of a run, such as runs/digits")
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run} is not the folder of a run: it has no config.json")
+    config = read_config(run / "config.json")
+    checkpoint, params = load_ema(run, step=step, warn=say)
+    return Job(config, params, checkpoint, seed)
+
+
+def default_folder(run: Path, job: Job) -> Path:
+    """Names the folder of a job in the folder of its run."""
+    return run / "samples" / f"checkpoint_{job.checkpoint}_seed_{job.seed}"
+
+
+def check_request(job: Job, *, number: int, batch_size: int, format: Format, columns: int | None) -> None:
+    """Checks what was asked for, before anything is drawn.
+
+    Raises:
+      UserError: a number below 1, a picture of images that are none, or one too large to be looked at.
+    """
+    for option, value in (("--num", number), ("--batch-size", batch_size), ("--columns", columns)):
+        if value is not None and value < 1:
+            raise UserError(f"{option} must be at least 1, not {value}")
+    data = job.config.data
+    if format != "npz":
+        try:
+            pictures.check_channels(_image_shape(job.config)[-1])
+        except UserError as error:
+            raise UserError(f"--format {format}: {error} (--format npz)") from error
+    if format in ("grid", "gif"):
+        size = (data.height + 1) * (data.width + 1)
+        most = _GRID_PIXELS if format == "grid" else _GIF_PIXELS
+        if number * size > most:
+            raise UserError(
+                f"--format {format}: {number} images of {data.height}x{data.width} are too many to look at: "
+                f"use --num {most // size} or less, or --format png or npz"
+            )
+
+
+def run_job(job: Job, out: Path, *, number: int, batch_size: int, format: Format, columns: int | None = None) -> Path:
+    """Draws the images 0 .. number-1 of a job that its folder does not have yet, and shows them.
+
+    Every batch is kept as it is done: started again after whatever stopped it, with any batch size, the job goes on.
+    A finished job can be shown otherwise, or made longer.
+
+    Args:
+      job: the weights and the seed.
+      out: the job's folder; made if it is not there.
+      number: how many images, >= 1.
+      batch_size: images at a time, >= 1; rounded up to a multiple of the devices.
+      format: how they are shown. `samples.npz` is written for each.
+      columns: images a row in a grid.
+
+    Returns:
+      the file or folder to look at.
+
+    Raises:
+      UserError: the folder holds another job, what was asked for makes no sense, or the disk is full; nothing that
+        was drawn is lost.
+    """
+    check_request(job, number=number, batch_size=batch_size, format=format, columns=columns)
+    if out.exists() and not (out / "job.json").exists() and (not out.is_dir() or {*out.iterdir()} - {out / ".lock"}):
+        raise UserError(f"{out} is not empty and holds no sampling job: give another --out")
+    # Not cut to what is missing: the same batches give the same bits, also after an interruption.
+    batch_size = whole_batch(min(batch_size, number))
+    with claimed(out):
+        _check_same(out / "job.json", describe_job(job.config, job.params, checkpoint=job.checkpoint, seed=job.seed))
+        stored = StoredImages(out, _image_shape(job.config))
+        try:
+            if format == "gif":
+                return _show_gif(job, out, stored, number=number, batch_size=batch_size, columns=columns)
+            missing = missing_ranges(stored.done(), number, longest=batch_size)
+            for first, looks in _draw(job, missing, batch_size=batch_size, longest=_STEPS_AT_ONCE):
+                stored.save(first, looks[-1])
+        except KeyboardInterrupt:
+            left = sum(stop - first for first, stop in missing_ranges(stored.done(), number, longest=number))
+            say(f"{number - left} of {number} images are in {out}: the same command goes on")
+            raise
+        packed = stored.pack()
+        if not missing:
+            say(f"the {number} images were there already")
+        match format:
+            case "npz":
+                if packed > number:
+                    say(f"{stored.file} holds all {packed} images of this job, more than the {number} asked for")
+                return stored.file
+            case "grid":
+                images = np.concatenate(list(stored.read(number)))
+                pictures.save_png(out / "grid.png", pictures.enlarge(pictures.grid(images, columns=columns)))
+                return out / "grid.png"
+            case "png":
+                return _show_each(out / "images", stored, number)
+            case _:
+                typing.assert_never(format)
+
+
+def _image_shape(config: Config) -> tuple[int, int, int]:
+    data = config.data
+    if data.channels is None:
+        raise UserError("the run's config.json does not say how many channels its images have: set data.channels there")
+    return data.height, data.width, data.channels
+
+
+def _check_same(file: Path, description: dict[str, Any]) -> None:
+    """Writes what the job is into its folder, or holds it against what is there."""
+    if not file.exists():
+        text = json.dumps(description, indent=2) + "\n"
+        write_whole(file, lambda opened: opened.write(text.encode()))
+        return
+    try:
+        there = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is damaged: give another --out, or remove {file.parent}") from error
+    different = [
+        f"{name} is {there.get(name)} there and {description.get(name)} here"
+        for name in dict.fromkeys([*description, *there])
+        if there.get(name) != description.get(name)
+    ]
+    if different:
+        raise UserError(f"{file.parent} holds another job ({'; '.join(different)}): give another --out, or remove it")
+
+
+def _draw(
+    job: Job, missing: Sequence[tuple[int, int]], *, batch_size: int, longest: int, every_look: bool = False
+) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """Draws ranges of images; yields the first index of each, and its images at the last look or at every one."""
+    if not missing:
+        return
+    number = sum(stop - first for first, stop in missing)
+    precision = job.config.train.matmul_precision
+    with jax.default_matmul_precision(None if precision == "default" else precision):
+        chain = batch_chain(job.config, batch_size=batch_size)
+        key, params = jax.random.key(job.seed), chain.place(job.params)
+        total = len(missing) * job.config.diffusion.num_steps
+        with Progress(total, description=f"sampling {number} images") as progress:
+            for first, stop in missing:
+                looks: list[Array] = []
+                steps_before = 0
+                for steps, images in chain.draw(key, params, first, longest=longest):
+                    progress.update(steps - steps_before)
+                    steps_before = steps
+                    looks = [*looks, images] if every_look else [images]
+                # Whole batches are drawn also where less is missing: one shape, one program.
+                yield first, [np.asarray(images)[: stop - first] for images in looks]
+
+
+def _show_each(folder: Path, stored: StoredImages, number: int) -> Path:
+    index = 0
+    with Progress(number, unit="image", description="writing PNG") as progress:
+        for images in stored.read(number):
+            for image in images:
+                path = folder / f"{index:06d}.png"
+                if not path.exists():
+                    pictures.save_png(path, image)
+                index += 1
+                progress.update()
+    return folder
+
+
+def _show_gif(job: Job, out: Path, stored: StoredImages, *, number: int, batch_size: int, columns: int | None) -> Path:
+    path = out / "reverse.gif"
+    columns = math.ceil(math.sqrt(number)) if columns is None else columns
+    comment = f"{number} images, {columns} columns"
+    if path.exists() and _comment(path) == comment:
+        say(f"the reverse process of the {number} images was there already")
+        return path
+    num_steps = job.config.diffusion.num_steps
+    longest = math.ceil(num_steps / _GIF_FRAMES)
+    frames = 1 + len(cut(num_steps, longest=longest))
+    parts = Parts(out / "frames", (frames, *_image_shape(job.config)))
+    missing = missing_ranges(parts.files(), number, longest=batch_size)
+    for first, looks in _draw(job, missing, batch_size=batch_size, longest=longest, every_look=True):
+        stored.save(first, looks[-1])
+        parts.save(first, np.stack(looks, axis=1))
+    stored.pack()
+    images_over_time = np.concatenate(list(parts.read(0, number))).swapaxes(0, 1)
+    grids = np.stack([pictures.grid(images, columns=columns) for images in images_over_time])
+    seconds = [_GIF_SECONDS] * (frames - 1) + [_GIF_PAUSE]
+    pictures.save_gif(path, pictures.enlarge(grids, side=512), seconds, comment=comment)
+    parts.remove()
+    return path
+
+
+def _comment(path: Path) -> str:
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("comment", b"").decode()
+    except (OSError, ValueError):
+        return ""
