@@ -20,12 +20,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.bound import Cdf
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import write_whole
+from ddpm_jax.losses import Weighting
 from ddpm_jax.reverse import LEARNED_VARIANCES, Prediction, Variance
 from ddpm_jax.schedules import Schedule, ScheduleName, make_betas, make_schedule
+from ddpm_jax.times import TimesName
 from ddpm_jax.unet import UNet, check_unet
 
+LossKind = typing.Literal["simple", "vlb", "hybrid"]
 Precision = typing.Literal["float32", "bfloat16"]
 MatmulPrecision = typing.Literal["default", "high", "highest"]
 Parallel = typing.Literal["jit", "pmap"]
@@ -98,6 +102,26 @@ class ModelConfig:
     """Groups of each group normalisation; must divide the channels of every level."""
     dropout: float = 0.1
     """Dropout rate in each residual block."""
+    num_classes: int = 0
+    """Classes that the network is told of, as many as the images have; 0: an unconditional network."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """What it is trained on."""
+
+    kind: LossKind = "simple"
+    """simple: L_simple; vlb: the bound, in bits/dim; hybrid: L_simple for the mean, the bound for the variance."""
+    vlb_weight: float = 0.001
+    """Weight of the bound in hybrid: of the sum of its T terms, in bits/dim."""
+    weighting: Weighting = "none"
+    """Weights of L_simple's times by their signal-to-noise ratio; none is the paper's."""
+    min_snr_gamma: float = 5.0
+    """The largest ratio that counts in weighting min_snr."""
+    times: TimesName = "uniform"
+    """How the times of a batch are drawn; loss_aware looks most where the loss is largest (meant for vlb)."""
+    cdf: Cdf = "tanh"
+    """The normal distribution function in the bound's decoder: the original's approximation, or the exact erf."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +138,8 @@ class TrainConfig:
     """Steps over which the learning rate rises from 0."""
     grad_clip: float = 1.0
     """Largest global norm of the gradient of a step; 0: not clipped."""
+    label_dropout: float = 0.1
+    """Probability that an image's label is hidden, so that the network learns both with and without (guidance)."""
     ema_decay: float = 0.9999
     """Decay a step of the moving average of the parameters, from which samples are drawn."""
     seed: int = 0
@@ -157,6 +183,7 @@ class Config:
     data: DataConfig = DataConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
@@ -373,6 +400,7 @@ _AT_LEAST = {
     "model.blocks": 1,
     "model.heads": 1,
     "model.groups": 1,
+    "model.num_classes": 0,
     "train.steps": 1,
     "train.batch_size": 1,
     "train.warmup": 0,
@@ -417,18 +445,32 @@ def validate(config: Config) -> None:
             raise UserError(f"{name}={value_of(config, name)} must be integers of at least 1")
     if not model.multipliers:
         raise UserError("model.multipliers is empty: give one number for each level of the U-Net, such as 1 2 2 2")
-    for name in ("model.dropout", "train.ema_decay"):
+    for name in ("model.dropout", "train.label_dropout", "train.ema_decay"):
         if not 0 <= value_of(config, name) < 1:
             raise UserError(f"{name}={value_of(config, name)} must be in [0, 1)")
     if not 0 < train.learning_rate < float("inf"):
         raise UserError(f"train.learning_rate={train.learning_rate} must be above 0")
     if train.seed >= 2**32:
         raise UserError(f"train.seed={train.seed} must be below 2^32")
-    if diffusion.variance in LEARNED_VARIANCES:
+    learned = diffusion.variance in LEARNED_VARIANCES
+    if learned and config.loss.kind == "simple":
         raise UserError(
             f"diffusion.variance={diffusion.variance} is not trained by L_simple, which says nothing of the variance: "
-            "use fixed_small or fixed_large"
+            "use --loss.kind hybrid or vlb, or a fixed variance"
         )
+    if not learned and config.loss.kind == "hybrid":
+        raise UserError(
+            f"loss.kind=hybrid trains a learned variance, and diffusion.variance={diffusion.variance} has nothing to "
+            "train: use --diffusion.variance learned_range, or --loss.kind simple or vlb"
+        )
+    if config.loss.weighting != "none" and config.loss.kind == "vlb":
+        raise UserError(
+            f"loss.weighting={config.loss.weighting} weighs L_simple, and loss.kind=vlb has its own weights: use "
+            "--loss.weighting none"
+        )
+    for name in ("loss.vlb_weight", "loss.min_snr_gamma"):
+        if not 0 < value_of(config, name) < float("inf"):
+            raise UserError(f"{name}={value_of(config, name)} must be above 0")
     _check_end(diffusion)
     try:
         check_unet(_unet(config, out_channels=1), (data.height, data.width))
@@ -553,6 +595,7 @@ def _unet(config: Config, *, out_channels: int) -> UNet:
         dropout=model.dropout,
         out_channels=out_channels,
         groups=model.groups,
+        num_classes=model.num_classes,
         dtype=jnp.bfloat16 if config.train.precision == "bfloat16" else jnp.float32,
     )
 

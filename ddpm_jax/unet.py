@@ -157,25 +157,29 @@ class UNet(nn.Module):
     """Channels of the output: those of the image, or twice as many for a learned variance."""
     groups: int = 32
     """Groups of each group normalisation; must divide every level's channels."""
+    num_classes: int = 0
+    """Classes that the network can be told of; 0: none."""
     dtype: DTypeLike = jnp.float32
     """Type of the computation; parameters, statistics, softmax and output stay float32."""
 
     @nn.compact
-    def __call__(self, x: Array, t: Array, *, dropout_keys: Array | None = None) -> Array:
+    def __call__(self, x: Array, t: Array, labels: Array | None = None, *, dropout_keys: Array | None = None) -> Array:
         r"""Predicts.
 
         Args:
           x: x_t, (B, H, W, C), H and W divisible by 2^(levels - 1).
           t: 0-based times, (B,) int32.
+          labels: (B,) int32, each in [0, num_classes], where num_classes itself says "not told"; None for an
+            unconditional network, and for a conditional one that is told nothing.
           dropout_keys: (B,) typed keys, one an image; None to sample or evaluate, without dropout.
 
         Returns:
           (B, H, W, out_channels) float32.
 
         Raises:
-          ValueError: H or W, the groups or the heads do not divide what they must.
+          ValueError: H or W, the groups or the heads do not divide what they must; labels for an unconditional network.
 
-        Ho et al. 2020, app. B, and its code (`models/unet.py`).
+        Ho et al. 2020, app. B, and its code (`models/unet.py`); labels: Nichol & Dhariwal 2021, its code.
         """
         chex.assert_rank(x, 4)
         chex.assert_shape(t, x.shape[:1])
@@ -196,6 +200,12 @@ class UNet(nn.Module):
         embedding = nn.Dense(4 * self.width, kernel_init=_DEFAULT, dtype=self.dtype, name="temb_dense1")(
             nn.swish(embedding)
         )
+        if self.num_classes:
+            told = jnp.full_like(t, self.num_classes) if labels is None else labels
+            classes = nn.Embed(self.num_classes + 1, 4 * self.width, dtype=self.dtype, name="class_embedding")
+            embedding += classes(told)
+        elif labels is not None:
+            raise ValueError("labels were given to an unconditional network (num_classes is 0)")
 
         h = _conv(self, self.width, "conv_in")(x)
         skips = [h]

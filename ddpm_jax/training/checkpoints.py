@@ -1,7 +1,8 @@
 """Saving a run and getting it back whole: Orbax, and a CRC-32 of every array, which Orbax does not have.
 
-A run's folder holds `checkpoints/STEP/` with the items `params`, `ema`, `optimizer` and `notes`; the average can be
-read without the others. Without a checksum of ours one flipped bit in a file is restored silently as wrong weights.
+A run's folder holds `checkpoints/STEP/` with the items `params`, `ema`, `optimizer`, `notes`, and `times` where the
+sampler of times remembers something; the average can be read without the others. Without a checksum of ours one
+flipped bit in a file is restored silently as wrong weights.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from ddpm_jax.training.state import Params, TrainState
 absl.logging.set_verbosity(absl.logging.ERROR)
 
 _FOLDER = "checkpoints"
-_ITEMS = ("params", "ema", "optimizer")
+_ITEMS = ("params", "ema", "optimizer", "times")
 
 Warn = Callable[[str], None]
 
@@ -33,7 +34,8 @@ class Damage(Exception):
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    return {"params": state.params, "ema": state.ema, "optimizer": state.opt_state}
+    items = {"params": state.params, "ema": state.ema, "optimizer": state.opt_state, "times": state.times}
+    return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}  # Orbax refuses an empty one
 
 
 def _leaves(items: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +150,8 @@ class Checkpoints:
                 continue
             # The step counts from the folder's name: one number less that could be damaged or disagree.
             count = jax.device_put(np.int32(step), abstract.step.sharding)
-            return TrainState(count, items["params"], items["ema"], items["optimizer"]), notes
+            state = TrainState(count, items["params"], items["ema"], items["optimizer"], items.get("times", ()))
+            return state, notes
         if steps:
             raise UserError(
                 f"no checkpoint in {self._folder} is whole ({len(steps)} damaged): restore the folder from a copy, "

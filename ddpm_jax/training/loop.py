@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -22,8 +23,10 @@ from ddpm_jax.data.sources import Source, load_source
 from ddpm_jax.errors import Stopped, UserError
 from ddpm_jax.progress import Progress, say
 from ddpm_jax.samplers import ancestral, sample
+from ddpm_jax.times import make_time_sampler
 from ddpm_jax.training.checkpoints import Checkpoints
 from ddpm_jax.training.metrics import append_line, read_lines, rewind
+from ddpm_jax.training.objective import make_objective
 from ddpm_jax.training.parallel import make_layout
 from ddpm_jax.training.state import TrainState, init_state, learning_rate, make_optimizer
 from ddpm_jax.training.step import StepInfo, make_training_step
@@ -63,21 +66,27 @@ def _matmul_precision(config: Config) -> str | None:
 def _train(config: Config, run: Path, source: Source, received: list[int]) -> None:
     seed_key = jax.random.key(config.train.seed)
     init_key, run_key, samples_key = (jax.random.fold_in(seed_key, use) for use in (_INIT, _STEPS, _SAMPLES))
+    _check_labels(config, source)
     unet, schedule, optimizer = build_unet(config), build_schedule(config), make_optimizer(config.train)
+    times = make_time_sampler(config.loss.times, schedule.num_steps)
+    objective = make_objective(
+        config.loss, schedule, prediction=config.diffusion.prediction, variance=config.diffusion.variance
+    )
     layout = make_layout(config.train.parallel, batch_size=config.train.batch_size)
 
     def init(key: Array) -> TrainState:
-        return init_state(key, unet, optimizer, source.image_shape)
+        return init_state(key, unet, optimizer, source.image_shape, times=times)
 
-    def make_step(**device_mean):
+    def make_step(**over_devices):
         return make_training_step(
             unet,
-            schedule,
             optimizer,
-            prediction=config.diffusion.prediction,
+            objective,
+            times,
             ema_decay=config.train.ema_decay,
             random_flip=config.data.flip,
-            **device_mean,
+            label_dropout=config.train.label_dropout,
+            **over_devices,
         )
 
     training_step = layout.lift(make_step)
@@ -125,7 +134,7 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
             Progress(config.train.steps, initial=first, unit="step", description=config.name) as progress,
         ):
             for batch in feed:
-                state, info = training_step(run_key, state, layout.place_batch(batch.images))
+                state, info = training_step(run_key, state, layout.place_batch(batch.images, batch.labels))
                 step = batch.step + 1
                 in_flight.append((step, info))
                 collect(_IN_FLIGHT)
@@ -178,15 +187,31 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
     say(f"{run}: {config.train.steps} steps done, loss {last_line['loss']:.4f}")
 
 
+def _check_labels(config: Config, source: Source) -> None:
+    classes = config.model.num_classes
+    if classes and source.labels is None:
+        raise UserError(
+            f"model.num_classes={classes}, but the images have no labels ({source.describe()}): give them labels, or "
+            "train an unconditional network with --model.num-classes 0"
+        )
+    if classes and classes != len(source.class_names):
+        raise UserError(
+            f"model.num_classes={classes}, but the images have {len(source.class_names)} classes: "
+            f"use --model.num-classes {len(source.class_names)}"
+        )
+
+
 def _make_draw(config: Config, source: Source, key: Array):
     """Makes the function from averaged parameters to images: always the same latents, so that progress shows."""
     unet, schedule = build_unet(config), build_schedule(config)
-    diffusion = config.diffusion
+    diffusion, classes = config.diffusion, config.model.num_classes
+    # Of a conditional network each class in turn.
+    labels = jnp.arange(config.log.num_samples) % classes if classes else None
 
     @jax.jit
     def draw(ema, key: Array) -> Array:
         def predict(x_t: Array, t: Array) -> Array:
-            return typing.cast(Array, unet.apply({"params": ema}, x_t, t))
+            return typing.cast(Array, unet.apply({"params": ema}, x_t, t, labels))
 
         sampler = ancestral(
             schedule,

@@ -23,7 +23,7 @@ class Layout:
     """Where the state and the batch lie, and how a step is lifted over the devices."""
 
     lift: Callable[[Callable[..., TrainingStep]], TrainingStep]
-    """From `make_step(device_mean=.., whole_batch=..)` to the compiled step on placed arguments; the state is donated."""
+    """From `make_step(device_mean=.., whole_batch=..)` to the compiled step on placed arguments; donates the state."""
     init: Callable[[Callable[[Array], TrainState], Array], TrainState]
     """From an `init(key)` and a key to the state, made where it lies."""
     place_batch: Callable[[np.ndarray, np.ndarray | None], Batch]

@@ -10,6 +10,7 @@ import optax
 from jax import Array
 
 from ddpm_jax.config import TrainConfig
+from ddpm_jax.times import TimeSampler
 from ddpm_jax.unet import UNet
 
 Params = Any
@@ -29,6 +30,8 @@ class TrainState:
     """Their moving average, from which samples are drawn."""
     opt_state: optax.OptState
     """The optimiser's moments and counts."""
+    times: Any = ()
+    """What the sampler of times remembers: `times.LossHistory` for "loss_aware", nothing for the others."""
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
@@ -61,7 +64,12 @@ def init_params(key: Array, unet: UNet, image_shape: Sequence[int]) -> Params:
 
 
 def init_state(
-    key: Array, unet: UNet, optimizer: optax.GradientTransformation, image_shape: Sequence[int]
+    key: Array,
+    unet: UNet,
+    optimizer: optax.GradientTransformation,
+    image_shape: Sequence[int],
+    *,
+    times: TimeSampler | None = None,
 ) -> TrainState:
     """Makes the state of a run that has not trained a step.
 
@@ -70,6 +78,7 @@ def init_state(
       unet: the network.
       optimizer: the optimiser.
       image_shape: (H, W, C).
+      times: the sampler of times, whose memory is part of the state; None for one that remembers nothing.
 
     Returns:
       the state at step 0; its average is the parameters themselves.
@@ -81,4 +90,5 @@ def init_state(
         # Copies, so that the state can be donated: a buffer may be given away only once.
         ema=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
+        times=() if times is None else times.init(),
     )

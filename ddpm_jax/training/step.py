@@ -11,10 +11,8 @@ from jax.typing import ArrayLike
 
 from ddpm_jax import keys as per_image_keys
 from ddpm_jax.data.pipeline import flip, to_float
-from ddpm_jax.losses import l_simple
-from ddpm_jax.reverse import Prediction
-from ddpm_jax.schedules import Schedule
-from ddpm_jax.times import uniform_times
+from ddpm_jax.times import TimeSampler
+from ddpm_jax.training.objective import Objective
 from ddpm_jax.training.state import Params, TrainState
 from ddpm_jax.unet import UNet
 
@@ -26,6 +24,8 @@ class Batch(typing.NamedTuple):
     """(B, H, W, C) uint8."""
     indices: ArrayLike
     """(B,) int32: the place of each image in the whole batch, over all devices and hosts."""
+    labels: ArrayLike | None = None
+    """(B,) int32, each in [0, num_classes), for a conditional network."""
 
 
 class StepInfo(typing.NamedTuple):
@@ -46,6 +46,7 @@ class StepKeys(typing.NamedTuple):
     time: Array
     noise: Array
     dropout: Array
+    label: Array
 
 
 TrainingStep = Callable[[Array, TrainState, Batch], tuple[TrainState, StepInfo]]
@@ -88,27 +89,40 @@ def update_ema(ema: Params, params: Params, step: Array, *, decay: float) -> Par
     return jax.tree.map(lambda average, new: decay_now * average + (1 - decay_now) * new, ema, params)
 
 
+def hide_labels(keys: Array, labels: Array, *, rate: float, num_classes: int) -> Array:
+    """Replaces each label by "not told" (num_classes) with probability `rate`, by its image's own key.
+
+    Ho & Salimans 2022 (classifier-free guidance), Algorithm 1.
+    """
+    hidden = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
+    return jnp.where(hidden, num_classes, labels)
+
+
 def make_training_step(
     unet: UNet,
-    schedule: Schedule,
     optimizer: optax.GradientTransformation,
+    objective: Objective,
+    times: TimeSampler,
     *,
-    prediction: Prediction,
     ema_decay: float,
-    random_flip: bool,
+    random_flip: bool = False,
+    label_dropout: float = 0.0,
     device_mean: Callable[[typing.Any], typing.Any] = lambda tree: tree,
+    whole_batch: Callable[[Array], Array] = lambda shard: shard,
 ) -> TrainingStep:
-    r"""Makes Algorithm 1: one step of gradient descent on L_simple, and of the average behind it.
+    r"""Makes Algorithm 1: one step of gradient descent on the objective, and of the average behind it.
 
     Args:
       unet: the network.
-      schedule: tables of T steps.
       optimizer: what turns gradients into updates.
-      prediction: what the network's output means.
+      objective: the loss.
+      times: the sampler of times.
       ema_decay: decay of the average of the parameters, a step.
       random_flip: whether each image is mirrored left to right with probability 0.5.
+      label_dropout: the probability that a conditional network is not told an image's label.
       device_mean: the mean of a pytree over devices that each see their share of the batch; the identity where
         the step sees the whole batch.
+      whole_batch: from this device's share of (B,) numbers to those of the whole batch; likewise.
 
     Returns:
       a pure function `(key, state, batch) -> (state, info)`, to be lifted over devices by `parallel`. `key` is the
@@ -118,24 +132,33 @@ def make_training_step(
     """
 
     def training_step(key: Array, state: TrainState, batch: Batch) -> tuple[TrainState, StepInfo]:
-        keys = step_keys(key, state.step, jnp.asarray(batch.indices))
+        indices = jnp.asarray(batch.indices)
+        keys = step_keys(key, state.step, indices)
         x0 = to_float(batch.images)
         if random_flip:
             x0 = flip(keys.flip, x0)
-        t = uniform_times(keys.time, schedule.num_steps)
+        labels = None
+        if unet.num_classes:
+            labels = hide_labels(
+                keys.label, jnp.asarray(batch.labels), rate=label_dropout, num_classes=unet.num_classes
+            )
+        t, weights = times.draw(lambda indices: step_keys(key, state.step, indices).time, indices, state.times)
 
-        def batch_loss(params: Params) -> Array:
-            def predict(x_t: Array, times: Array) -> Array:
-                return typing.cast(Array, unet.apply({"params": params}, x_t, times, dropout_keys=keys.dropout))
+        def batch_loss(params: Params) -> tuple[Array, Array]:
+            def predict(x_t: Array, t: Array) -> Array:
+                output = unet.apply({"params": params}, x_t, t, labels, dropout_keys=keys.dropout)
+                return typing.cast(Array, output)
 
-            losses, _ = l_simple(keys.noise, schedule, predict, x0, t, prediction=prediction)
-            return jnp.mean(losses)
+            losses = objective(keys.noise, predict, x0, t)
+            return jnp.mean(weights * losses), losses
 
-        loss, gradient = device_mean(jax.value_and_grad(batch_loss)(state.params))
+        (loss, losses), gradient = jax.value_and_grad(batch_loss, has_aux=True)(state.params)
+        loss, gradient = device_mean((loss, gradient))
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = update_ema(state.ema, params, state.step, decay=ema_decay)
+        memory = times.update(state.times, whole_batch(t), whole_batch(losses))
         info = StepInfo(loss, optax.global_norm(gradient), optax.global_norm(params))
-        return TrainState(state.step + 1, params, ema, opt_state), info
+        return TrainState(state.step + 1, params, ema, opt_state, memory), info
 
     return training_step
