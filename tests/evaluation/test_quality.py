@@ -1,0 +1,129 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import threadpoolctl
+
+from ddpm_jax.config import Config, DataConfig, save_config
+from ddpm_jax.data.sources import load_source
+from ddpm_jax.errors import UserError
+from ddpm_jax.evaluation.quality import Classifier, config_of, judge, judge_file, own_frechet_distances, read_images
+
+DATA = DataConfig()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    with threadpoolctl.threadpool_limits(1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def train():
+    return load_source(DATA)
+
+
+@pytest.fixture(scope="module")
+def test():
+    return load_source(dataclasses.replace(DATA, split="test"))
+
+
+@pytest.fixture(scope="module")
+def shuffled(train):
+    """Half of the digits, mixed: the writers follow each other in the set."""
+    return train.images[np.random.default_rng(1).permutation(train.num_examples)[:600]]
+
+
+@pytest.fixture(scope="module")
+def of_real(train, test, shuffled):
+    return judge(shuffled, train, test)
+
+
+def test_real_images_pass_as_real(of_real):
+    assert of_real.ratio < 1.2
+    assert of_real.confidence > 0.95
+    assert of_real.accuracy > 0.95
+    assert min(of_real.counts.values()) >= 40
+    assert sum(of_real.counts.values()) == of_real.images == 600
+    assert of_real.images_compared == 600
+    assert of_real.fd_own == pytest.approx(of_real.ratio * of_real.fd_own_of_real)
+
+
+def test_the_more_noise_the_further_from_real(train, shuffled, of_real):
+    noise = np.random.default_rng(0).normal(size=shuffled.shape)
+    ratios = [judge(np.clip(shuffled + level * noise, 0, 255).astype(np.uint8), train).ratio for level in (20, 60)]
+    assert of_real.ratio < ratios[0] < ratios[1]
+    assert ratios[1] > 3
+
+
+def test_one_class_alone_is_seen_in_the_counts_and_the_distance(train, of_real):
+    threes = train.images[train.labels == 3]
+    quality = judge(threes, train)
+    assert quality.counts["3"] > 0.97 * len(threes)
+    assert quality.ratio > 10 * of_real.ratio
+    assert quality.accuracy is None
+    assert quality.confidence_of_real is None
+
+
+def test_the_same_images_are_judged_the_same(train, test, shuffled, of_real):
+    again = judge(shuffled, train, test)
+    assert again.counts == of_real.counts
+    assert again.fd_own == pytest.approx(of_real.fd_own, rel=1e-4)
+
+
+def test_features_are_those_that_the_classifier_decides_by(train):
+    classifier = Classifier(train.images[:300], train.labels[:300])
+    features = classifier.features(train.images[:50])
+    scores = features @ classifier._network.coefs_[1] + classifier._network.intercepts_[1]
+    probabilities = np.exp(scores - scores.max(axis=1, keepdims=True))
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(probabilities, classifier.probabilities(train.images[:50]), atol=1e-5)
+
+
+def test_sets_from_one_distribution_have_ratio_one():
+    random = np.random.default_rng(0)
+    of_generated, of_real, size = own_frechet_distances(random.normal(size=(3000, 5)), random.normal(size=(1000, 5)))
+    assert size == 500
+    # Each distance of 20 is about chi-squared with 5 + 15 degrees of freedom, and they share images.
+    assert of_generated / of_real == pytest.approx(1, abs=0.25)
+
+
+def test_a_file_is_judged_and_the_result_written_beside_it(shuffled, tmp_path):
+    save_config(Config(data=DATA), tmp_path / "config.json")
+    file = tmp_path / "samples" / "any" / "samples.npz"
+    file.parent.mkdir(parents=True)
+    np.savez(file, arr_0=shuffled[:100])
+    quality = judge_file(file, config_of(file, None), number=80)
+    assert quality.images == 80
+    assert quality.accuracy > 0.95
+    assert json.loads((file.parent / "quality.json").read_text()) == dataclasses.asdict(quality)
+
+
+def test_slips_are_one_line_each(train, shuffled, tmp_path):
+    unlabelled = dataclasses.replace(train, labels=None)
+    with pytest.raises(UserError, match="no labels"):
+        judge(shuffled, unlabelled)
+    with pytest.raises(UserError, match=r"too large.*64x64x3"):
+        judge(shuffled, dataclasses.replace(train, image_shape=(256, 256, 3)))
+    with pytest.raises(UserError, match="compare like with like"):
+        judge(shuffled[:, :4], train)
+    with pytest.raises(UserError, match="at least 2"):
+        judge(shuffled[:1], train)
+    with pytest.raises(UserError, match="there is no file"):
+        read_images(tmp_path / "absent.npz")
+    np.savez(tmp_path / "other.npz", images=shuffled)
+    with pytest.raises(UserError, match="no arr_0"):
+        read_images(tmp_path / "other.npz")
+    (tmp_path / "damaged.npz").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(UserError, match="no arr_0"):
+        read_images(tmp_path / "damaged.npz")
+    np.savez(tmp_path / "floats.npz", arr_0=np.zeros((3, 8, 8, 1)))
+    with pytest.raises(UserError, match="uint8"):
+        read_images(tmp_path / "floats.npz")
+    np.savez(tmp_path / "few.npz", arr_0=shuffled[:10])
+    with pytest.raises(UserError, match="holds 10 images: use --num 10"):
+        judge_file(tmp_path / "few.npz", Config(data=DATA), number=512)
+    with pytest.raises(UserError, match="not in the folder of a run"):
+        config_of(tmp_path / "few.npz", None)
+    assert config_of(tmp_path / "few.npz", "digits").data.source == "digits"
