@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import fcntl
 import math
 import os
 import signal
@@ -21,6 +20,7 @@ from ddpm_jax.config import Config, build_schedule, build_unet, differences, rea
 from ddpm_jax.data.pipeline import batches, to_uint8
 from ddpm_jax.data.sources import Source, load_source
 from ddpm_jax.errors import Stopped, UserError
+from ddpm_jax.files import claimed
 from ddpm_jax.progress import Progress, say
 from ddpm_jax.samplers import ancestral, sample
 from ddpm_jax.times import make_time_sampler
@@ -52,7 +52,7 @@ def train(config: Config, run: Path) -> None:
         a checkpoint cannot be read or written, or the loss is not finite.
       Stopped: SIGINT or SIGTERM came; the state is saved.
     """
-    with _claimed(run), _signals() as received, jax.default_matmul_precision(_matmul_precision(config)):
+    with claimed(run), _signals() as received, jax.default_matmul_precision(_matmul_precision(config)):
         _adopt_config(config, run)
         source = load_source(config.data)
         say(source.describe())
@@ -171,8 +171,8 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
                     busy, waited_before, stretch_first = 0.0, feed.seconds_waited, step
                 if draws:
                     images = draw(layout.saved_state(state).ema)
-                    (run / "samples").mkdir(exist_ok=True)
-                    pictures.save_png(run / "samples" / f"step_{step:07d}.png", pictures.grid(images))
+                    picture = pictures.enlarge(pictures.grid(images))
+                    pictures.save_png(run / "samples" / f"step_{step:07d}.png", picture)
                     _plot(run, metrics_file)
                 if saves or received:
                     save(step)
@@ -242,24 +242,6 @@ def _adopt_config(config: Config, run: Path) -> None:
                 "use its configuration, or another --workdir"
             )
     save_config(config, file)
-
-
-@contextlib.contextmanager
-def _claimed(run: Path) -> Iterator[None]:
-    """Keeps a second process out of the folder; the lock goes with the process, however it ends."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        lock = (run / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"cannot write to {run}: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"{run} is being trained by another process: wait for it, or use another --workdir"
-            ) from error
-        yield
 
 
 @contextlib.contextmanager

@@ -5,9 +5,11 @@ stopped writes. What depends on the machine and the hour (speed) goes to `timing
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from ddpm_jax.errors import UserError
+from ddpm_jax.files import write_whole
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -23,14 +25,20 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Appends one line."""
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    """Appends one line.
+
+    Raises:
+      UserError: the disk is full, or the file may not be written to.
+    """
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def rewind(path: Path, step: int) -> None:
     """Drops the lines after `step`, which a run resumed from there will write again."""
     kept = [line for line in read_lines(path) if line["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(temporary, path)
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    write_whole(path, lambda file: file.write(text.encode()))
