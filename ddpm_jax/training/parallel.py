@@ -112,7 +112,8 @@ def _pmap_layout(devices: Sequence[jax.Device]) -> Layout:
         return first_of
 
     def place_state(state: TrainState) -> TrainState:
-        copies = jax.pmap(lambda _, state: state, in_axes=(0, None), devices=devices)
+        # The same axis as the step, or its own output would be another kind of argument and it be compiled again.
+        copies = jax.pmap(lambda _, state: state, axis_name=_AXIS, in_axes=(0, None), devices=devices)
         return copies(jnp.arange(len(devices)), state)
 
     def place_batch(images: np.ndarray, labels: np.ndarray | None = None) -> Batch:
