@@ -1,0 +1,203 @@
+r"""Bits/dim of images under the model: the whole bound, its rate and distortion, and the variances that make it least.
+
+The bound counts the mass of bins of width 2/255, as for any 8-bit image. Images with fewer levels (scikit-learn's
+digits have 17) are charged for telling which of the 256 it is all the same, so their bits/dim only compare with
+others of the same set.
+
+Ho et al. 2020, sec. 4.3; Bao et al. 2022 (Analytic-DPM).
+"""
+
+import typing
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from ddpm_jax import keys as per_image_keys
+from ddpm_jax.bound import Cdf, prior_bits, reverse_bits
+from ddpm_jax.forward import per_image, q_sample
+from ddpm_jax.losses import mean_squared_error
+from ddpm_jax.reverse import Predict, Prediction, Variance, p_mean_variance, predict_eps, split_output
+from ddpm_jax.schedules import Schedule
+
+
+class Bound(typing.NamedTuple):
+    """The bound on -log2 p(x_0) of B images at K times; over all T times the terms and the prior are all of it."""
+
+    terms: Array
+    """(K, B) bits/dim: the decoder's at t = 0, a KL divergence at the others."""
+    prior: Array
+    """(B,) bits/dim: what is left of the image at the end of the chain."""
+    x0_mse: Array
+    r"""(K, B) :math:`|x_0 - \hat x_0|^2` / dim, of the clean image that the mean was made from, clipped or not."""
+    eps_mse: Array
+    r"""(K, B) :math:`|\epsilon - \epsilon_\theta|^2` / dim, never clipped: its mean over times is L_simple."""
+
+
+def bound_terms(
+    keys: Array,
+    schedule: Schedule,
+    predict: Predict,
+    x0: Array,
+    first: ArrayLike = 0,
+    *,
+    num_steps: int | None = None,
+    prediction: Prediction = "eps",
+    variance: Variance = "fixed_large",
+    clip_x0: bool = True,
+    cdf: Cdf = "tanh",
+    log_variances: Array | None = None,
+) -> Bound:
+    r"""Computes the bound of images, with one draw of x_t for each image and time.
+
+    .. math:: -\log p_\theta(x_0) \le L_T + \sum_{t > 0} L_t + L_0
+
+    One `lax.scan` over the times, the network on one time of the whole batch at once; nothing but numbers is kept.
+    The noise of an image at t is drawn from `fold_in(its key, t)`, so that ranges of times that follow one another
+    give what one range over all of them gives.
+
+    Args:
+      keys: (B,) typed keys, one an image.
+      schedule: tables of T steps.
+      predict: the network.
+      x0: clean images, (B, H, W, C), each pixel one of 256 levels in [-1, 1].
+      first: the first time of the range, in [0, T).
+      num_steps: K, how many times, static; all from `first` = 0 on if not given.
+      prediction: what the network's output means.
+      variance: the variance of p(x_{t-1} | x_t).
+      clip_x0: whether the predicted clean image is clipped; the original does in evaluation.
+      cdf: see `bound.decoder_log_likelihood`.
+      log_variances: (T,) replace those of `variance`; `variance` still says whether the output has a second half.
+
+    Returns:
+      the `Bound`.
+
+    Ho et al. 2020, eqs. 3 and 5, and its code (`calc_bpd_loop`).
+    """
+    chex.assert_rank(x0, 4)
+    chex.assert_shape(keys, x0.shape[:1])
+    if log_variances is not None:
+        chex.assert_shape(log_variances, (schedule.num_steps,))
+
+    def body(carry: None, time: Array) -> tuple[None, tuple[Array, Array, Array]]:
+        t = jnp.full(x0.shape[:1], time, jnp.int32)
+        eps = per_image_keys.normal(per_image_keys.fold(keys, time), x0.shape[1:])
+        x_t = q_sample(schedule, x0, t, eps)
+        output = predict(x_t, schedule.times[t])
+        reverse = p_mean_variance(schedule, output, x_t, t, prediction=prediction, variance=variance, clip_x0=clip_x0)
+        if log_variances is not None:
+            reverse = reverse._replace(log_variance=per_image(log_variances[t]))
+        mean_output, _ = split_output(output, variance=variance)
+        predicted_eps = predict_eps(schedule, mean_output, x_t, t, prediction=prediction)
+        bits = reverse_bits(schedule, reverse, x0, x_t, t, cdf=cdf)
+        return carry, (bits, mean_squared_error(reverse.x0, x0), mean_squared_error(predicted_eps, eps))
+
+    times = jnp.asarray(first, jnp.int32) + jnp.arange(schedule.num_steps if num_steps is None else num_steps)
+    _, (terms, x0_mse, eps_mse) = jax.lax.scan(body, None, times)
+    return Bound(terms, prior_bits(schedule, x0), x0_mse, eps_mse)
+
+
+def total_bits(bound: Bound) -> Array:
+    r"""Sums the bound of each image.
+
+    .. math:: L = L_T + \sum_t L_t
+
+    Args:
+      bound: over all T times.
+
+    Returns:
+      (B,) bits/dim.
+
+    Ho et al. 2020, eq. 5.
+    """
+    return bound.prior + bound.terms.sum(axis=0)
+
+
+class RateDistortion(typing.NamedTuple):
+    """What is paid for and what is still wrong as an image is sent from the noise on, in float64."""
+
+    reverse_time: np.ndarray
+    """(T,) 1..T: how many of the paper's times are over; at T the image is known but for the decoder's step."""
+    rate: np.ndarray
+    """(T,) bits/dim sent so far, rising."""
+    distortion: np.ndarray
+    """(T,) root mean squared error of the predicted clean image, in levels of 255."""
+
+
+def rate_distortion(terms: ArrayLike, prior: ArrayLike, x0_mse: ArrayLike) -> RateDistortion:
+    r"""Reads the rate-distortion curve out of the bound's means over a set.
+
+    .. math::
+      R_{T-t} = L_T + \sum_{s > t} L_s, \quad
+      D_{T-t} = \tfrac{255}{2} \sqrt{E |x_0 - \hat x_0(x_t, t)|^2 / \mathrm{dim}}
+
+    where t = T-1..0 is 0-based. What is sent by reverse time T - t lets the receiver draw x_t, and from it predict
+    the image. The last rate and the decoder's term (t = 0) add up to the bound.
+
+    The root is taken last, of the mean over the set: so it is the root of the *mean* squared error, and what the
+    average image is worth does not depend on how the set is cut into batches. (The mean of the images' roots would
+    be smaller. The paper does not say which it took.)
+
+    Args:
+      terms: (T,) bits/dim, means over the set.
+      prior: scalar, likewise.
+      x0_mse: (T,), likewise.
+
+    Returns:
+      the curve, in the order of reverse time.
+
+    Ho et al. 2020, sec. 4.3, Fig. 5 and Table 4.
+
+    >>> curve = rate_distortion([1.9, 0.5, 0.25], 0.1, [1e-4, 0.01, 0.25])
+    >>> curve.rate.round(2).tolist(), curve.distortion.round(1).tolist()
+    ([0.1, 0.35, 0.85], [63.8, 12.8, 1.3])
+    """
+    bits, mse = np.asarray(terms, np.float64), np.asarray(x0_mse, np.float64)
+    chex.assert_equal_shape([bits, mse])
+    reversed_terms = bits[:0:-1]
+    rate = np.asarray(prior, np.float64) + np.append(0.0, np.cumsum(reversed_terms))
+    return RateDistortion(np.arange(1, len(bits) + 1), rate, 127.5 * np.sqrt(mse[::-1]))
+
+
+def optimal_log_variances(schedule: Schedule, x0_mse: ArrayLike) -> Array:
+    r"""Finds the variance of each step that makes the bound least, given how well the network predicts.
+
+    .. math:: \sigma_t^2 = \tilde\beta_t + c_t^2\, E |x_0 - \hat x_0|^2 / \mathrm{dim}, \quad
+              c_t = \frac{\sqrt{\bar\alpha_{t-1}}\,\beta_t}{1 - \bar\alpha_t}
+
+    The KL term of a step is, element by element, :math:`\frac12(\log\sigma^2 + (\tilde\beta + c^2 (x_0 - \hat x_0)^2)
+    / \sigma^2)` and what does not depend on :math:`\sigma`; its mean over images and elements is least where
+    :math:`\sigma^2` is the mean of the bracket. It also is the true variance of x_{t-1} given x_t, averaged.
+
+    For the exact predictor :math:`\hat x_0 = E[x_0 | x_t]` this is Analytic-DPM's formula with
+    :math:`\lambda_t^2 = \tilde\beta_t`,
+
+    .. math:: \sigma_t^2 = \lambda_t^2 + \left(\sqrt{\tfrac{1 - \bar\alpha_t}{\alpha_t}}
+              - \sqrt{1 - \bar\alpha_{t-1} - \lambda_t^2}\right)^2
+              \left(1 - E |\hat\epsilon|^2 / \mathrm{dim}\right),
+
+    for then :math:`E|\epsilon - \hat\epsilon|^2 = E|\epsilon|^2 - E|\hat\epsilon|^2`, the error of x_0 is that of
+    :math:`\epsilon` times :math:`(1 - \bar\alpha_t) / \bar\alpha_t`, and the bracket is
+    :math:`\beta_t / \sqrt{\alpha_t (1 - \bar\alpha_t)}`. The form with x_0 is the one that stays optimal for a network
+    that is not exact, and for a clipped x_0.
+
+    At t = 0 there is no KL term but the decoder's, whose optimum no mean squared error tells: its bins have a width
+    of the errors' size, and those of black and white have no end. Both fixed variances have one entry there, chosen
+    by the original for the decoder; it is kept.
+
+    Args:
+      schedule: tables of T steps.
+      x0_mse: (T,) mean over images and elements of the squared error of the x_0 that the mean is made from.
+
+    Returns:
+      (T,) float32 log-variances, for `bound_terms`.
+
+    Bao et al. 2022 (Analytic-DPM), eq. 8 and theorem 1; Ho et al. 2020, sec. 3.2 for the two extremes.
+    """
+    x0_mse = jnp.asarray(x0_mse, jnp.float32)
+    chex.assert_shape(x0_mse, (schedule.num_steps,))
+    variances = schedule.posterior_variance + schedule.posterior_mean_coef_x0**2 * x0_mse
+    return jnp.log(variances).at[0].set(schedule.fixed_large_log_variance[0])
