@@ -209,11 +209,13 @@ def sample_trajectory(
       the images, (B, H, W, C), equal to those of `sample`, and the frames.
 
     Raises:
-      ValueError: the chain does not pass one of the times.
+      ValueError: the chain does not pass one of the times, or one is asked for twice.
 
     Ho et al. 2020, sec. 4.3 (progressive generation).
     """
     slot_of_time = {int(time): slot for slot, time in enumerate(at)}
+    if len(slot_of_time) < len(at):
+        raise ValueError(f"a time is asked for twice in {list(at)}")
     slot_of_step = [slot_of_time.pop(int(time), len(at)) for time in sampler.times]
     if slot_of_time:
         raise ValueError(f"the chain does not pass time {min(slot_of_time)}")
