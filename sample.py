@@ -5,12 +5,13 @@ from pathlib import Path
 
 import tyro
 
+from ddpm_jax.chains import Choice
 from ddpm_jax.command import parse_options, run_script
 from ddpm_jax.sampling import Format, default_folder, load_job, run_job
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Choice):
     """What to draw."""
 
     run: tyro.conf.Positional[str]
@@ -36,7 +37,8 @@ def main() -> None:
     """Draws what the command line asks for."""
     options = parse_options(Options, description="Draws images from a trained run; started again, it goes on.")
     run = Path(options.run)
-    job = load_job(run, seed=options.seed, step=options.step)
+    choice = Choice(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Choice)})
+    job = load_job(run, seed=options.seed, step=options.step, choice=choice)
     out = default_folder(run, job) if options.out is None else Path(options.out)
     shown = run_job(
         job,

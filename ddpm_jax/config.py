@@ -25,7 +25,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.files import write_whole
 from ddpm_jax.losses import Weighting
 from ddpm_jax.reverse import LEARNED_VARIANCES, Prediction, Variance
-from ddpm_jax.schedules import Schedule, ScheduleName, make_betas, make_schedule
+from ddpm_jax.schedules import Schedule, ScheduleName, make_betas, schedule_from_betas
 from ddpm_jax.times import TimesName
 from ddpm_jax.unet import UNet, check_unet
 
@@ -172,6 +172,8 @@ class LogConfig:
     """Steps between grids of samples; 0: none."""
     num_samples: int = field(default=64, metadata=_FREE)
     """Images of a grid."""
+    sample_steps: int = field(default=0, metadata=_FREE)
+    """Steps of the chain for a grid: so many of DDIM, or 0 for all T of Algorithm 2."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -411,6 +413,7 @@ _AT_LEAST = {
     "log.every": 1,
     "log.samples_every": 0,
     "log.num_samples": 1,
+    "log.sample_steps": 0,
 }
 
 
@@ -471,21 +474,16 @@ def validate(config: Config) -> None:
     for name in ("loss.vlb_weight", "loss.min_snr_gamma"):
         if not 0 < value_of(config, name) < float("inf"):
             raise UserError(f"{name}={value_of(config, name)} must be above 0")
-    _check_end(diffusion)
+    _check_end(config)
     try:
         check_unet(_unet(config, out_channels=1), (data.height, data.width))
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-def _betas(diffusion: DiffusionConfig) -> np.ndarray:
-    ends = {"beta_start": diffusion.beta_start, "beta_end": diffusion.beta_end}
-    return make_betas(diffusion.schedule, diffusion.num_steps, **ends)
-
-
-def _check_end(diffusion: DiffusionConfig) -> None:
+def _check_end(config: Config) -> None:
     """Refuses what cannot tell x_0 at the last step: there it is divided by its weight in what is predicted."""
-    betas = _betas(diffusion)
+    diffusion, betas = config.diffusion, build_betas(config)
     before, last = np.append(1, np.cumprod(1 - betas))[-2:]
     weights = {"eps": np.sqrt(last), "mean": np.sqrt(before) * betas[-1] / (1 - last)}
     if weights.get(diffusion.prediction, 1) < np.finfo(np.float32).tiny:
@@ -506,7 +504,7 @@ def warnings_of(config: Config) -> list[str]:
     """
     data, diffusion, model, train = config.data, config.diffusion, config.model, config.train
     found = []
-    last = np.prod(1 - _betas(diffusion))
+    last = np.prod(1 - build_betas(config))
     if last > 1e-2:
         start, end = (1000 / diffusion.num_steps * beta for beta in (diffusion.beta_start, diffusion.beta_end))
         scaled = diffusion.schedule not in ("jsd", "cosine") and start < 1 and end < 1
@@ -543,18 +541,17 @@ def warnings_of(config: Config) -> list[str]:
 # What follows from it
 
 
-def build_schedule(config: Config) -> Schedule:
-    """Makes the diffusion's tables.
-
-    Args:
-      config: a configuration that `validate` accepts.
-
-    Returns:
-      the `Schedule` of its T steps.
-    """
+def build_betas(config: Config) -> np.ndarray:
+    """Gives the betas of the diffusion, (T,) float64, of a configuration that `validate` accepts."""
     diffusion = config.diffusion
-    ends = {"beta_start": diffusion.beta_start, "beta_end": diffusion.beta_end}
-    return make_schedule(diffusion.schedule, diffusion.num_steps, **ends)
+    return make_betas(
+        diffusion.schedule, diffusion.num_steps, beta_start=diffusion.beta_start, beta_end=diffusion.beta_end
+    )
+
+
+def build_schedule(config: Config) -> Schedule:
+    """Makes the diffusion's tables, of T steps, of a configuration that `validate` accepts."""
+    return schedule_from_betas(build_betas(config))
 
 
 def image_shape(config: Config) -> tuple[int, int, int]:

@@ -22,13 +22,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
 from ddpm_jax import pictures
-from ddpm_jax.config import Config, build_schedule, build_unet, read_config
+from ddpm_jax.chains import Choice, MakeChain, labels_of, make_chain
+from ddpm_jax.config import Config, image_shape, read_config
 from ddpm_jax.data.pipeline import to_uint8
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import claimed, write_whole
 from ddpm_jax.keys import image_keys
 from ddpm_jax.progress import Progress, say
-from ddpm_jax.samplers import Chain, Sampler, ancestral, initial_noise, run_chain
+from ddpm_jax.samplers import Chain, initial_noise, run_chain
 from ddpm_jax.stored_images import Parts, StoredImages, missing_ranges
 from ddpm_jax.training.checkpoints import load_ema
 from ddpm_jax.training.state import Params
@@ -36,8 +37,7 @@ from ddpm_jax.training.state import Params
 Format = typing.Literal["grid", "png", "npz", "gif"]
 """How images are shown: one picture of all, a picture each, none, or the reverse process of all."""
 
-MakeSampler = Callable[[Params], Sampler]
-
+_ALGORITHM_2 = Choice()
 # So often the host looks at the chain: it costs about 1 % and shows progress.
 _STEPS_AT_ONCE = 50
 _GIF_FRAMES = 50
@@ -71,13 +71,21 @@ class BatchChain:
     seed and every checkpoint.
     """
 
-    def __init__(self, make_sampler: MakeSampler, image_shape: Sequence[int], *, batch_size: int):
+    def __init__(
+        self,
+        make: MakeChain,
+        image_shape: Sequence[int],
+        *,
+        batch_size: int,
+        labels_of: Callable[[Array], Array | None] = lambda indices: None,
+    ):
         """Makes the programs.
 
         Args:
-          make_sampler: from the network's parameters to the rule of the chain.
+          make: from the network's parameters and the images' labels to the rule of the chain.
           image_shape: (H, W, C).
           batch_size: images at a time, over all devices; a multiple of their number (see `whole_batch`).
+          labels_of: the labels of images by their indices.
         """
         mesh = jax.make_mesh(
             (jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,), devices=jax.local_devices()
@@ -85,15 +93,19 @@ class BatchChain:
         shared_out = NamedSharding(mesh, PartitionSpec("data"))
         spread = lambda array: jax.lax.with_sharding_constraint(array, shared_out)
 
-        def start(params: Params, key: Array, first: Array) -> tuple[Array, Chain]:
-            keys = spread(image_keys(key, first + jnp.arange(batch_size)))
-            return keys, make_sampler(params).init(spread(initial_noise(keys, image_shape)))
+        def start(params: Params, key: Array, first: Array) -> tuple[Array, Array | None, Chain]:
+            indices = first + jnp.arange(batch_size)
+            keys, labels = spread(image_keys(key, indices)), labels_of(indices)
+            return keys, labels, make(params, labels).init(spread(initial_noise(keys, image_shape)))
 
-        def advance(params: Params, keys: Array, state: Chain, first: Array, *, num_steps: int) -> Chain:
-            state = run_chain(keys, make_sampler(params), state, first, num_steps=num_steps)
+        def advance(
+            params: Params, keys: Array, labels: Array | None, state: Chain, first: Array, *, num_steps: int
+        ) -> Chain:
+            state = run_chain(keys, make(params, labels), state, first, num_steps=num_steps)
             return state._replace(x=spread(state.x))
 
-        self._make_sampler = make_sampler
+        self.num_steps = make(None, labels_of(jnp.zeros(1, jnp.int32))).num_steps
+        """Steps of the whole chain."""
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._start = jax.jit(start)
         self._advance = jax.jit(advance, static_argnames="num_steps")
@@ -116,10 +128,10 @@ class BatchChain:
 
         Ho et al. 2020, Algorithm 2.
         """
-        keys, state = self._start(params, key, first)
+        keys, labels, state = self._start(params, key, first)
         yield 0, self._pixels(state.x)
-        for begin, length in cut(self._make_sampler(params).num_steps, longest=longest):
-            state = self._advance(params, keys, state, begin, num_steps=length)
+        for begin, length in cut(self.num_steps, longest=longest):
+            state = self._advance(params, keys, labels, state, begin, num_steps=length)
             yield begin + length, jax.block_until_ready(self._pixels(state.x))
 
     def place(self, params: Params) -> Params:
@@ -128,14 +140,20 @@ class BatchChain:
 
 
 @functools.lru_cache(maxsize=4)
-def batch_chain(config: Config, *, batch_size: int) -> BatchChain:
+def batch_chain(config: Config, choice: Choice, *, batch_size: int) -> BatchChain:
     """Makes the chain of a run; the same one, already compiled, when it is asked for again.
 
     Args:
       config: of the run.
+      choice: of the sampler.
       batch_size: see `BatchChain`.
     """
-    return BatchChain(make_ancestral(config), _image_shape(config), batch_size=batch_size)
+    return BatchChain(
+        make_chain(config, choice),
+        image_shape(config),
+        batch_size=batch_size,
+        labels_of=functools.partial(labels_of, config, choice),
+    )
 
 
 def whole_batch(batch_size: int) -> int:
@@ -144,39 +162,17 @@ def whole_batch(batch_size: int) -> int:
     return math.ceil(batch_size / devices) * devices
 
 
-def make_ancestral(config: Config) -> MakeSampler:
-    """Makes the rule of a run's chain, Algorithm 2, from its configuration."""
-    unet, schedule, diffusion = build_unet(config), build_schedule(config), config.diffusion
-
-    def make_sampler(params: Params) -> Sampler:
-        def predict(x_t: Array, t: Array) -> Array:
-            return typing.cast(Array, unet.apply({"params": params}, x_t, t))
-
-        return ancestral(
-            schedule,
-            predict,
-            prediction=diffusion.prediction,
-            variance=diffusion.variance,
-            clip_x0=diffusion.clip_x0,
-        )
-
-    return make_sampler
-
-
-def describe_job(config: Config, params: Params, *, checkpoint: int, seed: int) -> dict[str, Any]:
+def describe_job(job: "Job") -> dict[str, Any]:
     """Says all that the images of a job depend on, so that two jobs are the same if these are.
 
     Args:
-      config: of the run.
-      params: the weights; a checksum of them tells two runs of one configuration apart.
-      checkpoint: the training step that they are of.
-      seed: of the job.
+      job: a checksum of its weights tells two runs of one configuration apart.
 
     Returns:
       names and values, of the kinds that JSON has.
     """
-    checksum = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    config, checksum = job.config, 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(job.params):
         checksum = zlib.crc32(jax.tree_util.keystr(path).encode(), checksum)
         checksum = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data, checksum)
     sections: dict[str, Any] = {"diffusion": config.diffusion, "model": config.model}
@@ -186,11 +182,11 @@ def describe_job(config: Config, params: Params, *, checkpoint: int, seed: int) 
         for name, value in dataclasses.asdict(values).items()
     }
     description = {
-        "seed": seed,
-        "checkpoint": checkpoint,
+        "seed": job.seed,
+        "checkpoint": job.checkpoint,
         "weights": f"{checksum:08x}",
         "image": (config.data.height, config.data.width, config.data.channels),
-        "sampler": "ancestral",
+        **dataclasses.asdict(job.choice),
         **fields,
         "train.precision": config.train.precision,
         "train.matmul_precision": config.train.matmul_precision,
@@ -209,18 +205,22 @@ class Job(typing.NamedTuple):
     """The training step that they are of."""
     seed: int
     """From it and its index comes an image."""
+    choice: Choice = _ALGORITHM_2
+    """Of the sampler."""
 
 
-def load_job(run: Path, *, seed: int, step: int | None = None) -> Job:
+def load_job(run: Path, *, seed: int, step: int | None = None, choice: Choice = _ALGORITHM_2) -> Job:
     """Loads what a job needs from a run's folder.
 
     Args:
       run: the folder.
       seed: of the job.
+      choice: of the sampler; Algorithm 2 if not given.
       step: which checkpoint; the newest that is whole if None.
 
     Raises:
-      UserError: the folder is not there or no run's, or has no such checkpoint, or the seed is out of range.
+      UserError: the folder is not there or no run's, or has no such checkpoint, the seed is out of range, or the run
+        cannot be sampled so.
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed must be in [0, 2^32), not {seed}")
@@ -229,13 +229,20 @@ def load_job(run: Path, *, seed: int, step: int | None = None) -> Job:
     if not (run / "config.json").is_file():
         raise UserError(f"{run} is not the folder of a run: it has no config.json")
     config = read_config(run / "config.json")
+    make_chain(config, choice)  # refuses what cannot be, before the weights are read
     checkpoint, params = load_ema(run, step=step, warn=say)
-    return Job(config, params, checkpoint, seed)
+    return Job(config, params, checkpoint, seed, choice)
 
 
 def default_folder(run: Path, job: Job) -> Path:
     """Names the folder of a job in the folder of its run."""
-    return run / "samples" / f"checkpoint_{job.checkpoint}_seed_{job.seed}"
+    default = Choice()
+    chosen = [
+        f"_{name}_{'-'.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for name, value in dataclasses.asdict(job.choice).items()
+        if value != getattr(default, name)
+    ]
+    return run / "samples" / f"checkpoint_{job.checkpoint}_seed_{job.seed}{''.join(chosen)}"
 
 
 def check_request(job: Job, *, number: int, batch_size: int, format: Format, columns: int | None) -> None:
@@ -250,7 +257,7 @@ def check_request(job: Job, *, number: int, batch_size: int, format: Format, col
     data = job.config.data
     if format != "npz":
         try:
-            pictures.check_channels(_image_shape(job.config)[-1])
+            pictures.check_channels(image_shape(job.config)[-1])
         except UserError as error:
             raise UserError(f"--format {format}: {error} (--format npz)") from error
     if format in ("grid", "gif"):
@@ -290,8 +297,8 @@ def run_job(job: Job, out: Path, *, number: int, batch_size: int, format: Format
     # Not cut to what is missing: the same batches give the same bits, also after an interruption.
     batch_size = whole_batch(min(batch_size, number))
     with claimed(out):
-        _check_same(out / "job.json", describe_job(job.config, job.params, checkpoint=job.checkpoint, seed=job.seed))
-        stored = StoredImages(out, _image_shape(job.config))
+        _check_same(out / "job.json", describe_job(job))
+        stored = StoredImages(out, image_shape(job.config))
         try:
             if format == "gif":
                 return _show_gif(job, out, stored, number=number, batch_size=batch_size, columns=columns)
@@ -318,13 +325,6 @@ def run_job(job: Job, out: Path, *, number: int, batch_size: int, format: Format
                 return _show_each(out / "images", stored, number)
             case _:
                 typing.assert_never(format)
-
-
-def _image_shape(config: Config) -> tuple[int, int, int]:
-    data = config.data
-    if data.channels is None:
-        raise UserError("the run's config.json does not say how many channels its images have: set data.channels there")
-    return data.height, data.width, data.channels
 
 
 def _check_same(file: Path, description: dict[str, Any]) -> None:
@@ -355,9 +355,9 @@ def _draw(
     number = sum(stop - first for first, stop in missing)
     precision = job.config.train.matmul_precision
     with jax.default_matmul_precision(None if precision == "default" else precision):
-        chain = batch_chain(job.config, batch_size=batch_size)
+        chain = batch_chain(job.config, job.choice, batch_size=batch_size)
         key, params = jax.random.key(job.seed), chain.place(job.params)
-        total = len(missing) * job.config.diffusion.num_steps
+        total = len(missing) * chain.num_steps
         with Progress(total, description=f"sampling {number} images") as progress:
             for first, stop in missing:
                 looks: list[Array] = []
@@ -390,10 +390,10 @@ def _show_gif(job: Job, out: Path, stored: StoredImages, *, number: int, batch_s
     if path.exists() and _comment(path) == comment:
         say(f"the reverse process of the {number} images was there already")
         return path
-    num_steps = job.config.diffusion.num_steps
+    num_steps = batch_chain(job.config, job.choice, batch_size=batch_size).num_steps
     longest = math.ceil(num_steps / _GIF_FRAMES)
     frames = 1 + len(cut(num_steps, longest=longest))
-    parts = Parts(out / "frames", (frames, *_image_shape(job.config)))
+    parts = Parts(out / "frames", (frames, *image_shape(job.config)))
     missing = missing_ranges(parts.files(), number, longest=batch_size)
     for first, looks in _draw(job, missing, batch_size=batch_size, longest=longest, every_look=True):
         stored.save(first, looks[-1])

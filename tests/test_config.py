@@ -334,6 +334,7 @@ def test_what_shapes_no_number_of_a_step_is_free():
         "log.every",
         "log.samples_every",
         "log.num_samples",
+        "log.sample_steps",
     }
 
 

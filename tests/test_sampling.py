@@ -15,11 +15,12 @@ from hypothesis import given
 from PIL import Image
 
 from ddpm_jax import pictures, sampling
+from ddpm_jax.chains import Choice, make_chain
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, build_unet, save_config
 from ddpm_jax.data.pipeline import to_uint8
 from ddpm_jax.errors import UserError
 from ddpm_jax.samplers import ancestral, sample
-from ddpm_jax.sampling import BatchChain, Job, cut, load_job, make_ancestral, run_job
+from ddpm_jax.sampling import BatchChain, Job, cut, load_job, run_job
 from ddpm_jax.schedules import make_schedule
 from ddpm_jax.stored_images import StoredImages
 from ddpm_jax.training.checkpoints import Checkpoints
@@ -58,7 +59,7 @@ def expected(job):
 
     @jax.jit
     def draw(params):
-        return sample(jax.random.key(job.seed), make_ancestral(job.config)(params), (40, *SHAPE))
+        return sample(jax.random.key(job.seed), make_chain(job.config, Choice())(params, None), (40, *SHAPE))
 
     images = np.asarray(to_uint8(draw(job.params)))
     assert images.std() > 20
@@ -126,7 +127,7 @@ def test_an_image_is_the_same_in_any_batch(job, expected, tmp_path, batch_size):
 
 
 def test_looking_at_the_chain_does_not_change_it(job):
-    chain = BatchChain(make_ancestral(job.config), SHAPE, batch_size=8)
+    chain = BatchChain(make_chain(job.config, Choice()), SHAPE, batch_size=8)
     key, params = jax.random.key(0), chain.place(job.params)
     looks = {longest: list(chain.draw(key, params, 0, longest=longest)) for longest in (1, 5, 50)}
     assert [[done for done, _ in look] for look in looks.values()] == [list(range(11)), [0, 5, 10], [0, 10]]
@@ -145,7 +146,7 @@ def test_one_program_serves_every_seed_checkpoint_and_place():
         return params * x_t
 
     chain = BatchChain(
-        lambda params: ancestral(schedule, lambda x_t, t: network(params, x_t, t)), (2, 2, 1), batch_size=8
+        lambda params, labels: ancestral(schedule, lambda x_t, t: network(params, x_t, t)), (2, 2, 1), batch_size=8
     )
     ends = []
     for seed, weight, first in [(0, 0.1, 0), (1, 0.1, 0), (0, 0.9, 0), (0, 0.1, 8)]:
@@ -157,7 +158,7 @@ def test_one_program_serves_every_seed_checkpoint_and_place():
 
 
 def test_a_batch_lies_on_all_devices(job):
-    chain = BatchChain(make_ancestral(job.config), SHAPE, batch_size=16)
+    chain = BatchChain(make_chain(job.config, Choice()), SHAPE, batch_size=16)
     for _, images in chain.draw(jax.random.key(0), chain.place(job.params), 0):
         assert {shard.data.shape for shard in images.addressable_shards} == {(2, *SHAPE)}
         assert len(images.sharding.device_set) == 8

@@ -6,8 +6,7 @@ import math
 import os
 import signal
 import time
-import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -16,19 +15,28 @@ import numpy as np
 from jax import Array
 
 from ddpm_jax import pictures
-from ddpm_jax.config import Config, build_schedule, build_unet, differences, read_config, save_config
+from ddpm_jax.chains import Choice, labels_of, make_chain
+from ddpm_jax.config import (
+    Config,
+    build_schedule,
+    build_unet,
+    differences,
+    image_shape,
+    read_config,
+    save_config,
+)
 from ddpm_jax.data.pipeline import batches, to_uint8
 from ddpm_jax.data.sources import Source, load_source
 from ddpm_jax.errors import Stopped, UserError
 from ddpm_jax.files import claimed
 from ddpm_jax.progress import Progress, say
-from ddpm_jax.samplers import ancestral, sample
+from ddpm_jax.samplers import sample
 from ddpm_jax.times import make_time_sampler
 from ddpm_jax.training.checkpoints import Checkpoints
 from ddpm_jax.training.metrics import append_line, read_lines, rewind
 from ddpm_jax.training.objective import make_objective
 from ddpm_jax.training.parallel import make_layout
-from ddpm_jax.training.state import TrainState, init_state, learning_rate, make_optimizer
+from ddpm_jax.training.state import Params, TrainState, init_state, learning_rate, make_optimizer
 from ddpm_jax.training.step import StepInfo, make_training_step
 
 # The uses of the run's seed.
@@ -90,7 +98,7 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
         )
 
     training_step = layout.lift(make_step)
-    draw = _make_draw(config, source, samples_key)
+    draw = _make_draw(config, samples_key)
     metrics_file, timing_file = run / "metrics.jsonl", run / "timing.jsonl"
 
     with Checkpoints(run, keep=config.checkpoints.keep, warn=say) as checkpoints:
@@ -201,26 +209,16 @@ def _check_labels(config: Config, source: Source) -> None:
         )
 
 
-def _make_draw(config: Config, source: Source, key: Array):
-    """Makes the function from averaged parameters to images: always the same latents, so that progress shows."""
-    unet, schedule = build_unet(config), build_schedule(config)
-    diffusion, classes = config.diffusion, config.model.num_classes
-    # Of a conditional network each class in turn.
-    labels = jnp.arange(config.log.num_samples) % classes if classes else None
+def _make_draw(config: Config, key: Array) -> Callable[[Params], np.ndarray]:
+    """Makes the function from averaged parameters to a grid's images, always of the same latents."""
+    steps, number = config.log.sample_steps, config.log.num_samples
+    choice = Choice(sampler="ddim", steps=steps) if steps else Choice()
+    make = make_chain(config, choice)
 
     @jax.jit
-    def draw(ema, key: Array) -> Array:
-        def predict(x_t: Array, t: Array) -> Array:
-            return typing.cast(Array, unet.apply({"params": ema}, x_t, t, labels))
-
-        sampler = ancestral(
-            schedule,
-            predict,
-            prediction=diffusion.prediction,
-            variance=diffusion.variance,
-            clip_x0=diffusion.clip_x0,
-        )
-        return to_uint8(sample(key, sampler, (config.log.num_samples, *source.image_shape)))
+    def draw(ema: Params, key: Array) -> Array:
+        sampler = make(ema, labels_of(config, choice, jnp.arange(number)))
+        return to_uint8(sample(key, sampler, (number, *image_shape(config))))
 
     return lambda ema: np.asarray(draw(ema, key))
 

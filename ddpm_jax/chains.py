@@ -1,0 +1,106 @@
+"""From a run's configuration and a choice of sampler to the chain that draws its images."""
+
+import dataclasses
+import typing
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array
+
+from ddpm_jax.config import Config, build_betas, build_unet
+from ddpm_jax.errors import UserError
+from ddpm_jax.guidance import guided
+from ddpm_jax.named_samplers import SamplerName, make_sampler
+from ddpm_jax.reverse import Predict, Variance
+from ddpm_jax.samplers import Sampler
+from ddpm_jax.unet import UNet
+
+Params = typing.Any
+"""A pytree of arrays: the parameters of a network."""
+
+MakeChain = Callable[[Params, Array | None], Sampler]
+"""(params, labels) to the sampler of images with these labels, (B,) int32; None for an unconditional run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How images are drawn from a network that is there."""
+
+    sampler: SamplerName = "ancestral"
+    """Algorithm 2 of the paper, or a sampler for fewer steps."""
+    steps: int | None = None
+    """Steps of the chain; all T of the schedule if not given."""
+    spacing: str = "linspace"
+    """Which times a shorter chain visits: linspace, leading, trailing, quadratic, log_snr, or sections ("10,20,30")."""
+    eta: float | None = None
+    """Share of the noise in DDIM, 0 to 1; 0 if not given."""
+    guidance: float = 0.0
+    """w of classifier-free guidance: (1 + w) eps(x, label) - w eps(x); 0: none."""
+    labels: tuple[int, ...] = ()
+    """Labels of the images of a conditional run, one after the other and again from the first; all classes if none."""
+
+
+def labels_of(config: Config, choice: Choice, indices: Array) -> Array | None:
+    """Gives the labels of a job's images by their indices, (B,) to (B,) int32; None for an unconditional run."""
+    if not config.model.num_classes:
+        return None
+    labels = jnp.asarray(choice.labels or range(config.model.num_classes), jnp.int32)
+    return labels[indices % len(labels)]
+
+
+def make_chain(config: Config, choice: Choice) -> MakeChain:
+    """Makes the rule of a run's chain.
+
+    Args:
+      config: of the run.
+      choice: of the sampler.
+
+    Returns:
+      the function from parameters and labels to the sampler, to be called where they are traced.
+
+    Raises:
+      UserError: labels or guidance for a run without classes, a label that is none, or what `make_sampler` refuses.
+    """
+    classes = config.model.num_classes
+    if not classes and (choice.labels or choice.guidance):
+        asked = "--labels" if choice.labels else "--guidance"
+        raise UserError(f"{asked}: this run is unconditional (model.num_classes is 0), it knows no labels")
+    for label in choice.labels:
+        if not 0 <= label < classes:
+            raise UserError(f"--labels {label}: the run's classes are 0 to {classes - 1}")
+    if not 0 <= choice.guidance < float("inf"):
+        raise UserError(f"--guidance {choice.guidance} must be at least 0")
+    unet, betas, diffusion = build_unet(config), build_betas(config), config.diffusion
+
+    def make(params: Params, labels: Array | None) -> Sampler:
+        predict = network(unet, params, labels, guidance=choice.guidance, variance=diffusion.variance)
+        return make_sampler(
+            choice.sampler,
+            betas,
+            predict,
+            num_steps=choice.steps,
+            spacing=choice.spacing,
+            eta=choice.eta,
+            prediction=diffusion.prediction,
+            variance=diffusion.variance,
+            clip_x0=diffusion.clip_x0,
+        )
+
+    try:
+        make(None, None if not classes else jnp.zeros(1, jnp.int32))  # the network is not asked yet
+    except ValueError as error:
+        raise UserError(f"{error}") from error
+    return make
+
+
+def network(
+    unet: UNet, params: Params, labels: Array | None, *, guidance: float = 0.0, variance: Variance = "fixed_large"
+) -> Predict:
+    """Makes the network as the samplers see it, from parameters, and labels where it is conditional."""
+
+    def predict(x_t: Array, t: Array, labels: Array | None = None) -> Array:
+        return typing.cast(Array, unet.apply({"params": params}, x_t, t, labels))
+
+    if labels is None:
+        return predict
+    return guided(predict, labels, null_label=unet.num_classes, guidance=guidance, variance=variance)
