@@ -211,6 +211,6 @@ def make_schedule(name: ScheduleName, num_steps: int, *, beta_start: float = 1e-
 
     >>> schedule = make_schedule("linear", 1000)
     >>> schedule.alphas_bar[999]                                # L_T is close to 0
-    Array(4.03583e-05, dtype=float32)
+    Array(4.0358296e-05, dtype=float32)
     """
     return schedule_from_betas(make_betas(name, num_steps, beta_start=beta_start, beta_end=beta_end))
