@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 
 from ddpm_jax.forward import per_image
+from ddpm_jax.respacing import check_prediction
 from ddpm_jax.reverse import Predict, Prediction, Variance, from_x0, predict_eps, predict_x0, split_output
 from ddpm_jax.samplers import Chain, Sampler, StepInfo, step_noise
 from ddpm_jax.schedules import Schedule
@@ -60,12 +61,13 @@ def ddim(
       a `Sampler` of as many steps as the schedule has.
 
     Raises:
-      ValueError: `eta` is outside [0, 1].
+      ValueError: `eta` is outside [0, 1], or "mean" is predicted on a schedule that skips times.
 
     Song et al. 2021, eqs. 12 and 16.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta={eta} is outside [0, 1]: 0 is deterministic, 1 adds the noise of the ancestral chain")
+    check_prediction(schedule, prediction)
 
     def step(keys: Array, state: Chain, k: Array) -> tuple[Chain, StepInfo]:
         time = schedule.num_steps - 1 - k
@@ -116,8 +118,12 @@ def ddim_inversion(
     Returns:
       a `Sampler` of as many steps as the schedule has; its times rise.
 
+    Raises:
+      ValueError: "mean" is predicted on a schedule that skips times.
+
     Song et al. 2021, sec. 4.3 and eq. 14.
     """
+    check_prediction(schedule, prediction)
 
     def step(keys: Array, state: Chain, k: Array) -> tuple[Chain, StepInfo]:
         del keys  # nothing is drawn

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ddpm_jax.reverse import Prediction
 from ddpm_jax.schedules import Schedule, schedule_from_betas
 
 Spacing = typing.Literal["linspace", "leading", "trailing", "quadratic", "log_snr"]
@@ -80,6 +81,22 @@ def respace(betas: ArrayLike, times: ArrayLike) -> Schedule:
     # The tables are data also where a sampler is made inside a function that is traced.
     with jax.ensure_compile_time_eval():
         return schedule_from_betas(respaced_betas(betas, times), times=times)
+
+
+def check_prediction(schedule: Schedule, prediction: Prediction) -> None:
+    """Refuses the mean of x_{t-1} as a prediction where x_{t-1} is not what the next step goes to.
+
+    Args:
+      schedule: tables of the chain's steps; one that is traced cannot be checked.
+      prediction: what the network's output means.
+
+    Raises:
+      ValueError: the network predicts the mean of x_{t-1} and the schedule skips times.
+    """
+    if prediction != "mean" or isinstance(schedule.times, jax.core.Tracer):
+        return
+    if (np.asarray(schedule.times) != np.arange(schedule.num_steps)).any():
+        raise ValueError("the mean of x_{t-1} is of single steps: a chain that skips some needs eps, x0 or v")
 
 
 def _check_count(num_times: int, num_steps: int) -> None:

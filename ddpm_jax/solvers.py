@@ -10,9 +10,10 @@ signal to noise, :math:`\lambda = \log(\alpha / \sigma)`, the ODE of the diffusi
 of the last steps, so that each step costs one evaluation of the network. All that depends on the schedule is worked
 out in float64 when the sampler is made; a step is a weighted sum of a few images.
 
->>> from ddpm_jax.respacing import evenly_spaced, respace
+>>> from ddpm_jax.respacing import evenly_spaced_in_log_snr, respace
 >>> from ddpm_jax.schedules import make_betas
->>> schedule = respace(make_betas("linear", 1000), evenly_spaced(1000, 10))
+>>> betas = make_betas("linear", 1000)
+>>> schedule = respace(betas, evenly_spaced_in_log_snr(betas, 10))
 >>> nothing = lambda x_t, t: jnp.zeros_like(x_t)                         # a network that sees no noise
 >>> sample(jax.random.key(0), dpm_solver_pp_2m(schedule, nothing), (2, 4, 4, 1)).shape
 (2, 4, 4, 1)
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ddpm_jax.respacing import check_prediction
 from ddpm_jax.reverse import Predict, Prediction, Variance, predict_x0, split_output
 from ddpm_jax.samplers import Chain, Sampler, StepInfo, step_noise
 from ddpm_jax.schedules import Schedule
@@ -103,6 +105,7 @@ def _multistep(
     clip_x0: bool,
 ) -> Sampler:
     """Makes the sampler whose steps are the given weighted sums."""
+    check_prediction(schedule, prediction)
     remembered = combination.x0.shape[1] - 1 if correction is None else correction.x0.shape[1] - 1
     draws = bool(combination.noise.any())
 
@@ -164,6 +167,9 @@ def dpm_solver_pp_2m(
     Returns:
       a `Sampler` of as many steps as the schedule has.
 
+    Raises:
+      ValueError: "mean" is predicted on a schedule that skips times.
+
     Lu et al. 2022 (DPM-Solver++), Algorithm 2.
     """
     alpha, sigma, log_ratio = path(schedule)
@@ -199,6 +205,9 @@ def dpm_solver_pp_2m_sde(
 
     Returns:
       a `Sampler` of as many steps as the schedule has.
+
+    Raises:
+      ValueError: "mean" is predicted on a schedule that skips times.
 
     Lu et al. 2022 (DPM-Solver++), app. D.2 (SDE-DPM-Solver++(2M)).
     """
@@ -292,7 +301,7 @@ def unipc(
       a `Sampler` of as many steps as the schedule has.
 
     Raises:
-      ValueError: `order` is not 1, 2 or 3.
+      ValueError: `order` is not 1, 2 or 3, or "mean" is predicted on a schedule that skips times.
 
     Zhao et al. 2023, Algorithms 5 and 6.
     """
