@@ -7,11 +7,55 @@ from pathlib import Path
 
 import tyro
 
+from ddpm_jax.bound import Cdf
 from ddpm_jax.command import parse_options, run_script
 from ddpm_jax.config import nearest
 from ddpm_jax.errors import UserError
+from ddpm_jax.evaluation import bits
 from ddpm_jax.evaluation.quality import config_of, judge_file, summary
 from ddpm_jax.sampling import default_folder, load_job, run_job
+
+
+@dataclasses.dataclass(frozen=True)
+class LikelihoodOptions:
+    """What to count."""
+
+    run: tyro.conf.Positional[str]
+    """The run's folder, as train.py wrote it."""
+    split: str = "test"
+    """The part of the run's images: test, train or all; for TFDS any that it knows."""
+    num: int = 0
+    """How many of them, evenly over the part; 0: all."""
+    batch_size: int = 64
+    """Images at a time; no number depends on it."""
+    seed: int = 0
+    """From it, its index and the time comes the noise of each image."""
+    step: int | None = None
+    """The checkpoint of which training step; the newest if not given."""
+    sigma: bits.Sigma = "model"
+    """The variance of the reverse steps: the run's own, fixed_small, fixed_large, or the one that makes the bound
+    least, estimated from 512 training images (which are not counted then)."""
+    cdf: Cdf = "tanh"
+    """The normal distribution function of the decoder: the original's approximation, or the exact erf."""
+    out: str | None = None
+    """The job's folder; one in RUN/likelihood if not given."""
+
+
+def likelihood(arguments: Sequence[str]) -> None:
+    """Counts bits/dim of a set of images under the averaged weights: the bound, its terms, rate and distortion."""
+    options = parse_options(
+        LikelihoodOptions,
+        arguments,
+        description="Counts bits/dim (the variational bound) of a set of images; started again, it goes on. Pixels are "
+        "bins of 1/255 as for any 8-bit image, also where a set has fewer levels (the digits have 17): such numbers "
+        "compare with others of the same set alone.",
+    )
+    run = Path(options.run)
+    job = load_job(run, seed=options.seed, step=options.step)
+    request = bits.Request(options.split, options.num, options.sigma, options.cdf)
+    out = bits.default_folder(run, job, request) if options.out is None else Path(options.out)
+    print(bits.summary(bits.run_job(job, out, request, batch_size=options.batch_size)))
+    print(f"{out}: likelihood.json, terms.csv, rate_distortion.csv and their plots")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +95,7 @@ def quality(arguments: Sequence[str]) -> None:
     print(file.with_name("quality.json"))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"quality": quality}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"likelihood": likelihood, "quality": quality}
 
 
 def main() -> None:

@@ -1,0 +1,571 @@
+"""The likelihood job: what `evaluate.py likelihood` does. Bits/dim of a set of images, batch by batch, stopped and
+continued.
+
+The noise of an image at a time comes from the job's seed, the image's index in its split and the time alone, so that
+neither the batch size nor the devices nor an interruption shows.
+"""
+
+import csv
+import dataclasses
+import functools
+import io
+import json
+import math
+import re
+import typing
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from ddpm_jax import pictures
+from ddpm_jax.bound import Cdf
+from ddpm_jax.chains import network
+from ddpm_jax.config import Config, build_schedule, build_unet
+from ddpm_jax.data.pipeline import to_float
+from ddpm_jax.data.sources import Source, load_source, resolve
+from ddpm_jax.errors import UserError
+from ddpm_jax.files import claimed, write_whole
+from ddpm_jax.keys import image_keys
+from ddpm_jax.likelihood import Bound, bound_terms, optimal_log_variances, rate_distortion
+from ddpm_jax.progress import Progress, say
+from ddpm_jax.reverse import LEARNED_VARIANCES
+from ddpm_jax.sampling import Job, cut, describe_job
+from ddpm_jax.schedules import Schedule
+from ddpm_jax.stored_images import Range, missing_ranges
+from ddpm_jax.training.state import Params
+
+Sigma = typing.Literal["model", "fixed_small", "fixed_large", "optimal"]
+"""The variance of the reverse steps: the model's own, a fixed one, or the one that makes the bound least."""
+
+ESTIMATED_FROM = 512
+"""How many training images the optimal variances are estimated from; half of them where there are fewer than twice."""
+
+# So often the host looks: it costs about 1 % and shows progress.
+_STEPS_AT_ONCE = 50
+# The uses of the job's key.
+_EVALUATION, _ESTIMATION = 0, 1
+
+
+class Images(typing.NamedTuple):
+    """Which images are counted."""
+
+    source: Source
+    """The split."""
+    indices: np.ndarray
+    """(N,) those of it that are counted, rising."""
+
+
+class BatchBound:
+    """Computes the bound for batches of one size over some devices.
+
+    The parameters, the key and the variances are arguments of what is compiled: one program serves every seed, every
+    checkpoint and every fixed choice of variances.
+    """
+
+    def __init__(
+        self, config: Config, *, batch_size: int, cdf: Cdf = "tanh", devices: Sequence[jax.Device] | None = None
+    ):
+        """Makes the program.
+
+        Args:
+          config: of the run.
+          batch_size: images at a time, over all devices, >= 1; rounded up to a multiple of their number.
+          cdf: see `bound.decoder_log_likelihood`.
+          devices: those of this process if not given.
+        """
+        devices = jax.local_devices() if devices is None else list(devices)
+        mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+        everywhere, shared_out = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+        self.batch_size = math.ceil(batch_size / len(devices)) * len(devices)
+        self.num_steps = config.diffusion.num_steps
+        unet, schedule, diffusion = build_unet(config), build_schedule(config), config.diffusion
+
+        def advance(
+            params: Params,
+            key: Array,
+            log_variances: Array | None,
+            indices: Array,
+            pixels: Array,
+            labels: Array | None,
+            first: Array,
+            *,
+            num_steps: int,
+        ) -> Bound:
+            return bound_terms(
+                image_keys(key, indices),
+                schedule,
+                network(unet, params, labels, guidance=0.0, variance=diffusion.variance),
+                to_float(pixels),
+                first,
+                num_steps=num_steps,
+                prediction=diffusion.prediction,
+                variance=diffusion.variance,
+                clip_x0=diffusion.clip_x0,
+                cdf=cdf,
+                log_variances=log_variances,
+            )
+
+        self._conditional = config.model.num_classes > 0
+        self._precision = config.train.matmul_precision
+        self._everywhere, self._shared_out = everywhere, shared_out
+        self._advance = jax.jit(advance, static_argnames="num_steps")
+
+    def place(self, params: Params) -> Params:
+        """Copies parameters to every device."""
+        return jax.device_put(params, self._everywhere)
+
+    def __call__(
+        self,
+        params: Params,
+        key: Array,
+        source: Source,
+        indices: np.ndarray,
+        *,
+        log_variances: Array | None = None,
+        progress: Callable[[int], object] = lambda steps: None,
+    ) -> Bound:
+        """Computes the bound of some images of a split.
+
+        Args:
+          params: the network's parameters, as `place` gives them.
+          key: the job's key; image i of the split uses `fold_in(key, i)`.
+          source: the split.
+          indices: (B,) which images, B <= the batch size; the batch is filled up, and what fills it cut off again.
+          log_variances: (T,) instead of the model's.
+          progress: told how many more times are done.
+
+        Returns:
+          the bound on the host, over all T times.
+        """
+        filled = np.concatenate([indices, np.full(self.batch_size - len(indices), indices[-1])])
+        labels = source.labels[filled] if self._conditional and source.labels is not None else None
+        batch = (filled.astype(np.uint32), source.read(filled), labels)
+        placed = jax.device_put(batch, self._shared_out)
+        key, log_variances = jax.device_put((key, log_variances), self._everywhere)
+        parts = []
+        with jax.default_matmul_precision(None if self._precision == "default" else self._precision):
+            for first, length in cut(self.num_steps, longest=_STEPS_AT_ONCE):
+                bound = self._advance(params, key, log_variances, *placed, np.int32(first), num_steps=length)
+                parts.append(jax.tree.map(lambda numbers: np.asarray(numbers)[..., : len(indices)], bound))
+                progress(length)
+        joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Bound._fields}
+        return Bound(**{**joined, "prior": parts[0].prior})  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=4)
+def batch_bound(config: Config, *, batch_size: int, cdf: Cdf) -> BatchBound:
+    """Makes the program of a run; the same one, already compiled, when it is asked for again: see `BatchBound`."""
+    return BatchBound(config, batch_size=batch_size, cdf=cdf)
+
+
+class Sums(typing.NamedTuple):
+    """What is kept of a batch, in float64: enough for all that is reported."""
+
+    total: np.ndarray
+    """(B,) bits/dim of each image."""
+    prior: np.ndarray
+    """(B,) its part that is left at the end of the chain."""
+    decoder: np.ndarray
+    """(B,) its part at t = 0."""
+    first_moments: np.ndarray
+    """(3, T) sums over the images: of the terms, the squared errors of x_0, those of eps."""
+    second_moments: np.ndarray
+    """(3, T) sums of their squares."""
+
+
+def sums_of(bound: Bound) -> Sums:
+    """Reduces a batch's bound, over all T times, to what is kept of it."""
+    stacked = np.asarray([bound.terms, bound.x0_mse, bound.eps_mse], np.float64)
+    prior = np.asarray(bound.prior, np.float64)
+    return Sums(prior + stacked[0].sum(axis=0), prior, stacked[0, 0], stacked.sum(axis=2), (stacked**2).sum(axis=2))
+
+
+class _Batches:
+    """The batches of a job that are done, each a file in its folder."""
+
+    def __init__(self, folder: Path, num_steps: int):
+        self._folder, self._num_steps = folder, num_steps
+
+    def read(self) -> dict[Range, Sums]:
+        """Reads those that are whole; a damaged one counts as not done."""
+        found = {}
+        for path in sorted(self._folder.glob("*.npz")):
+            name = re.fullmatch(r"(\d+)-(\d+)\.npz", path.name)
+            if name is None:
+                continue
+            first, stop = int(name[1]), int(name[2])
+            size, moments = (stop - first,), (3, self._num_steps)
+            try:
+                with np.load(path) as arrays:
+                    sums = Sums(**{field: arrays[field] for field in Sums._fields})
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+                continue
+            if tuple(array.shape for array in sums) == (size, size, size, moments, moments):
+                found[first, stop] = sums
+        return found
+
+    def save(self, first: int, sums: Sums) -> None:
+        path = self._folder / f"{first:08d}-{first + len(sums.total):08d}.npz"
+        write_whole(path, lambda file: np.savez(file, **sums._asdict()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+    """The numbers of a finished job. Bits are bits/dim; errors are standard errors over the images."""
+
+    bits_per_dim: float
+    """The whole bound: rate and distortion together."""
+    standard_error: float | None
+    """Of the whole bound; None for a single image."""
+    prior_bits: float
+    """L_T, a part of the rate."""
+    rate_bits: float
+    """What it takes to send x_1: all but the decoder's term."""
+    distortion_bits: float
+    """The decoder's term, L_0."""
+    rmse: float
+    """Root mean squared error of the image that is predicted from x_1, in levels of 255."""
+    l_simple: float
+    """The paper's loss over these images, its mean over all times."""
+    images: int
+    """How many."""
+    dimensions: int
+    """Of an image."""
+
+
+class PerTime(typing.NamedTuple):
+    """Means over the images at each time, and their standard errors (nan for a single image), each (3, T)."""
+
+    means: np.ndarray
+    """Terms in bits/dim, squared errors of x_0, squared errors of eps."""
+    errors: np.ndarray
+    """The standard errors of these."""
+
+
+def _standard_error(first_moment: np.ndarray, second_moment: np.ndarray, number: int) -> np.ndarray:
+    if number < 2:
+        return np.full(np.shape(first_moment), np.nan)
+    variance = (second_moment - first_moment**2 / number) / (number - 1)
+    return np.sqrt(np.maximum(variance, 0) / number)
+
+
+def conclude(batches: Sequence[Sums], *, dimensions: int) -> tuple[Likelihood, PerTime]:
+    """Puts the batches of a job together.
+
+    Args:
+      batches: all of them.
+      dimensions: of an image.
+
+    Returns:
+      the numbers of the whole, and those of each time.
+    """
+    totals, priors, decoders = (np.concatenate([getattr(sums, name) for sums in batches]) for name in Sums._fields[:3])
+    first_moments = np.sum([sums.first_moments for sums in batches], axis=0)
+    second_moments = np.sum([sums.second_moments for sums in batches], axis=0)
+    number = len(totals)
+    per_time = PerTime(first_moments / number, _standard_error(first_moments, second_moments, number))
+    terms, x0_mse, eps_mse = per_time.means
+    curve = rate_distortion(terms, priors.mean(), x0_mse)
+    return (
+        Likelihood(
+            bits_per_dim=float(totals.mean()),
+            standard_error=float(totals.std(ddof=1) / math.sqrt(number)) if number > 1 else None,
+            prior_bits=float(priors.mean()),
+            rate_bits=float(curve.rate[-1]),
+            distortion_bits=float(decoders.mean()),
+            rmse=float(curve.distortion[-1]),
+            l_simple=float(eps_mse.mean()),
+            images=number,
+            dimensions=dimensions,
+        ),
+        per_time,
+    )
+
+
+# The job
+
+
+class Request(typing.NamedTuple):
+    """What was asked for."""
+
+    split: str
+    number: int
+    """How many images, evenly over the split; 0: all."""
+    sigma: Sigma
+    cdf: Cdf
+
+
+def default_folder(run: Path, job: Job, request: Request) -> Path:
+    """Names the folder of a job in the folder of its run."""
+    split = re.sub(r"[^\w.-]+", "_", request.split)
+    number = f"_num_{request.number}" if request.number else ""
+    cdf = "" if request.cdf == "tanh" else f"_{request.cdf}"
+    name = f"checkpoint_{job.checkpoint}_{split}{number}_{request.sigma}{cdf}_seed_{job.seed}"
+    return run / "likelihood" / name
+
+
+def run_job(job: Job, out: Path, request: Request, *, batch_size: int) -> Likelihood:
+    """Counts the bits of a set of images, and writes the tables and the plots.
+
+    Every batch is kept as it is done: started again after whatever stopped it, with any batch size, the job goes on.
+
+    Args:
+      job: the weights and the seed.
+      out: the job's folder; made if it is not there.
+      request: which images and which variance.
+      batch_size: images at a time, >= 1; rounded up to a multiple of the devices.
+
+    Returns:
+      the numbers; also in `likelihood.json`, those of each time in `terms.csv` and `terms.png`, the rate-distortion
+      curve in `rate_distortion.csv` and `.png`.
+
+    Raises:
+      UserError: there is no such split or not so many images, the folder holds another job, the network needs labels
+        that the images do not have, or the disk is full; nothing that was finished is lost.
+    """
+    if batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, not {batch_size}")
+    if out.exists() and not (out / "job.json").exists() and (not out.is_dir() or {*out.iterdir()} - {out / ".lock"}):
+        raise UserError(f"{out} is not empty and holds no likelihood job: give another --out")
+    estimated, images = _choose(job.config, request)
+    with claimed(out):
+        description = _describe(job, request, images, estimated)
+        _check_same(out / "job.json", description)
+        schedule = build_schedule(job.config)
+        batches = _Batches(out / "batches", schedule.num_steps)
+        missing = missing_ranges(batches.read(), len(images.indices), longest=batch_size)
+        bound_of = batch_bound(job.config, batch_size=batch_size, cdf=request.cdf)
+        params = bound_of.place(job.params)
+        try:
+            log_variances = _log_variances(job, request.sigma, schedule, bound_of, params, estimated, out)
+            key = jax.random.fold_in(jax.random.key(job.seed), _EVALUATION)
+            total = sum(math.ceil((stop - first) / bound_of.batch_size) for first, stop in missing)
+            with Progress(
+                total * schedule.num_steps, description=f"bits/dim of {len(images.indices)} images"
+            ) as progress:
+                for first, stop in missing:
+                    bound = bound_of(
+                        params,
+                        key,
+                        images.source,
+                        images.indices[first:stop],
+                        log_variances=log_variances,
+                        progress=progress.update,
+                    )
+                    batches.save(first, sums_of(bound))
+        except KeyboardInterrupt:
+            left = sum(stop - first for first, stop in missing_ranges(batches.read(), len(images.indices), longest=1))
+            say(f"{len(images.indices) - left} of {len(images.indices)} images are done: the same command goes on")
+            raise
+        done = batches.read()
+        if missing_ranges(done, len(images.indices), longest=1):
+            raise UserError(f"batches have gone from {out}: start the same command again")
+        likelihood, per_time = conclude(list(done.values()), dimensions=math.prod(images.source.image_shape))
+        if log_variances is None and job.config.diffusion.variance not in LEARNED_VARIANCES:
+            log_variances = _fixed(schedule, job.config.diffusion.variance)
+        _write(out, description, likelihood, per_time, log_variances)
+        return likelihood
+
+
+def _choose(config: Config, request: Request) -> tuple[Images | None, Images]:
+    """Finds the images that optimal variances are estimated from, and those that are counted."""
+    own = "train" if config.data.split == "all" else config.data.split
+    optimal = request.sigma == "optimal"
+    if optimal and request.split == "all":
+        raise UserError(
+            "--sigma optimal estimates the variances from training images, which are not counted then: "
+            "use --split train or --split test, not all"
+        )
+    source = _load(config, request.split)
+    indices, estimated = np.arange(source.num_examples), None
+    if optimal:
+        fitted = source if request.split == own else _load(config, own)
+        number = min(ESTIMATED_FROM, fitted.num_examples // 2)
+        estimated = Images(fitted, _evenly(np.arange(fitted.num_examples), number))
+        if request.split == own:
+            indices = np.setdiff1d(indices, estimated.indices)
+    if not 0 <= request.number <= len(indices):
+        raise UserError(f"--num must be in 0 (all) to {len(indices)}, the images of {source.name}: {request.number}")
+    if not len(indices) or (estimated is not None and not len(estimated.indices)):
+        raise UserError(f"{source.name} has too few images ({source.num_examples})")
+    return estimated, Images(source, _evenly(indices, request.number or len(indices)))
+
+
+def _evenly(indices: np.ndarray, number: int) -> np.ndarray:
+    return indices[np.arange(number) * len(indices) // number] if number else indices[:0]
+
+
+def _load(config: Config, split: str) -> Source:
+    source = load_source(resolve(dataclasses.replace(config.data, split=split)))
+    check_labels(config, source)
+    return source
+
+
+def check_labels(config: Config, source: Source) -> None:
+    """Checks that a conditional network can be told the classes of the images.
+
+    Raises:
+      UserError: they have no labels, or labels that the network does not know.
+    """
+    if not config.model.num_classes:
+        return
+    if source.labels is None:
+        raise UserError(f"the network is told the class of an image, and {source.name} has no labels")
+    if int(source.labels.max()) >= config.model.num_classes:
+        raise UserError(
+            f"the network knows {config.model.num_classes} classes, and {source.name} has a label {source.labels.max()}"
+        )
+
+
+def _fixed(schedule: Schedule, name: str) -> Array:
+    return {
+        "fixed_small": schedule.posterior_log_variance_clipped,
+        "fixed_large": schedule.fixed_large_log_variance,
+    }[name]
+
+
+def _log_variances(
+    job: Job,
+    sigma: Sigma,
+    schedule: Schedule,
+    bound_of: BatchBound,
+    params: Params,
+    estimated: Images | None,
+    out: Path,
+) -> Array | None:
+    """Gives the variances that replace the model's; estimates the optimal ones, once."""
+    if sigma == "model":
+        return None
+    if estimated is None:
+        return _fixed(schedule, sigma)
+    file = out / "optimal_log_variances.npy"
+    if file.exists():
+        try:
+            found = np.load(file)
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{file} is damaged: remove it, and it is estimated anew") from error
+        return jnp.asarray(found, jnp.float32)
+    key = jax.random.fold_in(jax.random.key(job.seed), _ESTIMATION)
+    number = len(estimated.indices)
+    first_indices = range(0, number, bound_of.batch_size)
+    squared_errors = np.zeros(schedule.num_steps)
+    with Progress(
+        len(first_indices) * schedule.num_steps, description=f"estimating variances from {number} images"
+    ) as progress:
+        for first in first_indices:
+            # Any variances do: the same program then serves the evaluation.
+            bound = bound_of(
+                params,
+                key,
+                estimated.source,
+                estimated.indices[first : first + bound_of.batch_size],
+                log_variances=schedule.fixed_large_log_variance,
+                progress=progress.update,
+            )
+            squared_errors += np.asarray(_mse_of_mean(job.config, bound), np.float64).sum(axis=1)
+    log_variances = optimal_log_variances(schedule, squared_errors / number)
+    write_whole(file, lambda opened: np.save(opened, np.asarray(log_variances)))
+    return log_variances
+
+
+def _mse_of_mean(config: Config, bound: Bound) -> Array:
+    """The error of the x_0 that the mean of x_{t-1} is made from."""
+    if config.diffusion.prediction != "mean":
+        return bound.x0_mse
+    # A predicted mean is used as it is; clipped is only the x_0 that is reported.
+    schedule = build_schedule(config)
+    return bound.eps_mse * (schedule.sqrt_recip_alphas_bar_minus_one**2)[:, None]
+
+
+def _describe(job: Job, request: Request, images: Images, estimated: Images | None) -> dict[str, Any]:
+    """Says all that the numbers of a job depend on."""
+    description = describe_job(job)
+    description.pop("sampler", None)
+    return {
+        **description,
+        "data.source": job.config.data.source,
+        "data.path": job.config.data.path,
+        "split": request.split,
+        "images": len(images.indices),
+        "sigma": request.sigma,
+        "variances estimated from": None if estimated is None else len(estimated.indices),
+        "cdf": request.cdf,
+        "conditional": job.config.model.num_classes > 0,
+    }
+
+
+def _check_same(file: Path, description: dict[str, Any]) -> None:
+    """Writes what the job is into its folder, or holds it against what is there."""
+    if not file.exists():
+        text = json.dumps(description, indent=2) + "\n"
+        write_whole(file, lambda opened: opened.write(text.encode()))
+        return
+    try:
+        there = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is damaged: give another --out, or remove {file.parent}") from error
+    different = [
+        f"{name} is {there.get(name)} there and {description.get(name)} here"
+        for name in dict.fromkeys([*description, *there])
+        if there.get(name) != description.get(name)
+    ]
+    if different:
+        raise UserError(f"{file.parent} holds another job ({'; '.join(different)}): give another --out, or remove it")
+
+
+def _write(
+    out: Path, description: dict[str, Any], likelihood: Likelihood, per_time: PerTime, log_variances: Array | None
+) -> None:
+    text = json.dumps({**dataclasses.asdict(likelihood), "job": description}, indent=2) + "\n"
+    write_whole(out / "likelihood.json", lambda file: file.write(text.encode()))
+    (terms, x0_mse, eps_mse), (terms_error, x0_error, eps_error) = per_time.means, per_time.errors
+    rmse = 127.5 * np.sqrt(x0_mse)
+    # sqrt(m) varies by half as much as m, relatively.
+    rmse_error = 127.5 * x0_error / (2 * np.sqrt(np.maximum(x0_mse, np.finfo(np.float64).tiny)))
+    columns = {
+        "t": np.arange(len(terms)),
+        "bits": terms,
+        "bits_standard_error": terms_error,
+        "x0_rmse": rmse,
+        "x0_rmse_standard_error": rmse_error,
+        "eps_mse": eps_mse,
+        "eps_mse_standard_error": eps_error,
+    }
+    if log_variances is not None:
+        columns["log_variance"] = np.asarray(log_variances, np.float64)
+    _write_csv(out / "terms.csv", columns)
+    pictures.plot_terms(out / "terms.png", terms, terms_error)
+    curve = rate_distortion(terms, likelihood.prior_bits, x0_mse)
+    _write_csv(
+        out / "rate_distortion.csv",
+        {"reverse_time": curve.reverse_time, "rate_bits": curve.rate, "rmse": curve.distortion},
+    )
+    pictures.plot_rate_distortion(out / "rate_distortion.png", curve.reverse_time, curve.rate, curve.distortion)
+
+
+def _write_csv(path: Path, columns: dict[str, np.ndarray]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row in zip(*columns.values(), strict=True):
+        writer.writerow([int(value) if isinstance(value, np.integer) else f"{value:.8g}" for value in row])
+    write_whole(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def summary(likelihood: Likelihood) -> str:
+    """Says it in three lines."""
+    error = "" if likelihood.standard_error is None else f" +- {likelihood.standard_error:.4f}"
+    return (
+        f"{likelihood.bits_per_dim:.4f}{error} bits/dim over {likelihood.images} images of {likelihood.dimensions} "
+        "dimensions\n"
+        f"rate {likelihood.rate_bits:.4f} (prior {likelihood.prior_bits:.2g}), distortion "
+        f"{likelihood.distortion_bits:.4f} bits/dim, RMSE {likelihood.rmse:.3f} of 255\n"
+        f"L_simple {likelihood.l_simple:.4f}"
+    )
