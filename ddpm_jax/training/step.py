@@ -158,7 +158,7 @@ def make_training_step(
         params = optax.apply_updates(state.params, updates)
         ema = update_ema(state.ema, params, state.step, decay=ema_decay)
         memory = times.update(state.times, whole_batch(t), whole_batch(losses))
-        info = StepInfo(loss, optax.global_norm(gradient), optax.global_norm(params))
+        info = StepInfo(loss, optax.tree.norm(gradient), optax.tree.norm(params))
         return TrainState(state.step + 1, params, ema, opt_state, memory), info
 
     return training_step

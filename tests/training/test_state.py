@@ -1,0 +1,99 @@
+"""The state of a run and its optimiser: the paper's learning rate, clipping and Adam."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ddpm_jax.config import TrainConfig
+from ddpm_jax.training.state import init_params, learning_rate, make_optimizer
+
+PARAMS = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[0.5]])}
+
+
+def steps_of(optimizer, gradients):
+    """The updates that an optimiser makes of a row of gradients."""
+    state, updates = optimizer.init(PARAMS), []
+    for gradient in gradients:
+        update, state = optimizer.update(gradient, state, PARAMS)
+        updates.append(update)
+    return updates
+
+
+def scaled(factor):
+    return jax.tree.map(lambda leaf: factor * leaf, {"a": jnp.array([0.48, -0.36]), "b": jnp.array([[0.8]])})
+
+
+class TestLearningRate:
+    @pytest.mark.parametrize(
+        ("update", "rate"), [(0, 0.0), (1, 4e-8), (2500, 1e-4), (5000, 2e-4), (5001, 2e-4), (800_000, 2e-4)]
+    )
+    def test_is_the_papers(self, update, rate):
+        np.testing.assert_allclose(learning_rate(TrainConfig())(update), rate, atol=2e-11)  # an ulp of 2e-4
+
+    def test_without_warmup_is_whole_from_the_start(self):
+        assert learning_rate(TrainConfig(warmup=0))(0) == 2e-4
+
+    @given(warmup=st.integers(1, 10_000), update=st.integers(0, 20_000))
+    def test_rises_evenly_then_stays(self, warmup, update):
+        rate = learning_rate(TrainConfig(warmup=warmup, learning_rate=1e-3))(update)
+        np.testing.assert_allclose(rate, 1e-3 * min(update / warmup, 1), rtol=1e-5, atol=1e-12)
+
+
+class TestOptimizer:
+    def test_is_adam_by_hand(self, training):
+        config = TrainConfig(learning_rate=1e-2, warmup=4, grad_clip=0)
+        values = [0.7, -0.2, 0.4, 0.1, 0.9, -0.3]
+        updates = steps_of(training.lenient(make_optimizer(config)), [scaled(value) for value in values])
+        mean = variance = 0.0
+        for k, (value, update) in enumerate(zip(values, updates, strict=True)):
+            gradient = 0.48 * value
+            mean, variance = 0.9 * mean + 0.1 * gradient, 0.999 * variance + 0.001 * gradient**2
+            corrected = mean / (1 - 0.9 ** (k + 1)), variance / (1 - 0.999 ** (k + 1))
+            expected = -1e-2 * min(k / 4, 1) * corrected[0] / (np.sqrt(corrected[1]) + 1e-8)
+            np.testing.assert_allclose(update["a"][0], expected, rtol=1e-4, atol=1e-12)
+
+    def test_first_update_changes_nothing(self, training):
+        (update,) = steps_of(training.paper_optimizer(), [scaled(1.0)])
+        chex.assert_trees_all_equal(update, jax.tree.map(jnp.zeros_like, PARAMS))
+
+    @pytest.mark.parametrize(("clip", "size", "left"), [(1.0, 10.0, 1.0), (1.0, 0.5, 0.5), (0.25, 1.0, 0.25)])
+    def test_clips_the_norm_of_all_together(self, training, clip, size, left):
+        assert np.isclose(optax.tree.norm(scaled(size)), size)
+        sizes, expected = [size, 0.1], [left, 0.1]  # Adam forgets the size of a single gradient, not of two
+        config = TrainConfig(warmup=0, grad_clip=clip)
+        clipped = steps_of(training.lenient(make_optimizer(config)), [scaled(value) for value in sizes])
+        adam = steps_of(training.adam(2e-4), [scaled(value) for value in expected])
+        chex.assert_trees_all_close(clipped, adam, rtol=1e-5)
+
+    def test_does_not_clip_at_0(self, training):
+        config = TrainConfig(warmup=0, grad_clip=0)
+        free = steps_of(training.lenient(make_optimizer(config)), [scaled(100.0), scaled(0.1)])
+        adam = steps_of(training.adam(2e-4), [scaled(100.0), scaled(0.1)])
+        chex.assert_trees_all_close(free, adam, rtol=1e-6)
+
+
+class TestFirstState:
+    def test_average_is_the_parameters_and_its_own_copy(self, training):
+        state = training.state_of(jax.random.key(0), training.Linear(), optax.adam(1e-3))
+        chex.assert_trees_all_equal(state.ema, state.params)
+        assert state.step == 0
+        assert state.step.dtype == jnp.int32
+        buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((state.params, state.ema))]
+        assert len(set(buffers)) == len(buffers)  # or the state could not be donated
+
+    def test_follows_from_the_key(self):
+        class Dense(nn.Module):
+            @nn.compact
+            def __call__(self, x, t):
+                return nn.Dense(3)(x)
+
+        make = jax.jit(lambda key: init_params(key, Dense(), (4, 4, 3))["Dense_0"])
+        first, again, other = (make(jax.random.key(seed)) for seed in (0, 0, 1))
+        chex.assert_trees_all_equal(first, again)
+        assert not np.array_equal(first["kernel"], other["kernel"])
