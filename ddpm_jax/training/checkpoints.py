@@ -8,7 +8,7 @@ flipped bit in a file is restored silently as wrong weights.
 import contextlib
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
-                items, notes = _restore(self._manager, step, _items(abstract))
+                items, notes = _restore(self._manager, step, _items(abstract), of=_ITEMS)
             except Damage as damage:
                 aside = self._set_aside(step)
                 self._warn(f"checkpoint {step} is damaged ({damage}): set aside as {aside}, using the one before it")
@@ -170,15 +170,15 @@ class Checkpoints:
 
 
 def _restore(
-    manager: ocp.CheckpointManager, step: int, abstract: dict[str, Any]
+    manager: ocp.CheckpointManager, step: int, abstract: dict[str, Any], *, of: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Restores some items of a step and holds every array against its checksum."""
+    """Restores the items `of` a step and holds every array against its checksum."""
     try:
         notes = manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))["notes"]
         saved = notes["leaves"]
     except Exception as error:
         raise Damage(f"its notes cannot be read: {_first_line(error)}") from error
-    _check_shapes(step, saved, abstract)
+    _check_shapes(step, saved, abstract, of=of)
     try:
         restores = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         restored = manager.restore(step, args=ocp.args.Composite(**restores))
@@ -191,10 +191,10 @@ def _restore(
     return items, {key: value for key, value in notes.items() if key != "leaves"}
 
 
-def _check_shapes(step: int, saved: dict[str, Any], abstract: dict[str, Any]) -> None:
+def _check_shapes(step: int, saved: dict[str, Any], abstract: dict[str, Any], *, of: Sequence[str]) -> None:
     # Before Orbax looks: it would cast another type silently.
     wanted = _leaves(abstract)
-    saved = {name: leaf for name, leaf in saved.items() if name.startswith(tuple(abstract))}
+    saved = {name: leaf for name, leaf in saved.items() if name.startswith(tuple(of))}
     for name in sorted({*wanted, *saved}):
         here = f"{tuple(wanted[name].shape)} {wanted[name].dtype}" if name in wanted else "absent"
         there = f"{tuple(saved[name]['shape'])} {saved[name]['dtype']}" if name in saved else "absent"
@@ -235,7 +235,7 @@ def load_ema(run: Path, *, step: int | None = None, warn: Warn) -> tuple[int, Pa
             raise UserError(f"{run} has no checkpoint of step {step}: there are {', '.join(map(str, sorted(steps)))}")
         for candidate in steps if step is None else [step]:
             try:
-                items, _ = _restore(manager, candidate, {"ema": _abstract_ema(manager, candidate)})
+                items, _ = _restore(manager, candidate, {"ema": _abstract_ema(manager, candidate)}, of=["ema"])
             except Damage as damage:
                 warn(f"checkpoint {candidate} is damaged ({damage})")
                 continue

@@ -1,0 +1,348 @@
+"""Checkpoints: what comes back is what was saved, or the user is told so."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ddpm_jax.errors import UserError
+from ddpm_jax.training.checkpoints import Checkpoints, load_ema
+from ddpm_jax.training.state import TrainState
+
+ITEMS = ("params", "ema", "optimizer", "times")
+
+
+def state_at(step, size=2048):
+    """A state of bits that no compression shortens, so that they can be found in the files."""
+    random = np.random.default_rng(step)
+    # Of all floats but infinities and NaN.
+    bits = lambda *shape: (random.integers(0, 2**32, shape, np.uint32) & np.uint32(0xBFFFFFFF)).view(np.float32)
+    return TrainState(
+        step=jnp.int32(step),
+        params={"conv": {"kernel": jnp.array(bits(size)), "bias": jnp.array(bits(2, 3))}},
+        ema={"conv": {"kernel": jnp.array(bits(size)), "bias": jnp.array(bits(2, 3))}},
+        opt_state=({"mu": jnp.array(bits(size)), "count": jnp.int32(step)},),
+        times={"losses": jnp.array(bits(size))},
+    )
+
+
+def abstract_of(state, sharding=None):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if sharding is None else sharding
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state)
+
+
+def save(run, *steps, keep=5, notes=None):
+    with Checkpoints(run, keep=keep, warn=pytest.fail) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, state_at(step), notes=notes or {"step": step})
+        checkpoints.wait()
+        return checkpoints.steps()
+
+
+def restore(run, abstract=None):
+    """What is restored, and the warnings."""
+    warnings = []
+    with Checkpoints(run, keep=5, warn=warnings.append) as checkpoints:
+        return checkpoints.restore(abstract_of(state_at(0)) if abstract is None else abstract), warnings
+
+
+def same_bits(a, b):
+    chex.assert_trees_all_equal_shapes_and_dtypes(a, b)
+    for here, there in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert np.asarray(here).tobytes() == np.asarray(there).tobytes()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    run = tmp_path_factory.mktemp("saved")
+    save(run, 10, 20)
+    return run
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def files_of(run, step, item):
+    return sorted(path for path in (run / "checkpoints" / str(step) / item).rglob("*") if path.is_file())
+
+
+def flip_a_bit_of(array, files):
+    """Flips one bit of an array where it lies in its file."""
+    words = np.asarray(array).tobytes()[1000:1032]
+    for file in files:
+        content = bytearray(file.read_bytes())
+        at = content.find(words)
+        if at >= 0:
+            content[at] ^= 4
+            file.write_bytes(content)
+            return
+    pytest.fail(f"the array is not found as it is in {files}")
+
+
+class TestSaved:
+    def test_comes_back_bit_by_bit(self, saved):
+        (state, notes), warnings = restore(saved)
+        same_bits(state, state_at(20))
+        assert (notes, warnings) == ({"step": 20}, [])
+
+    def test_nothing_saved_is_nothing_restored(self, tmp_path):
+        assert restore(tmp_path) == (None, [])
+
+    def test_only_the_newest_are_kept(self, tmp_path):
+        assert save(tmp_path, 1, 2, 3, 4, keep=2) == [3, 4]
+        assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
+
+    def test_notes_keep_every_digit(self, tmp_path):
+        numbers = [math.pi, 0.1, 5e-324, 1.7976931348623157e308, float(np.float32(0.1)), -0.0]
+        save(tmp_path, 1, notes={"window": [numbers, []]})
+        (_, notes), _ = restore(tmp_path)
+        assert [number.hex() for number in notes["window"][0]] == [number.hex() for number in numbers]
+        assert list(notes) == ["window"]
+
+    def test_a_step_that_is_there_is_not_saved_again(self, run):
+        before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+        with Checkpoints(run, keep=5, warn=pytest.fail) as checkpoints:
+            checkpoints.save(20, state_at(3), notes={})
+        same_bits(restore(run)[0][0], state_at(20))
+        assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+    def test_moves_from_eight_devices_to_one_and_back(self, tmp_path):
+        everywhere = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec())
+        with Checkpoints(tmp_path, keep=2, warn=pytest.fail) as checkpoints:
+            checkpoints.save(7, jax.device_put(state_at(7), everywhere), notes={})
+        for sharding in (None, everywhere):
+            (state, _), _ = restore(tmp_path, abstract_of(state_at(7), sharding))
+            same_bits(state, state_at(7))
+            devices = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)}
+            assert devices == {1 if sharding is None else 8}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of threads that Orbax leaves
+class TestDamaged:
+    @pytest.mark.parametrize(
+        ("item", "leaf", "name"),
+        [
+            ("params", lambda state: state.params["conv"]["kernel"], "params['conv']['kernel']"),
+            ("ema", lambda state: state.ema["conv"]["kernel"], "ema['conv']['kernel']"),
+            ("optimizer", lambda state: state.opt_state[0]["mu"], "optimizer[0]['mu']"),
+            ("times", lambda state: state.times["losses"], "times['losses']"),
+        ],
+    )
+    def test_one_flipped_bit_is_found_and_named(self, run, item, leaf, name):
+        flip_a_bit_of(leaf(state_at(20)), files_of(run, 20, item))
+        (state, notes), warnings = restore(run)
+        same_bits(state, state_at(10))
+        assert notes == {"step": 10}
+        (warning,) = warnings
+        assert f"checkpoint 20 is damaged (the checksum of {name} differs)" in warning
+        assert "damaged_20_0" in warning
+        # It is out of the way: the step can be trained and saved again.
+        assert save(run, 20) == [10, 20]
+        same_bits(restore(run)[0][0], state_at(20))
+        assert (run / "checkpoints" / "damaged_20_0").is_dir()
+
+    @pytest.mark.parametrize("item", [*ITEMS, "notes"])
+    @pytest.mark.parametrize("how", ["cut off", "deleted"])
+    def test_cut_off_and_deleted_files_are_passed_over(self, run, item, how):
+        for file in files_of(run, 20, item):
+            if how == "deleted":
+                file.unlink()
+            else:
+                os.truncate(file, file.stat().st_size // 2)
+        (state, _), warnings = restore(run)
+        same_bits(state, state_at(10))
+        (warning,) = warnings
+        assert warning.startswith("checkpoint 20 is damaged (")
+        assert len(warning.splitlines()) == 1
+
+    def test_no_flipped_bit_anywhere_gives_other_numbers(self, saved, tmp_path):
+        """Whichever byte of whichever file it is in, what is restored is a step that was saved, whole."""
+        random = np.random.default_rng(0)
+        files = [file for item in (*ITEMS, "notes") for file in files_of(saved, 20, item)]
+        found = []
+        for number in range(20):
+            run = tmp_path / str(number)
+            shutil.copytree(saved, run)
+            file = run / files[random.integers(len(files))].relative_to(saved)
+            content = bytearray(file.read_bytes())
+            content[random.integers(len(content))] ^= 1 << random.integers(8)
+            file.write_bytes(content)
+            (state, _), warnings = restore(run)
+            found.append(int(state.step))
+            same_bits(state, state_at(found[-1]))
+            assert len(warnings) == (found[-1] == 10)
+            shutil.rmtree(run)
+        assert set(found) <= {10, 20}
+        assert 10 in found
+
+    def test_all_damaged_is_one_line(self, run):
+        for step in (10, 20):
+            flip_a_bit_of(state_at(step).ema["conv"]["kernel"], files_of(run, step, "ema"))
+        warnings = []
+        with (
+            Checkpoints(run, keep=5, warn=warnings.append) as checkpoints,
+            pytest.raises(UserError, match=r"no checkpoint in .* is whole \(2 damaged\): restore .* --workdir$"),
+        ):
+            checkpoints.restore(abstract_of(state_at(0)))
+        assert len(warnings) == 2
+
+    def test_a_second_damaged_copy_gets_its_own_name(self, run):
+        for _ in range(2):
+            flip_a_bit_of(state_at(20).ema["conv"]["kernel"], files_of(run, 20, "ema"))
+            restore(run)
+            save(run, 20)
+        assert sorted(path.name for path in (run / "checkpoints").glob("damaged*")) == ["damaged_20_0", "damaged_20_1"]
+
+
+class TestOfAnotherConfiguration:
+    def refused(self, run, abstract):
+        with pytest.raises(UserError) as error:
+            restore(run, abstract)
+        assert not list((run / "checkpoints").glob("damaged*"))  # nothing is wrong with it
+        return str(error.value)
+
+    def test_other_shapes_are_named(self, run):
+        line = self.refused(run, abstract_of(state_at(0, size=99)))
+        assert "checkpoint 20 does not fit this configuration" in line
+        assert "ema['conv']['kernel'] is (2048,) float32 there and (99,) float32 here" in line
+
+    def test_other_types_are_refused_not_cast(self, run):
+        state = state_at(0)
+        state = dataclasses.replace(state, params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.params))
+        line = self.refused(run, abstract_of(state))
+        assert "params['conv']['bias'] is (2, 3) float32 there and (2, 3) bfloat16 here" in line
+
+    def test_missing_and_needless_arrays_are_named(self, run):
+        state = state_at(0)
+        more = dataclasses.replace(state, ema={**state.ema, "more": jnp.zeros(3)})
+        assert "ema['more'] is absent there and (3,) float32 here" in self.refused(run, abstract_of(more))
+        fewer = dataclasses.replace(state, opt_state=({"count": jnp.int32(0)},))
+        line = self.refused(run, abstract_of(fewer))
+        assert "optimizer[0]['mu'] is (2048,) float32 there and absent here" in line
+
+    @pytest.mark.parametrize("here", ["with", "without"])
+    def test_a_memory_of_times_must_be_on_both_sides(self, tmp_path, here):
+        state = {"with": state_at(1), "without": dataclasses.replace(state_at(1), times=())}
+        there = "without" if here == "with" else "with"
+        with Checkpoints(tmp_path, keep=2, warn=pytest.fail) as checkpoints:
+            checkpoints.save(1, state[there], notes={})
+        line = self.refused(tmp_path, abstract_of(state[here]))
+        assert "times['losses']" in line
+        assert "absent" in line
+
+
+class TestAverage:
+    def test_is_loaded_alone_onto_one_device(self, run):
+        for item in ("params", "optimizer", "times"):
+            shutil.rmtree(run / "checkpoints" / "20" / item)
+        step, ema = load_ema(run, warn=pytest.fail)
+        assert step == 20
+        same_bits(ema, state_at(20).ema)
+        assert {leaf.sharding.device_set == {jax.devices()[0]} for leaf in jax.tree.leaves(ema)} == {True}
+
+    def test_of_a_step_asked_for(self, saved):
+        step, ema = load_ema(saved, step=10, warn=pytest.fail)
+        assert step == 10
+        same_bits(ema, state_at(10).ema)
+        with pytest.raises(UserError, match="has no checkpoint of step 15: there are 10, 20"):
+            load_ema(saved, step=15, warn=pytest.fail)
+
+    def test_of_a_damaged_checkpoint(self, run):
+        flip_a_bit_of(state_at(20).ema["conv"]["kernel"], files_of(run, 20, "ema"))
+        warnings = []
+        step, ema = load_ema(run, warn=warnings.append)
+        assert (step, len(warnings)) == (10, 1)
+        same_bits(ema, state_at(10).ema)
+        with pytest.raises(UserError, match="whole"):
+            load_ema(run, step=20, warn=warnings.append)
+        assert (run / "checkpoints" / "20").is_dir()  # it only reads
+
+    def test_of_no_run_and_of_one_that_has_not_saved(self, tmp_path):
+        with pytest.raises(UserError, match="it is not the folder of a run"):
+            load_ema(tmp_path, warn=pytest.fail)
+        (tmp_path / "checkpoints").mkdir()
+        with pytest.raises(UserError, match="the run has not saved yet"):
+            load_ema(tmp_path, warn=pytest.fail)
+
+
+class TestFailingDisk:
+    # In a process of its own: the limit cannot be taken back.
+    FULL = """
+        import json, resource, signal, sys
+        from pathlib import Path
+        import jax.numpy as jnp
+        from ddpm_jax.errors import UserError
+        from ddpm_jax.training.checkpoints import Checkpoints, load_ema
+        from ddpm_jax.training.state import TrainState
+
+        def state(value, size):
+            tree = {"w": jnp.arange(size, dtype=jnp.float32) * value}
+            return TrainState(jnp.int32(value), tree, tree, tree)
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            with Checkpoints(Path(sys.argv[1]), keep=2, warn=print) as checkpoints:
+                checkpoints.save(1, state(1, 100), notes={})
+                checkpoints.wait()
+                _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+                checkpoints.save(2, state(2, 300_000), notes={})
+                checkpoints.wait()
+        except UserError as error:
+            print(json.dumps(str(error)))
+    """
+
+    def test_a_full_disk_keeps_the_last_good_checkpoint(self, tmp_path):
+        environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(self.FULL), tmp_path],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        line = json.loads(done.stdout.splitlines()[-1])
+        assert f"cannot save step 2 to {tmp_path / 'checkpoints'}: " in line
+        assert "step 1 is the last good checkpoint" in line
+        assert len(line.splitlines()) == 1
+        step, ema = load_ema(tmp_path, warn=pytest.fail)
+        assert step == 1
+        np.testing.assert_array_equal(ema["w"], np.arange(100, dtype=np.float32))
+
+    def test_a_folder_that_cannot_be_made_is_one_line(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UserError, match="cannot write to"):
+            Checkpoints(tmp_path / "file", keep=1, warn=pytest.fail)
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+    def test_a_folder_that_may_not_be_written_keeps_what_it_has(self, run):
+        with contextlib.ExitStack() as stack:
+            checkpoints = stack.enter_context(Checkpoints(run, keep=5, warn=pytest.fail))
+            (run / "checkpoints").chmod(0o500)
+            stack.callback((run / "checkpoints").chmod, 0o700)
+            with pytest.raises(UserError, match="cannot save step 30 .* step 20 is the last good checkpoint"):  # noqa: PT012
+                checkpoints.save(30, state_at(30), notes={})
+                checkpoints.wait()
+        same_bits(restore(run)[0][0], state_at(20))
+
+    def test_a_failure_under_way_is_not_hidden_by_that_of_the_disk(self, tmp_path):
+        with pytest.raises(ZeroDivisionError), Checkpoints(tmp_path, keep=1, warn=pytest.fail) as checkpoints:  # noqa: PT012
+            checkpoints.save(1, state_at(1), notes={})
+            shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+            raise ZeroDivisionError

@@ -1,0 +1,193 @@
+"""On 1 device, on 8 by jit, on 8 by pmap: the same examples, times, noises and masks, and the same training."""
+
+import contextlib
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ddpm_jax.errors import UserError
+from ddpm_jax.schedules import make_schedule
+from ddpm_jax.times import loss_aware
+from ddpm_jax.training.checkpoints import Checkpoints
+from ddpm_jax.training.parallel import make_layout
+from ddpm_jax.training.step import step_keys
+
+LAYOUTS = {"1 device": ("jit", 1), "8 devices, jit": ("jit", 8), "8 devices, pmap": ("pmap", 8)}
+OTHERS = ["8 devices, jit", "8 devices, pmap"]
+RUN_KEY = jax.random.key(11)
+STEPS = 10
+
+
+def layout_of(name):
+    parallel, number = LAYOUTS[name]
+    return make_layout(parallel, batch_size=16, devices=jax.devices()[:number])
+
+
+@contextlib.contextmanager
+def quick_to_compile():
+    """Half the seconds for the U-Net's step; the order of its sums stays that of the layout."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+def advance(training, layout, network, optimizer, state, steps, *, each=lambda state: None, **choices):
+    """Trains `steps` steps; gives the losses, what `each` says of every state, and the last state as it is saved."""
+    step = layout.lift(lambda **device: training.step_of(network, optimizer, **choices, **device))
+    state = layout.place_state(state)
+    losses, said = [], []
+    for number in range(steps):
+        state, info = step(RUN_KEY, state, layout.place_batch(training.images_of(number)))
+        losses.append(float(info.loss))
+        said.append(each(jax.device_get(layout.saved_state(state))))
+    return np.array(losses), said, jax.device_get(layout.saved_state(state))
+
+
+def test_what_is_random_is_the_same_bit_by_bit(training):
+    seen = {}
+    for name in LAYOUTS:
+        probe = training.Probe()
+        start = training.state_of(jax.random.key(5), probe.network, optax.sgd(0.1))
+        advance(training, layout_of(name), probe, optax.sgd(0.1), start, 3)
+        seen[name] = probe.take()
+    keys, x_t, times, masks = seen["1 device"]
+    chex.assert_shape(x_t, (3 * 16, 8, 8, 1))
+    expected = [step_keys(RUN_KEY, jnp.int32(number), jnp.arange(16)).dropout for number in range(3)]
+    expected = np.concatenate([jax.random.key_data(each) for each in expected])
+    np.testing.assert_array_equal(keys, expected[np.lexsort(expected.T[::-1])])
+    assert len(np.unique(times)) > 10
+    assert len(np.unique(masks.reshape(48, -1), axis=0)) == 48
+    for name in OTHERS:
+        for here, there, what in zip(seen["1 device"], seen[name], ("keys", "x_t", "times", "masks"), strict=True):
+            np.testing.assert_array_equal(here, there, err_msg=f"{what}: 1 device and {name}")
+
+
+@pytest.fixture(scope="module")
+def runs(training):
+    """Ten steps of SGD and ten of Adam on each layout, from one state; compiled once a layout."""
+    network = training.tiny_unet()
+    optimizer = training.sgd_or_adam(training.paper_optimizer(learning_rate=1e-3, warmup=5))
+    start = training.drawn_state(network, optimizer)
+    by_adam = dataclasses.replace(start, opt_state={**start.opt_state, "use_adam": np.array(True)})
+    each = lambda state: state.opt_state["gradient"]
+    found = {}
+    for name in LAYOUTS:
+        layout = layout_of(name)
+        step = layout.lift(lambda **device: training.step_of(network, optimizer, **device))
+        kept = dataclasses.replace(layout, lift=lambda make_step, step=step: step)
+        with quick_to_compile():
+            found[name] = {
+                what: advance(training, kept, network, optimizer, state, STEPS, each=each)
+                for what, state in (("sgd", start), ("adam", by_adam))
+            }
+    return found
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_gradient_of_the_first_step_is_the_same(runs, name):
+    here, there = runs["1 device"]["sgd"][1][0], runs[name]["sgd"][1][0]
+    assert max(abs(leaf).max() for leaf in jax.tree.leaves(here)) > 1e-3
+
+    def same(path, a, b):
+        # A sum of 16 parts that nearly cancel has no relative precision: what is left is that of its parts.
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6 * optax.tree.norm(here), err_msg=str(path))
+
+    jax.tree_util.tree_map_with_path(same, here, there)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_ten_steps_of_sgd_end_alike(runs, name, record_property):
+    (losses, _, state), (losses_there, _, state_there) = runs["1 device"]["sgd"], runs[name]["sgd"]
+    record_property("largest difference of a loss", abs(losses - losses_there).max())
+    assert len(set(losses)) == STEPS
+    np.testing.assert_allclose(losses_there, losses, rtol=1e-5)
+    for tree, there in ((state.params, state_there.params), (state.ema, state_there.ema)):
+        worst = max(abs(a - b).max() for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(there), strict=True))
+        record_property("largest difference of a parameter", worst)
+        assert worst < 1e-6
+    assert state_there.step == STEPS
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_ten_steps_of_adam_end_in_the_same_losses(runs, name, record_property):
+    losses, losses_there = runs["1 device"]["adam"][0], runs[name]["adam"][0]
+    record_property("largest difference of a loss", abs(losses - losses_there).max())
+    np.testing.assert_allclose(losses_there, losses, rtol=1e-5)
+
+
+def test_the_history_of_losses_is_that_of_the_whole_batch(training):
+    times, network, optimizer = loss_aware(6, history=2), training.Linear(), optax.sgd(0.1)
+    choices = {"times": times, "schedule": make_schedule("linear", 6)}
+    start = jax.device_get(training.state_of(jax.random.key(5), network, optimizer, times=times))
+    histories = {}
+    for name in LAYOUTS:
+        _, said, last = advance(
+            training, layout_of(name), network, optimizer, start, 6, each=lambda state: state.times, **choices
+        )
+        assert last.times.counts.sum() == 6 * 16
+        assert last.times.counts.min() >= 2  # the later steps draw by what the earlier ones saw
+        histories[name] = said
+    for name in OTHERS:
+        chex.assert_trees_all_close(histories[name], histories["1 device"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("saved_by", "restored_by"), [("pmap", "jit"), ("jit", "pmap")])
+def test_a_state_saved_by_one_way_goes_on_by_the_other(training, tmp_path, saved_by, restored_by):
+    network, optimizer = training.Linear(), training.adam()
+    init = lambda key: training.state_of(key, network, optimizer)
+    first, second = (make_layout(parallel, batch_size=16) for parallel in (saved_by, restored_by))
+    _, _, state = advance(training, first, network, optimizer, jax.jit(init)(jax.random.key(0)), 2)
+    with Checkpoints(tmp_path, keep=1, warn=pytest.fail) as checkpoints:
+        checkpoints.save(2, first.saved_state(first.place_state(state)), notes={})
+        checkpoints.wait()
+        restored, _ = checkpoints.restore(second.abstract_state(init, jax.random.key(1)))
+    chex.assert_trees_all_equal(jax.device_get(restored), state)
+    _, _, never_stopped = advance(training, first, network, optimizer, state, 2)
+    _, _, went_on = advance(training, second, network, optimizer, restored, 2)
+    chex.assert_trees_all_close(went_on, never_stopped, rtol=1e-5, atol=1e-6)
+    assert went_on.step == 4
+
+
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_a_compiled_step_is_not_compiled_again(training, parallel):
+    """Neither another seed nor another checkpoint nor the step's own output makes the step compile anew."""
+    network, optimizer = training.Linear(), training.adam()
+    init = lambda key: training.state_of(key, network, optimizer)
+    layout = make_layout(parallel, batch_size=16)
+    traces = []
+
+    def make_step(**device):
+        step = training.step_of(network, optimizer, **device)
+
+        def counted(key, state, batch):
+            traces.append(1)
+            return step(key, state, batch)
+
+        return counted
+
+    step = layout.lift(make_step)
+    state, _ = step(RUN_KEY, layout.init(init, jax.random.key(0)), layout.place_batch(training.images_of(0)))
+    saved = jax.device_get(layout.saved_state(state))
+    others = [state, layout.init(init, jax.random.key(1)), layout.place_state(jax.device_put(saved, jax.devices()[0]))]
+    compiled = []
+    note = lambda event, seconds, **more: compiled.append(event)
+    jax.block_until_ready(others)
+    jax.monitoring.register_event_duration_secs_listener(note)
+    for number, other in enumerate(others):
+        jax.block_until_ready(step(jax.random.key(number), other, layout.place_batch(training.images_of(number))))
+    assert len(traces) == 1
+    assert not [event for event in compiled if "backend_compile" in event]
+
+
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_a_batch_that_cannot_be_shared_out_is_refused_in_one_line(parallel):
+    with pytest.raises(UserError, match=r"^train.batch_size=12 cannot .* over 8 devices: use a multiple of 8$"):
+        make_layout(parallel, batch_size=12)
+    make_layout(parallel, batch_size=12, devices=jax.devices()[:4])
