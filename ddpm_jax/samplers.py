@@ -144,7 +144,7 @@ def run_chain(
         state, info = sampler.step(keys, state, k)
         del info  # stacking it would keep the whole trajectory in memory
         if progress is not None:
-            report = lambda: jax.debug.callback(progress, k + 1)
+            report = lambda: jax.debug.callback(lambda done: progress(int(done)), k + 1)
             jax.lax.cond((k + 1) % progress_every == 0, report, lambda: None)
         return state, None
 
@@ -159,6 +159,7 @@ def sample(
     *,
     indices: Array | None = None,
     progress: Callable[[int], None] | None = None,
+    progress_every: int = 50,
 ) -> Array:
     """Draws images: the whole chain, from noise.
 
@@ -168,6 +169,7 @@ def sample(
       shape: (B, H, W, C).
       indices: (B,) which images of the job to draw; 0..B-1 if not given.
       progress: see `run_chain`.
+      progress_every: likewise.
 
     Returns:
       (B, H, W, C) float32, about in [-1, 1]; not clipped.
@@ -177,7 +179,9 @@ def sample(
     keys = per_image_keys.image_keys(key, jnp.arange(shape[0]) if indices is None else indices)
     chex.assert_shape(keys, shape[:1])
     state = sampler.init(initial_noise(keys, shape[1:]))
-    return run_chain(keys, sampler, state, 0, num_steps=sampler.num_steps, progress=progress).x
+    return run_chain(
+        keys, sampler, state, 0, num_steps=sampler.num_steps, progress=progress, progress_every=progress_every
+    ).x
 
 
 class Trajectory(typing.NamedTuple):

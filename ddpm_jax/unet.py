@@ -242,6 +242,8 @@ def check_unet(unet: UNet, image_size: Sequence[int]) -> None:
     Raises:
       ValueError: H or W, the groups or the heads do not divide what they must; says which, and what would.
     """
+    if unet.width < 4:
+        raise ValueError(f"model width {unet.width} is too small: the time embedding needs at least 4")
     stride = 2 ** (len(unet.multipliers) - 1)
     for side, size in zip(("height", "width"), image_size, strict=True):
         if size % stride:
