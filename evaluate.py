@@ -8,12 +8,15 @@ from pathlib import Path
 import tyro
 
 from ddpm_jax.bound import Cdf
+from ddpm_jax.chains import Choice
 from ddpm_jax.command import parse_options, run_script
 from ddpm_jax.config import nearest
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import bits
+from ddpm_jax.evaluation.figures import draw_figures
+from ddpm_jax.evaluation.own_images import inpaint_picture, interpolate_pictures, reconstruct_picture
 from ddpm_jax.evaluation.quality import config_of, judge_file, summary
-from ddpm_jax.sampling import default_folder, load_job, run_job
+from ddpm_jax.sampling import Job, default_folder, load_job, run_job
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +98,130 @@ def quality(arguments: Sequence[str]) -> None:
     print(file.with_name("quality.json"))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"likelihood": likelihood, "quality": quality}
+@dataclasses.dataclass(frozen=True)
+class FiguresOptions:
+    """What to draw."""
+
+    run: tyro.conf.Positional[str]
+    """The run's folder, as train.py wrote it."""
+    out: str | None = None
+    """The folder of the figures; RUN/figures if not given."""
+    num: int = 8
+    """Images or pairs of a figure, 1 to 32; its square of samples."""
+    steps: int | None = None
+    """Steps of the chain; all T if not given."""
+    seed: int = 0
+    """From it comes all that is drawn, and which real images are shown."""
+    batch_size: int = 64
+    """Images at a time; no image depends on it."""
+    step: int | None = None
+    """The checkpoint of which training step; the newest if not given."""
+
+
+def figures(arguments: Sequence[str]) -> None:
+    """Draws the paper's figures for a run into one folder: samples, the chain over time, interpolations, inpainting."""
+    options = parse_options(
+        FiguresOptions,
+        arguments,
+        description="Draws the paper's figures for a run into one folder; figures.md there says what each is.",
+    )
+    run = Path(options.run)
+    job = load_job(run, seed=options.seed, step=options.step, choice=Choice(steps=options.steps))
+    out = run / "figures" if options.out is None else Path(options.out)
+    print(draw_figures(job, run, out, num=options.num, batch_size=options.batch_size))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnImageOptions:
+    """What is the same for all commands on pictures of one's own."""
+
+    run: tyro.conf.Positional[str]
+    """The run's folder, as train.py wrote it."""
+    out: str | None = None
+    """The folder of the results; RUN/edits/COMMAND if not given. What is in it is written over."""
+    steps: int | None = None
+    """Steps of the chain; all T if not given."""
+    seed: int = 0
+    """From it comes all that is drawn."""
+    step: int | None = None
+    """The checkpoint of which training step; the newest if not given."""
+
+    def load(self) -> Job:
+        return load_job(Path(self.run), seed=self.seed, step=self.step, choice=Choice(steps=self.steps))
+
+    def folder(self, command: str) -> Path:
+        return Path(self.run) / "edits" / command if self.out is None else Path(self.out)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReconstructOptions(OwnImageOptions):
+    """What to reconstruct."""
+
+    image: str
+    """A picture; cropped in the middle and resized as the run's images are."""
+    t: int
+    """How far to diffuse it: the paper's t, 0 (it comes back as it is) to T (nothing of it is left)."""
+    draws: int = 8
+    """How many times to take it back."""
+    label: int | None = None
+    """Its class, for a conditional run; not told if not given."""
+
+
+def reconstruct(arguments: Sequence[str]) -> None:
+    """Diffuses a picture of your own to t and takes it back."""
+    options = parse_options(ReconstructOptions, arguments, description="Diffuses a picture to t and takes it back.")
+    job, out = options.load(), options.folder("reconstruct")
+    print(reconstruct_picture(job, options.image, out, time=options.t, draws=options.draws, label=options.label))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InterpolateOptions(OwnImageOptions):
+    """What to interpolate between."""
+
+    images: tuple[str, ...]
+    """Two pictures; cropped in the middle and resized as the run's images are."""
+    t: int | None = None
+    """Where to mix them: the paper's t, 0 (pixels) to T; if not given by DDIM, on the great circle of their noises."""
+    num: int = 11
+    """How many steps from the one to the other, both ends counted."""
+
+
+def interpolate(arguments: Sequence[str]) -> None:
+    """Interpolates between two pictures of your own."""
+    options = parse_options(InterpolateOptions, arguments, description="Interpolates between two pictures.")
+    out = options.folder("interpolate")
+    print(interpolate_pictures(options.load(), options.images, out, time=options.t, num=options.num))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InpaintOptions(OwnImageOptions):
+    """What to fill in."""
+
+    image: str
+    """A picture; cropped in the middle and resized as the run's images are."""
+    mask: str
+    """A picture of the same aspect ratio: white is kept, black is drawn anew."""
+    draws: int = 8
+    """How many results."""
+    label: int | None = None
+    """Its class, for a conditional run; not told if not given."""
+
+
+def inpaint(arguments: Sequence[str]) -> None:
+    """Draws a part of a picture of your own anew, the black one of a mask."""
+    options = parse_options(InpaintOptions, arguments, description="Draws the black part of a mask anew in a picture.")
+    job, out = options.load(), options.folder("inpaint")
+    print(inpaint_picture(job, options.image, options.mask, out, draws=options.draws, label=options.label))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "likelihood": likelihood,
+    "quality": quality,
+    "figures": figures,
+    "reconstruct": reconstruct,
+    "interpolate": interpolate,
+    "inpaint": inpaint,
+}
 
 
 def main() -> None:

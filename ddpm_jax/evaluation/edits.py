@@ -1,0 +1,423 @@
+"""What a run's network does to images that are given: `editing` in batches of one size over all local devices.
+
+Images go in and come out as uint8 NumPy arrays. Whatever is drawn for image i comes from the key and i alone.
+"""
+
+import math
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from ddpm_jax.chains import Choice, make_chain, network
+from ddpm_jax.config import build_betas, build_unet, image_shape
+from ddpm_jax.data import sources
+from ddpm_jax.data.pipeline import to_float, to_uint8
+from ddpm_jax.ddim import ddim, ddim_inversion
+from ddpm_jax.editing import Start, between, branch, encode, mix, mix_latents, repaint, unused_keys
+from ddpm_jax.errors import UserError
+from ddpm_jax.keys import image_keys
+from ddpm_jax.progress import Progress
+from ddpm_jax.respacing import choose_times, respace
+from ddpm_jax.samplers import Chain, Sampler, Trajectory, initial_noise, run_chain, sample_trajectory
+from ddpm_jax.sampling import Job, cut, whole_batch
+from ddpm_jax.schedules import Schedule
+from ddpm_jax.training.state import Params
+
+# So often the host looks at a chain: to show progress, and for the frames of the reverse process.
+_STEPS_AT_ONCE, _LOOKS = 50, 40
+# Enough for the inversion to take images back, and for RePaint (its authors use 250).
+_DDIM_STEPS, _REPAINT_STEPS = 250, 250
+_JUMP, _RESAMPLES = 10, 10
+
+
+class _Rule:
+    """A kind of chain, compiled once for all batches and all ranges of its steps."""
+
+    def __init__(self, make: Callable[[Params, Any], Sampler], num_steps: int):
+        def advance(params: Params, about: Any, start: Start, first: Array, *, num_steps: int) -> Array:
+            return run_chain(start.keys, make(params, about), Chain(start.x), first, num_steps=num_steps).x
+
+        self.num_steps = num_steps
+        self.ranges = cut(num_steps, longest=min(_STEPS_AT_ONCE, math.ceil(num_steps / _LOOKS)))
+        self.advance = jax.jit(advance, static_argnames="num_steps")
+
+
+class _Span(typing.NamedTuple):
+    """Which steps of the chain images take part in, and what they are told to be."""
+
+    labels: Array | None
+    depth: Array
+    until: Array
+
+
+class _Hole(typing.NamedTuple):
+    """What is known of images, and what they are told to be."""
+
+    labels: Array | None
+    x0: Array
+    mask: Array
+
+
+class Editor:
+    """Edits images with the network of a run."""
+
+    def __init__(self, job: Job, *, batch_size: int = 64):
+        """Makes the chains.
+
+        Args:
+          job: the weights, the seed, and the chain: any number of steps of "ancestral" or "ddim".
+          batch_size: images at a time, >= 1; rounded up to a multiple of the devices. No image depends on it.
+
+        Raises:
+          UserError: the run cannot be sampled so.
+        """
+        config, diffusion = job.config, job.config.diffusion
+        devices = jax.local_devices()
+        mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+        self._shared_out = NamedSharding(mesh, PartitionSpec("data"))
+        self._params = jax.device_put(job.params, NamedSharding(mesh, PartitionSpec()))
+        self._batch_size = whole_batch(batch_size)
+        self.job, self.shape = job, image_shape(config)
+
+        self._make = make_chain(config, job.choice)
+        self.schedule = self._schedule(job.choice.steps, job.choice.spacing)
+        self._reverse = _Rule(
+            lambda params, span: between(self._make(params, span.labels), span.depth, span.until), self.num_steps
+        )
+        # What a network says of single steps is of no use to a chain that skips some.
+        can_skip = diffusion.prediction != "mean"
+        ddim_steps = min(_DDIM_STEPS, diffusion.num_steps) if can_skip else None
+        along, unet = self._schedule(ddim_steps), build_unet(config)
+        prediction, variance = diffusion.prediction, diffusion.variance
+
+        def told_nothing(params: Params) -> Any:
+            return network(unet, params, None)
+
+        self._invert = _Rule(
+            lambda params, _: ddim_inversion(along, told_nothing(params), prediction=prediction, variance=variance),
+            along.num_steps,
+        )
+        self._ddim = _Rule(
+            lambda params, _: ddim(
+                along, told_nothing(params), clip_x0=False, prediction=prediction, variance=variance
+            ),
+            along.num_steps,
+        )
+
+        can_skip = can_skip and diffusion.variance != "learned"
+        repaint_steps = min(_REPAINT_STEPS, self.num_steps) if can_skip else None
+        filling, make_filling = self._schedule(repaint_steps), make_chain(config, Choice(steps=repaint_steps))
+        self.jump = max(1, min(_JUMP, filling.num_steps // 4))
+
+        def fill(params: Params, hole: _Hole) -> Sampler:
+            chain = make_filling(params, hole.labels)
+            return repaint(filling, chain, hole.x0, hole.mask, jump=self.jump, resamples=_RESAMPLES)
+
+        one = jnp.zeros((1, *self.shape))
+        self._repaint = _Rule(fill, fill(None, _Hole(self.labels([0]), one, one[..., :1])).num_steps)
+        self.settings = {
+            "ddim": f"DDIM, eta = 0, without clipping, {along.num_steps} steps each way",
+            "repaint": f"RePaint, {filling.num_steps} steps, jumps of {self.jump}, {_RESAMPLES} passes",
+        }
+
+    def _schedule(self, num_steps: int | None, spacing: str = "linspace") -> Schedule:
+        betas = build_betas(self.job.config)
+        return respace(betas, choose_times(betas, num_steps=num_steps, spacing=spacing))
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the reverse chain."""
+        return self.schedule.num_steps
+
+    def paper_time(self, depth: int) -> int:
+        """Gives the paper's t, 0 to T, of a depth of the chain."""
+        return int(self.schedule.times[depth - 1]) + 1 if depth else 0
+
+    def depth_of(self, time: int) -> int:
+        """Gives the depth of the chain that is next to the paper's t."""
+        times = np.append(0, np.asarray(self.schedule.times) + 1)
+        return int(np.abs(times - time).argmin())
+
+    def labels(self, labels: typing.Iterable[int | None] | None, *, each: int = 1) -> Array | None:
+        """Makes labels of a list; None in it is "not told". None for an unconditional run.
+
+        Args:
+          labels: one an image.
+          each: how often each is repeated.
+        """
+        classes = self.job.config.model.num_classes
+        if not classes or labels is None:
+            return None
+        told = [classes if label is None else label for label in labels]
+        return jnp.repeat(jnp.asarray(told, jnp.int32), each)
+
+    def _run(
+        self,
+        rule: _Rule,
+        start: Start,
+        about: Any,
+        *,
+        doing: str,
+        steps: tuple[int, int] | None = None,
+        watch: Callable[[int, np.ndarray], object] | None = None,
+    ) -> Array:
+        """Runs chains batch by batch; `watch` is told the first image of a batch and its images at every look."""
+        number, size = len(start.x), self._batch_size
+        first, stop = steps or (0, rule.num_steps)
+        ranges = [(at, length) for at, length in rule.ranges if first < at + length and at < stop]
+        precision = self.job.config.train.matmul_precision
+        done = []
+        with (
+            jax.default_matmul_precision(None if precision == "default" else precision),
+            Progress(math.ceil(number / size) * sum(length for _, length in ranges), description=doing) as progress,
+        ):
+            for begin in range(0, number, size):
+                rows = np.minimum(np.arange(begin, begin + size), number - 1)
+                batch: Start
+                batch, told = jax.device_put(
+                    jax.tree.map(lambda leaf, rows=rows: leaf[rows], (start, about)), self._shared_out
+                )
+                for at, length in ranges:
+                    if watch is not None:
+                        watch(begin, np.asarray(batch.x))
+                    x = rule.advance(self._params, told, batch, jnp.int32(at), num_steps=length)
+                    batch = batch._replace(x=jax.block_until_ready(x))
+                    progress.update(length)
+                done.append(batch.x[: number - begin])
+        return jnp.concatenate(done)
+
+    def decode(
+        self, start: Start, labels: Array | None, depth: Array, *, until: int = 0, doing: str = "decoding"
+    ) -> Array:
+        """Runs the reverse chain of each image from its own depth.
+
+        Args:
+          start: of N chains.
+          labels: (N,), see `labels`.
+          depth: (N,) int32.
+          until: where all end.
+          doing: what progress says.
+
+        Returns:
+          (N, H, W, C) float32.
+        """
+        steps = (self.num_steps - int(depth.max()), self.num_steps - until)
+        span = _Span(labels, depth, jnp.full_like(depth, until))
+        return self._run(self._reverse, start, span, doing=doing, steps=steps)
+
+    def sample(self, number: int, labels: Array | None, *, watched: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draws the images 0 .. number-1 of the sampling job.
+
+        Args:
+          number: how many.
+          labels: (number,).
+          watched: of how many to keep what they were on the way.
+
+        Returns:
+          the images, (number, H, W, C) uint8, and the frames, (F, watched, H, W, C) uint8.
+        """
+        keys = image_keys(jax.random.key(self.job.seed), jnp.arange(number))
+        start = Start(keys, initial_noise(keys, self.shape))
+        whole = jnp.full(number, self.num_steps, jnp.int32)
+        seen: dict[int, list[np.ndarray]] = {}
+
+        def watch(begin: int, x: np.ndarray) -> None:
+            if begin < watched:
+                seen.setdefault(begin, []).append(np.asarray(to_uint8(x[: watched - begin])))
+
+        images = self._run(
+            self._reverse,
+            start,
+            _Span(labels, whole, jnp.zeros_like(whole)),
+            doing=f"sampling {number} images",
+            watch=watch,
+        )
+        pixels = np.asarray(to_uint8(images))
+        frames = np.concatenate([np.stack(looks) for looks in seen.values()], axis=1)[:, :watched]
+        return pixels, np.concatenate([frames, pixels[None, :watched]])
+
+    def trajectory(self, number: int, labels: Array | None, *, depths: typing.Sequence[int]) -> Trajectory:
+        """Draws the images 0 .. number-1 of the sampling job, with x_t and the predicted x_0 at some depths."""
+
+        @jax.jit
+        def draw(params: Params, labels: Array | None) -> Trajectory:
+            chain, at = self._make(params, labels), [depth - 1 for depth in depths]
+            return sample_trajectory(jax.random.key(self.job.seed), chain, (number, *self.shape), at=at)[1]
+
+        return draw(self._params, labels)
+
+    def share_latents(
+        self, key: Array, labels: Array | None, *, depths: typing.Sequence[int], draws: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draws one chain, stops it at each depth, and goes on from there several times (Ho et al. 2020, Fig. 7).
+
+        Args:
+          key: of the figure.
+          labels: (1,), of all images.
+          depths: D of them, each in [0, T].
+          draws: images from each.
+
+        Returns:
+          (D, H, W, C) the latents and (D, draws, H, W, C) the images, uint8.
+        """
+        number = len(depths)
+        latent_key, chain_key = jax.random.split(key)
+        keys = jnp.repeat(image_keys(latent_key, jnp.arange(1)), number)
+        many = lambda each: None if labels is None else jnp.repeat(labels, each)
+        depth, whole = jnp.asarray(depths, jnp.int32), jnp.full(number, self.num_steps, jnp.int32)
+        start = Start(keys, initial_noise(keys, self.shape))
+        x_t = self._run(self._reverse, start, _Span(many(number), whole, depth), doing="drawing latents")
+        start = branch(image_keys(chain_key, jnp.arange(number)), x_t, draws=draws)
+        images = self.decode(start, many(number * draws), jnp.repeat(depth, draws), doing="sharing latents")
+        return np.asarray(to_uint8(x_t)), self._pixels(images, number, draws)
+
+    def reconstruct(
+        self, key: Array, images: np.ndarray, labels: Array | None, depth: np.ndarray, *, draws: int = 1
+    ) -> np.ndarray:
+        """Diffuses images and takes them back: `editing.encode_decode`, each from its own depth.
+
+        Args:
+          key: of the figure.
+          images: (B, H, W, C) uint8.
+          labels: (B,).
+          depth: (B,) integers.
+          draws: of each image.
+
+        Returns:
+          (B, draws, H, W, C) uint8.
+        """
+        depths = jnp.asarray(depth, jnp.int32)
+        start = encode(key, self.schedule, to_float(images), depths, draws=draws)
+        labels = None if labels is None else jnp.repeat(labels, draws)
+        decoded = self.decode(start, labels, jnp.repeat(depths, draws), doing="reconstructing")
+        return self._pixels(decoded, len(images), draws)
+
+    def interpolate(
+        self,
+        key: Array,
+        images_a: np.ndarray,
+        images_b: np.ndarray,
+        lambdas: np.ndarray,
+        depth: np.ndarray,
+        *,
+        indices: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Interpolates between pairs: `editing.interpolate`, each from its own depth; no labels are told.
+
+        Args:
+          key: of the figure.
+          images_a: (B, H, W, C) uint8.
+          images_b: likewise.
+          lambdas: (L,).
+          depth: (B,) integers.
+          indices: (B,) whose noise each pair has; 0..B-1 if not given.
+
+        Returns:
+          (B, L, H, W, C) uint8.
+        """
+        depths, shares = jnp.asarray(depth, jnp.int32), jnp.asarray(lambdas, jnp.float32)
+        start = mix(
+            key,
+            self.schedule,
+            to_float(images_a),
+            to_float(images_b),
+            shares,
+            depths,
+            indices=None if indices is None else jnp.asarray(indices),
+        )
+        labels = self.labels([None] * len(start.x))
+        decoded = self.decode(start, labels, jnp.repeat(depths, len(lambdas)), doing="interpolating")
+        return self._pixels(decoded, len(images_a), len(lambdas))
+
+    def ddim_interpolate(self, images_a: np.ndarray, images_b: np.ndarray, lambdas: np.ndarray) -> np.ndarray:
+        """Interpolates between pairs along the great circle of their noises: `editing.ddim_interpolate`.
+
+        Args:
+          images_a: (B, H, W, C) uint8.
+          images_b: likewise.
+          lambdas: (L,).
+
+        Returns:
+          (B, L, H, W, C) uint8.
+        """
+        x0 = to_float(np.concatenate([images_a, images_b]))
+        x_a, x_b = jnp.split(self._run(self._invert, Start(unused_keys(len(x0)), x0), None, doing="inverting"), 2)
+        return self.ddim_between(x_a, x_b, lambdas)
+
+    def ddim_between(self, x_a: Array, x_b: Array, lambdas: np.ndarray) -> np.ndarray:
+        """Decodes what lies on the great circle between pairs of noises, (B, H, W, C) each, as `ddim_interpolate`."""
+        x = mix_latents(x_a, x_b, jnp.asarray(lambdas, jnp.float32))
+        decoded = self._run(self._ddim, Start(unused_keys(len(x)), x), None, doing="interpolating by DDIM")
+        return self._pixels(decoded, len(x_a), len(lambdas))
+
+    def inpaint(
+        self, key: Array, images: np.ndarray, known: np.ndarray, labels: Array | None, *, draws: int = 1
+    ) -> np.ndarray:
+        """Fills in what is not known of images: `editing.inpaint`.
+
+        Args:
+          key: of the figure.
+          images: (B, H, W, C) uint8.
+          known: (B, H, W) bool.
+          labels: (B,).
+          draws: of each image.
+
+        Returns:
+          (B, draws, H, W, C) uint8, equal to `images` where they are known.
+        """
+        x0, mask = (jnp.repeat(jnp.asarray(each), draws, axis=0) for each in (to_float(images), known[..., None]))
+        keys = branch(image_keys(key, jnp.arange(len(images))), to_float(images), draws=draws).keys
+        hole = _Hole(None if labels is None else jnp.repeat(labels, draws), x0, mask)
+        filled = self._run(self._repaint, Start(keys, initial_noise(keys, self.shape)), hole, doing="inpainting")
+        return self._pixels(filled, len(images), draws)
+
+    def _pixels(self, images: Array, number: int, each: int) -> np.ndarray:
+        return np.asarray(to_uint8(images)).reshape(number, each, *self.shape)
+
+
+def read_picture(file: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """Reads a picture as a run's folder of images is read: cropped in the middle, resized, converted.
+
+    Args:
+      file: PNG, JPEG, or whatever Pillow reads.
+      shape: (H, W, C) to bring it to.
+
+    Returns:
+      (H, W, C) uint8.
+
+    Raises:
+      UserError: it is not there or no picture.
+    """
+    try:
+        return sources._to_array(sources._open(Path(file).expanduser()), shape)
+    except sources._Unreadable as error:
+        reason = "there is no such file" if not Path(file).expanduser().is_file() else error
+        raise UserError(f"cannot read {file} as a picture ({reason}): give a PNG or JPEG file") from error
+
+
+def read_mask(file: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """Reads a mask: white is known and kept, black is drawn anew.
+
+    Args:
+      file: a picture of the size of the image that it is for, or of its aspect ratio.
+      shape: (H, W, C) of the run's images.
+
+    Returns:
+      (H, W) bool, True where white.
+
+    Raises:
+      UserError: it is no picture, or nothing of it is black.
+    """
+    known = read_picture(file, (*shape[:2], 1))[..., 0] >= 128
+    if known.all():
+        raise UserError(
+            f"the mask {file} is white all over: paint black what is to be drawn anew, leave white the rest"
+        )
+    return known

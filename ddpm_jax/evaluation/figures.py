@@ -1,0 +1,271 @@
+"""The paper's figures for a run, drawn into one folder with their captions: what `evaluate.py figures` does."""
+
+import dataclasses
+import math
+import typing
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax import pictures
+from ddpm_jax.chains import labels_of
+from ddpm_jax.data.pipeline import to_uint8
+from ddpm_jax.data.sources import load_source
+from ddpm_jax.errors import UserError
+from ddpm_jax.evaluation.edits import Editor
+from ddpm_jax.files import claimed, write_whole
+from ddpm_jax.keys import image_keys
+from ddpm_jax.progress import say
+from ddpm_jax.samplers import initial_noise
+from ddpm_jax.sampling import Job
+
+LAMBDAS = np.linspace(0, 1, 11)
+_SIDE = 1024  # pixels that a small figure is enlarged to
+_MOST = 32
+_TIMES = 10
+_GIF_SECONDS, _GIF_PAUSE, _GIF_SIDE = 0.08, 2.0, 512
+_UNKNOWN = 128  # the level that is shown where a mask hides an image
+# The index of no image: what is drawn for the figures of given images is apart from the samples.
+_GIVEN = 2**32 - 1
+
+
+class Figure(typing.NamedTuple):
+    """A file and what to say of it."""
+
+    file: str
+    caption: str
+
+
+class Real(typing.NamedTuple):
+    """Some images of the run's data."""
+
+    images: np.ndarray
+    """(N, H, W, C) uint8."""
+    labels: list[int | None]
+    """(N,), None where the network is told none."""
+
+
+def draw_figures(job: Job, run: Path, out: Path, *, num: int = 8, batch_size: int = 64) -> Path:
+    """Draws all figures of a run: samples, the chain over time, shared latents, interpolations, inpainting.
+
+    Args:
+      job: the weights, the seed and the chain ("ancestral", of any number of steps).
+      run: the run's folder; its loss curve is copied.
+      out: the folder of the figures; made if it is not there. What is in it under the same names is written over.
+      num: images or pairs of a figure, in [1, 32]; num^2 samples.
+      batch_size: images at a time, >= 1; no image depends on it.
+
+    Returns:
+      the file of the captions.
+
+    Raises:
+      UserError: a number is out of range, the images cannot be shown, or a file cannot be written. Where the run's data
+        cannot be read, the figures of real images are left out and that is said.
+    """
+    if not 1 <= num <= _MOST:
+        raise UserError(f"--num must be 1 to {_MOST}, not {num}: it is the number of rows of a figure")
+    if batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, not {batch_size}")
+    editor = Editor(job, batch_size=batch_size)
+    pictures.check_channels(editor.shape[-1])
+    with claimed(out):
+        drawn = [*_of_noise(editor, out, num)]
+        try:
+            real = real_images(job, 2 * num)
+        except UserError as error:
+            say(f"the figures of real images are left out: {error}")
+            missing = f"Left out, for the run's data cannot be read: {error}"
+        else:
+            missing = ""
+            drawn += _of_images(editor, out, real)
+        if (run / "loss.png").is_file():
+            curve = (run / "loss.png").read_bytes()
+            write_whole(out / "loss.png", lambda file: file.write(curve))
+            drawn.append(Figure("loss.png", "The loss over the steps of training."))
+        text = _captions(editor, run, drawn, missing)
+        write_whole(out / "figures.md", lambda file: file.write(text.encode()))
+    return out / "figures.md"
+
+
+def real_images(job: Job, number: int) -> Real:
+    """Chooses images of the run's data by the job's seed: of the test part if there is one, else of the run's own.
+
+    Args:
+      job: of the run.
+      number: how many; some twice if there are fewer.
+
+    Returns:
+      the images, and their labels if the run is conditional.
+
+    Raises:
+      UserError: the data cannot be read.
+    """
+    data = job.config.data
+    try:
+        source = load_source(dataclasses.replace(data, split="test"))
+    except UserError:
+        source = load_source(data)
+    order = np.random.default_rng(job.seed).permutation(source.num_examples)
+    chosen = np.resize(order, number)
+    labels: list[int | None] = [None] * number
+    if source.labels is not None and job.config.model.num_classes:
+        labels = [int(label) for label in source.labels[chosen]]
+    return Real(source.read(chosen), labels)
+
+
+def _of_noise(editor: Editor, out: Path, num: int) -> typing.Iterator[Figure]:
+    """Draws the figures for which nothing is needed but the run's weights."""
+    job, whole = editor.job, editor.num_steps
+    cycle = lambda number: labels_of(job.config, job.choice, jnp.arange(number))
+
+    number, watched = num**2, min(num**2, 16)
+    images, frames = editor.sample(number, cycle(number), watched=watched)
+    _save(out / "samples.png", pictures.grid(images, columns=num))
+    yield Figure("samples.png", f"{number} samples, the first of the job of seed {job.seed} (Fig. 1, 11-19).")
+
+    grids = np.stack([pictures.grid(frame) for frame in frames])
+    seconds = [_GIF_SECONDS] * (len(grids) - 1) + [_GIF_PAUSE]
+    pictures.save_gif(out / "reverse.gif", pictures.enlarge(grids, side=_GIF_SIDE), seconds)
+    yield Figure("reverse.gif", f"The reverse process of the first {watched} of them: x_t from t = T to 0.")
+
+    depths = sorted({math.ceil(whole * j / _TIMES) for j in range(1, _TIMES + 1)}, reverse=True)
+    frames_at = editor.trajectory(num, cycle(num), depths=depths)
+    times = ", ".join(str(editor.paper_time(depth)) for depth in depths)
+    for file, over_time, what in (
+        ("progressive_x0.png", frames_at.x0, "the predicted x_0"),
+        ("progressive_x_t.png", frames_at.x_t, "x_t"),
+    ):
+        rows = np.concatenate([to_uint8(over_time).swapaxes(0, 1), images[:num, None]], axis=1)
+        _save(out / file, _rows(rows))
+        yield Figure(
+            file, f"Progressive generation: {what} at t = {times}, and the image at last; a sample a row (Fig. 6)."
+        )
+
+    depths = sorted({math.ceil(whole * j / 4) for j in range(1, 5)}, reverse=True)
+    key = jax.random.fold_in(jax.random.key(job.seed), _GIVEN)
+    latent_key, slerp_key = jax.random.split(key)
+    latents, drawn = editor.share_latents(latent_key, cycle(1), depths=depths, draws=num)
+    _save(out / "shared_latents.png", _rows(np.concatenate([latents[:, None], drawn], axis=1)))
+    times = ", ".join(str(editor.paper_time(depth)) for depth in depths)
+    yield Figure(
+        "shared_latents.png",
+        f"First of each row x_t of one chain, at t = {times}; then {num} images drawn from it: what x_t has of them "
+        "they share (Fig. 7).",
+    )
+
+    x_a, x_b = (initial_noise(image_keys(each, jnp.arange(num)), editor.shape) for each in jax.random.split(slerp_key))
+    _save(out / "slerp_of_noise.png", _rows(editor.ddim_between(x_a, x_b, LAMBDAS)))
+    yield Figure(
+        "slerp_of_noise.png",
+        f"Between pairs of noises along the great circle, 11 steps; {editor.settings['ddim']} (DDIM, Fig. 6).",
+    )
+
+
+def _of_images(editor: Editor, out: Path, real: Real) -> typing.Iterator[Figure]:
+    """Draws the figures that begin with real images: two a row of the figures of pairs."""
+    whole, num = editor.num_steps, len(real.images) // 2
+    key = jax.random.fold_in(jax.random.key(editor.job.seed), _GIVEN - 1)
+    reconstruction_key, pair_key, depth_key, hole_key = jax.random.split(key, 4)
+    a, b = real.images[:num], real.images[num:]
+    labels = editor.labels(real.labels[:num])
+    pairs = "first and last the images, between them lambda = 0, 0.1, .., 1"
+
+    depths = np.array(sorted({math.ceil(whole * j / 8) for j in range(9)}))
+    times = ", ".join(str(editor.paper_time(depth)) for depth in depths)
+    each = None if labels is None else jnp.repeat(labels, len(depths) - 1)
+    back = editor.reconstruct(
+        reconstruction_key, a.repeat(len(depths) - 1, axis=0), each, np.tile(depths[1:], num)
+    ).reshape(num, len(depths) - 1, *editor.shape)
+    _save(out / "reconstruction.png", _rows(np.concatenate([a[:, None], back], axis=1)))
+    yield Figure(
+        "reconstruction.png",
+        f"An image a row, first as it is, then diffused to t and taken back: t = {times} (stochastic encoding and "
+        "decoding, sec. 4.3).",
+    )
+
+    half = np.full(num, math.ceil(whole / 2))
+    between = editor.interpolate(pair_key, a, b, LAMBDAS, half)
+    _save(out / "interpolation.png", _rows(np.concatenate([a[:, None], between, b[:, None]], axis=1)))
+    yield Figure(
+        "interpolation.png",
+        f"Interpolation at t = {editor.paper_time(int(half[0]))}, a pair a row: {pairs}; the noise of a row is fixed "
+        "(Fig. 8).",
+    )
+
+    number = len(depths)
+    a0, b0 = a[:1].repeat(number, axis=0), b[:1].repeat(number, axis=0)
+    between = editor.interpolate(depth_key, a0, b0, LAMBDAS, depths, indices=np.zeros(number, int))
+    _save(out / "interpolation_over_t.png", _rows(np.concatenate([a0[:, None], between, b0[:, None]], axis=1)))
+    yield Figure(
+        "interpolation_over_t.png",
+        f"One pair, a row for each of t = {times}: {pairs}; at t = 0 pixels are mixed, at t = T the images are new "
+        "(Fig. 9).",
+    )
+
+    between = editor.ddim_interpolate(a, b, LAMBDAS)
+    _save(out / "slerp.png", _rows(np.concatenate([a[:, None], between, b[:, None]], axis=1)))
+    yield Figure(
+        "slerp.png",
+        f"Interpolation along the great circle of the noises that DDIM draws the images from, a pair a row: {pairs}; "
+        f"{editor.settings['ddim']} (DDIM, sec. 5.3).",
+    )
+
+    masks = _masks(editor.shape)
+    known = np.tile(masks, (num, 1, 1))
+    twice = a.repeat(len(masks), axis=0)
+    each = None if labels is None else jnp.repeat(labels, len(masks))
+    filled = editor.inpaint(hole_key, twice, known, each, draws=4)
+    hidden = np.where(known[..., None], twice, np.uint8(_UNKNOWN))
+    _save(out / "inpainting.png", _rows(np.concatenate([twice[:, None], hidden[:, None], filled], axis=1)))
+    yield Figure(
+        "inpainting.png",
+        "An image as it is, what is known of it (the right half or a box in the middle is not), and four ways to fill "
+        f"it in; {editor.settings['repaint']} (Lugmayr et al. 2022).",
+    )
+
+
+def _masks(shape: tuple[int, int, int]) -> np.ndarray:
+    """(2, H, W) bool, what is known: all but the right half, all but a box in the middle."""
+    height, width, _ = shape
+    known = np.ones((2, height, width), bool)
+    known[0, :, width // 2 :] = False
+    known[1, height // 4 : -(height // 4) or None, width // 4 : -(width // 4) or None] = False
+    return known
+
+
+def _rows(images: np.ndarray) -> np.ndarray:
+    """Lays out (rows, columns, H, W, C)."""
+    return pictures.grid(images.reshape(-1, *images.shape[2:]), columns=images.shape[1])
+
+
+def _save(path: Path, picture: np.ndarray) -> None:
+    pictures.save_png(path, pictures.enlarge(picture, side=_SIDE))
+
+
+def _captions(editor: Editor, run: Path, drawn: list[Figure], missing: str) -> str:
+    job, data = editor.job, editor.job.config.data
+    lines = [
+        f"# Figures of {job.config.name}",
+        "",
+        f"Checkpoint {job.checkpoint}, averaged weights; {data.source} at {data.height}x{data.width}x{data.channels}; "
+        f"T = {job.config.diffusion.num_steps}, schedule {job.config.diffusion.schedule}; "
+        f"{job.choice.sampler} in {editor.num_steps} steps, variance {job.config.diffusion.variance}, "
+        f"x_0 {'clipped' if job.config.diffusion.clip_x0 else 'not clipped'}; seed {job.seed}. "
+        "Figures are numbered as in Ho et al. 2020; t is the paper's, from 1 to T. "
+        f"Drawn again by `python evaluate.py figures {run} --seed {job.seed} --step {job.checkpoint}"
+        + (f" --steps {job.choice.steps}`." if job.choice.steps else "`."),
+        "",
+    ]
+    if job.config.model.num_classes:
+        lines += [
+            f"The run is conditional: samples take the {job.config.model.num_classes} classes in turn, reconstructions "
+            "and inpainting their images' own; interpolations are told none.",
+            "",
+        ]
+    for file, caption in drawn:
+        lines += [f"## {file}", "", caption, "", f"![{file}]({file})", ""]
+    if missing:
+        lines += [missing, ""]
+    return "\n".join(lines)
