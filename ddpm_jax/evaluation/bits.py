@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -191,12 +190,12 @@ class _Batches:
     """The batches of a job that are done, each a file in its folder."""
 
     def __init__(self, folder: Path, num_steps: int):
-        self._folder, self._num_steps = folder, num_steps
+        self.folder, self._num_steps = folder, num_steps
 
     def read(self) -> dict[Range, Sums]:
         """Reads those that are whole; a damaged one counts as not done."""
         found = {}
-        for path in sorted(self._folder.glob("*.npz")):
+        for path in sorted(self.folder.glob("*.npz")):
             name = re.fullmatch(r"(\d+)-(\d+)\.npz", path.name)
             if name is None:
                 continue
@@ -212,7 +211,7 @@ class _Batches:
         return found
 
     def save(self, first: int, sums: Sums) -> None:
-        path = self._folder / f"{first:08d}-{first + len(sums.total):08d}.npz"
+        path = self.folder / f"{first:08d}-{first + len(sums.total):08d}.npz"
         write_whole(path, lambda file: np.savez(file, **sums._asdict()))
 
 
@@ -340,34 +339,21 @@ def run_job(job: Job, out: Path, request: Request, *, batch_size: int) -> Likeli
         _check_same(out / "job.json", description)
         schedule = build_schedule(job.config)
         batches = _Batches(out / "batches", schedule.num_steps)
-        missing = missing_ranges(batches.read(), len(images.indices), longest=batch_size)
         bound_of = batch_bound(job.config, batch_size=batch_size, cdf=request.cdf)
         params = bound_of.place(job.params)
+        number = len(images.indices)
         try:
             log_variances = _log_variances(job, request.sigma, schedule, bound_of, params, estimated, out)
             key = jax.random.fold_in(jax.random.key(job.seed), _EVALUATION)
-            total = sum(math.ceil((stop - first) / bound_of.batch_size) for first, stop in missing)
-            with Progress(
-                total * schedule.num_steps, description=f"bits/dim of {len(images.indices)} images"
-            ) as progress:
-                for first, stop in missing:
-                    bound = bound_of(
-                        params,
-                        key,
-                        images.source,
-                        images.indices[first:stop],
-                        log_variances=log_variances,
-                        progress=progress.update,
-                    )
-                    batches.save(first, sums_of(bound))
+            description_of_work = f"bits/dim of {number} images"
+            done = _count(
+                bound_of, params, key, images, batches, log_variances=log_variances, description=description_of_work
+            )
         except KeyboardInterrupt:
-            left = sum(stop - first for first, stop in missing_ranges(batches.read(), len(images.indices), longest=1))
-            say(f"{len(images.indices) - left} of {len(images.indices)} images are done: the same command goes on")
+            left = sum(stop - first for first, stop in missing_ranges(batches.read(), number, longest=number))
+            say(f"{number - left} of {number} images are done: the same command goes on")
             raise
-        done = batches.read()
-        if missing_ranges(done, len(images.indices), longest=1):
-            raise UserError(f"batches have gone from {out}: start the same command again")
-        likelihood, per_time = conclude(list(done.values()), dimensions=math.prod(images.source.image_shape))
+        likelihood, per_time = conclude(done, dimensions=math.prod(images.source.image_shape))
         if log_variances is None and job.config.diffusion.variance not in LEARNED_VARIANCES:
             log_variances = _fixed(schedule, job.config.diffusion.variance)
         _write(out, description, likelihood, per_time, log_variances)
@@ -440,48 +426,63 @@ def _log_variances(
     estimated: Images | None,
     out: Path,
 ) -> Array | None:
-    """Gives the variances that replace the model's; estimates the optimal ones, once."""
+    """Gives the variances that replace the model's; estimates the optimal ones."""
     if sigma == "model":
         return None
     if estimated is None:
         return _fixed(schedule, sigma)
-    file = out / "optimal_log_variances.npy"
-    if file.exists():
-        try:
-            found = np.load(file)
-        except (ValueError, EOFError) as error:
-            raise UserError(f"{file} is damaged: remove it, and it is estimated anew") from error
-        return jnp.asarray(found, jnp.float32)
-    key = jax.random.fold_in(jax.random.key(job.seed), _ESTIMATION)
-    number = len(estimated.indices)
-    first_indices = range(0, number, bound_of.batch_size)
-    squared_errors = np.zeros(schedule.num_steps)
-    with Progress(
-        len(first_indices) * schedule.num_steps, description=f"estimating variances from {number} images"
-    ) as progress:
-        for first in first_indices:
-            # Any variances do: the same program then serves the evaluation.
-            bound = bound_of(
-                params,
-                key,
-                estimated.source,
-                estimated.indices[first : first + bound_of.batch_size],
-                log_variances=schedule.fixed_large_log_variance,
-                progress=progress.update,
-            )
-            squared_errors += np.asarray(_mse_of_mean(job.config, bound), np.float64).sum(axis=1)
-    log_variances = optimal_log_variances(schedule, squared_errors / number)
-    write_whole(file, lambda opened: np.save(opened, np.asarray(log_variances)))
-    return log_variances
+    done = _count(
+        bound_of,
+        params,
+        jax.random.fold_in(jax.random.key(job.seed), _ESTIMATION),
+        estimated,
+        _Batches(out / "estimation", schedule.num_steps),
+        # Any variances do: the same program then serves the evaluation.
+        log_variances=schedule.fixed_large_log_variance,
+        description=f"estimating variances from {len(estimated.indices)} images",
+    )
+    _, per_time = conclude(done, dimensions=math.prod(estimated.source.image_shape))
+    return optimal_log_variances(schedule, mse_of_mean(job.config, per_time.means))
 
 
-def _mse_of_mean(config: Config, bound: Bound) -> Array:
-    """The error of the x_0 that the mean of x_{t-1} is made from."""
+def _count(
+    bound_of: BatchBound,
+    params: Params,
+    key: Array,
+    images: Images,
+    batches: _Batches,
+    *,
+    log_variances: Array | None,
+    description: str,
+) -> list[Sums]:
+    """Does the batches that are not done yet, and gives all of them."""
+    missing = missing_ranges(batches.read(), len(images.indices), longest=bound_of.batch_size)
+    with Progress(len(missing) * bound_of.num_steps, description=description) as progress:
+        for first, stop in missing:
+            chosen = images.indices[first:stop]
+            bound = bound_of(params, key, images.source, chosen, log_variances=log_variances, progress=progress.update)
+            batches.save(first, sums_of(bound))
+    done = batches.read()
+    if sum(stop - first for first, stop in done) != len(images.indices):
+        raise UserError(f"the batches in {batches.folder} do not fit each other: remove it, and start again")
+    return list(done.values())
+
+
+def mse_of_mean(config: Config, means: np.ndarray) -> np.ndarray:
+    """Gives the mean squared error of the x_0 that the mean of x_{t-1} is made from.
+
+    Args:
+      config: of the run.
+      means: (3, T) as in `PerTime`.
+
+    Returns:
+      (T,).
+    """
+    _, x0_mse, eps_mse = means
     if config.diffusion.prediction != "mean":
-        return bound.x0_mse
+        return x0_mse
     # A predicted mean is used as it is; clipped is only the x_0 that is reported.
-    schedule = build_schedule(config)
-    return bound.eps_mse * (schedule.sqrt_recip_alphas_bar_minus_one**2)[:, None]
+    return eps_mse * np.asarray(build_schedule(config).sqrt_recip_alphas_bar_minus_one, np.float64) ** 2
 
 
 def _describe(job: Job, request: Request, images: Images, estimated: Images | None) -> dict[str, Any]:

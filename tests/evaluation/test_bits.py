@@ -207,7 +207,7 @@ def test_a_part_of_the_set_is_taken_evenly_with_the_noise_of_the_whole(job, test
     assert likelihood.bits_per_dim == pytest.approx(float((bound.terms.sum(axis=0) + bound.prior).mean()), rel=1e-5)
 
 
-def test_optimal_variances_come_from_training_images_that_are_not_counted(job, tmp_path):
+def test_optimal_variances_come_from_training_images_that_are_not_counted(job, tmp_path, monkeypatch):
     train = load_source(job.config.data)
     estimated = np.arange(512) * 1438 // 512
     bound = plain_bound(job, train, estimated, use=1)
@@ -219,6 +219,13 @@ def test_optimal_variances_come_from_training_images_that_are_not_counted(job, t
         assert len(chosen.indices) == images
         if split == "train":
             assert chosen.indices.tolist() == counted.tolist()
+        if split == "train":
+            # Stopped while the variances are estimated.
+            with monkeypatch.context() as patch:
+                stop_after(patch, 3)
+                with pytest.raises(KeyboardInterrupt):
+                    run_job(job, tmp_path / split, request, batch_size=64)
+            assert len(list((tmp_path / split / "estimation").iterdir())) == 3
         optimal = run_job(job, tmp_path / split, request, batch_size=64)
         np.testing.assert_allclose(table(tmp_path / split / "terms.csv")["log_variance"], expected, rtol=1e-4)
         if split == "test":
@@ -241,7 +248,8 @@ def test_the_error_of_a_predicted_mean_is_that_of_an_unclipped_x0(test_set):
     clipped, unclipped = bound_of(True), bound_of(False)
     # The mean is used as it is, clipped or not; the x_0 that is reported is not.
     np.testing.assert_allclose(clipped.terms, unclipped.terms, rtol=1e-5)
-    np.testing.assert_allclose(bits._mse_of_mean(config, clipped), unclipped.x0_mse, rtol=1e-3)
+    _, per_time = conclude([sums_of(clipped)], dimensions=64)
+    np.testing.assert_allclose(bits.mse_of_mean(config, per_time.means), unclipped.x0_mse.mean(axis=1), rtol=1e-3)
     assert (clipped.x0_mse < 0.9 * unclipped.x0_mse).any()
 
 
