@@ -1,0 +1,213 @@
+r"""How fast each sampler converges: its error against the number of steps, for data whose truth is known exactly.
+
+    python benchmarks/sampler_order.py            # writes docs/sampler_order.png and docs/sampler_order.csv, minutes
+
+The data are Gaussian, with a mean and four correlated pixels of very different variance. The best network is then known
+in closed form, every step of every sampler is an affine map plus Gaussian noise, and the law of what a chain ends in
+is worked out from the sampler's own steps, without drawing a sample: what is measured is the sampler alone.
+
+- "order": from the exact q(x_T), over steps of one length in log(alpha / sigma), to the first time of the schedule,
+  where the exact law is known too. The slope is the order of convergence.
+- "chain": the whole chain of the paper's schedule (linear, T = 1000), from N(0, I) to images, as `sample.py` runs it.
+  It ends in a floor: that of a thousand steps' own discretisation.
+
+The error is that of the mean and of the covariance together, relative to the covariance.
+"""
+
+import contextlib
+import csv
+import pathlib
+import typing
+from collections.abc import Callable, Sequence
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
+from ddpm_jax import ddim, samplers, solvers
+from ddpm_jax.named_samplers import SAMPLERS, default_spacing
+from ddpm_jax.respacing import choose_times, evenly_spaced, respace
+from ddpm_jax.samplers import Sampler
+from ddpm_jax.schedules import Schedule, make_betas
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+IMAGE = (2, 2, 1)
+SIZE = 4
+ORDER_STEPS = (5, 10, 20, 40, 80, 160)
+CHAIN_STEPS = (5, 8, 10, 15, 20, 30, 50, 100, 250)
+CHAIN_SPACINGS = ("linspace", "trailing", "log_snr")
+
+
+class Law(typing.NamedTuple):
+    """A Gaussian over the four pixels, float64."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+
+def make_data() -> Law:
+    """Gives the data: standard deviations along the axes of 0.1, 0.3, 0.5 and 1, the axes turned."""
+    rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(SIZE, SIZE)))
+    return Law(np.array([-0.5, 0.1, 0.3, 0.7]), rotation @ np.diag([0.1, 0.3, 0.5, 1.0]) ** 2 @ rotation.T)
+
+
+def diffuse(data: Law, alphas_bar: float) -> Law:
+    """Gives q(x_t)."""
+    return Law(np.sqrt(alphas_bar) * data.mean, alphas_bar * data.covariance + (1 - alphas_bar) * np.eye(SIZE))
+
+
+def best_network(data: Law, alphas_bar: np.ndarray) -> Callable[[Array, Array], Array]:
+    r"""Gives E[x_0 | x_t] as a function of (x_t, t), in whatever precision it is called in.
+
+    .. math:: E[x_0 | x_t] = \mu + \sqrt{\bar\alpha}\, C\, (\bar\alpha C + (1 - \bar\alpha) I)^{-1}
+              (x_t - \sqrt{\bar\alpha}\, \mu)
+    """
+    root = np.sqrt(alphas_bar)[:, None, None]
+    covariances = root**2 * data.covariance + (1 - root**2) * np.eye(SIZE)
+    gains = root * data.covariance @ np.linalg.inv(covariances)
+
+    def predict(x_t: Array, t: Array) -> Array:
+        centred = x_t.reshape(-1, SIZE) - jnp.asarray(root[:, :, 0] * data.mean)[t]
+        x0 = jnp.einsum("bij,bj->bi", jnp.asarray(gains)[t], centred) + jnp.asarray(data.mean)[None]
+        return x0.reshape(x_t.shape)
+
+    return predict
+
+
+def in_float64(schedule: Schedule) -> Schedule:
+    """Widens the tables, so that a chain runs in float64 (inside `jax.enable_x64`)."""
+    widen = lambda table: table.astype(jnp.float64) if jnp.issubdtype(table.dtype, jnp.floating) else table
+    return jax.tree.map(widen, schedule)
+
+
+def law_of_chain(sampler: Sampler, start: Law, *, num_steps: int | None = None) -> Law:
+    r"""Works out the law of x after the first steps of a chain, exactly, for a network that is affine in x_t.
+
+    Each step is y' = F y + c + B z for what the chain holds, y (the images and its memory), and for the noise z that
+    it draws: F and B are its derivatives, c its value at 0.
+
+    Args:
+      sampler: the rule.
+      start: of x_T.
+      num_steps: how many steps; all if None.
+
+    Returns:
+      the law of x.
+    """
+    at_zero = sampler.init(jnp.zeros((1, *IMAGE)))
+    zero, unravel = ravel_pytree(at_zero)
+    where_x, _ = ravel_pytree(at_zero._replace(x=jnp.ones((1, *IMAGE))))
+    where_x = np.asarray(where_x, bool)
+    keys = jax.random.split(jax.random.key(0), 1)
+
+    def advance(held: Array, z: Array, k: Array) -> Array:
+        with contextlib.ExitStack() as stack:
+            for module in (samplers, ddim, solvers):
+                drawn = lambda keys, time, shape: z.reshape(len(keys), *shape)
+                stack.enter_context(mock.patch.object(module, "step_noise", drawn))
+            return ravel_pytree(sampler.step(keys, unravel(held), k)[0])[0]
+
+    def affine(k: Array) -> tuple[Array, Array, Array]:
+        no_noise = jnp.zeros(SIZE)
+        matrix, noise = jax.jacfwd(advance, argnums=(0, 1))(zero, no_noise, k)
+        return matrix, advance(zero, no_noise, k), noise
+
+    num_steps = sampler.num_steps if num_steps is None else num_steps
+    maps = jax.device_get(jax.jit(jax.vmap(affine))(jnp.arange(num_steps)))
+    mean, covariance = np.zeros(zero.size), np.zeros((zero.size, zero.size))
+    mean[where_x], covariance[np.ix_(where_x, where_x)] = start.mean, start.covariance
+    for matrix, offset, noise in zip(*maps, strict=True):
+        mean = matrix @ mean + offset
+        covariance = matrix @ covariance @ matrix.T + noise @ noise.T
+    return Law(mean[where_x], covariance[np.ix_(where_x, where_x)])
+
+
+def error(law: Law, truth: Law) -> float:
+    """Gives the distance of mean and covariance together, relative to the true covariance."""
+    distance = np.hypot(np.linalg.norm(law.mean - truth.mean), np.linalg.norm(law.covariance - truth.covariance))
+    return float(distance / np.linalg.norm(truth.covariance))
+
+
+def betas_of_even_log_ratios(num_times: int, *, highest: float = 3.0) -> np.ndarray:
+    """Gives the betas of a schedule whose log(alpha / sigma) falls evenly from `highest` to minus that."""
+    alphas_bar = 1 / (1 + np.exp(-2 * np.linspace(highest, -highest, num_times)))
+    return 1 - alphas_bar / np.append(1.0, alphas_bar[:-1])
+
+
+def order_errors(make: Callable[..., Sampler], steps: Sequence[int], **options: typing.Any) -> np.ndarray:
+    """Measures a sampler over steps of one length, from the exact q(x_T) to the first time: (len(steps),)."""
+    data, errors = make_data(), []
+    num_times = int(np.lcm.reduce(steps)) + 1
+    betas = betas_of_even_log_ratios(num_times)
+    alphas_bar = np.cumprod(1 - betas)
+    predict = best_network(data, alphas_bar)
+    with jax.enable_x64(True):
+        for count in steps:
+            schedule = in_float64(respace(betas, evenly_spaced(num_times, count + 1)))
+            sampler = make(schedule, predict, prediction="x0", clip_x0=False, **options)
+            law = law_of_chain(sampler, diffuse(data, alphas_bar[-1]), num_steps=count)
+            errors.append(error(law, diffuse(data, alphas_bar[0])))
+    return np.array(errors)
+
+
+def chain_errors(
+    make: Callable[..., Sampler], steps: Sequence[int], *, spacing: str, **options: typing.Any
+) -> np.ndarray:
+    """Measures a sampler from N(0, I) to images on the paper's schedule: (len(steps),)."""
+    data, errors = make_data(), []
+    betas = make_betas("linear", 1000)
+    predict = best_network(data, np.cumprod(1 - betas))
+    with jax.enable_x64(True):
+        for count in steps:
+            schedule = in_float64(respace(betas, choose_times(betas, num_steps=count, spacing=spacing)))
+            sampler = make(schedule, predict, prediction="x0", clip_x0=False, **options)
+            errors.append(error(law_of_chain(sampler, Law(np.zeros(SIZE), np.eye(SIZE))), data))
+    return np.array(errors)
+
+
+def slope(steps: Sequence[int], errors: np.ndarray) -> float:
+    """Fits the order: by which power of the number of steps the error falls."""
+    return float(-np.polyfit(np.log(steps), np.log(errors), 1)[0])
+
+
+def main() -> None:
+    # The samplers run in float64, on tables of float32: below this the error is that of the tables.
+    floor = 3e-7
+    rows = []
+    figure, (order_axes, chain_axes) = plt.subplots(1, 2, figsize=(11, 4.6), sharey=False)
+    for i, (name, make) in enumerate(SAMPLERS.items()):
+        errors = order_errors(make, ORDER_STEPS)
+        above = errors[-4:] > floor
+        order = slope(np.array(ORDER_STEPS[-4:])[above], errors[-4:][above])
+        print(f"{name:12s} order {order:.2f}", flush=True)
+        order_axes.loglog(ORDER_STEPS, errors, "o-", color=f"C{i}", label=f"{name}: order {order:.2f}")
+        rows += [("order", name, "even log SNR", *row) for row in zip(ORDER_STEPS, errors, strict=True)]
+        for spacing in CHAIN_SPACINGS:
+            errors = chain_errors(make, CHAIN_STEPS, spacing=spacing)
+            rows += [("chain", name, spacing, *row) for row in zip(CHAIN_STEPS, errors, strict=True)]
+            if spacing == default_spacing(name):
+                chain_axes.loglog(CHAIN_STEPS, errors, "o-", color=f"C{i}", label=f"{name} ({spacing})")
+            elif spacing == "linspace":
+                chain_axes.loglog(CHAIN_STEPS, errors, ":", color=f"C{i}", label=f"{name} ({spacing})")
+    order_axes.set(title="order: steps of one length in log SNR", xlabel="steps", ylabel="error of mean and covariance")
+    chain_axes.set(title="chain: linear, T = 1000, noise to images", xlabel="steps", ylim=(1e-3, 3))
+    for axes in (order_axes, chain_axes):
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(DOCS / "sampler_order.png", dpi=90)
+    with (DOCS / "sampler_order.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["measured", "sampler", "spacing", "steps", "error"])
+        writer.writerows((*row[:-1], f"{row[-1]:.3g}") for row in rows)
+
+
+if __name__ == "__main__":
+    main()
