@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Compiled programs, kept from one start to the next; it may be empty.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-slow lint types clean

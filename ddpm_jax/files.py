@@ -2,10 +2,11 @@
 
 import contextlib
 import fcntl
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ddpm_jax.errors import UserError
 
@@ -57,3 +58,30 @@ def claimed(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"another process is writing to {folder}: wait for it, or use another folder") from error
         yield
+
+
+def check_same_job(file: Path, description: dict[str, Any]) -> None:
+    """Writes what a job is into its folder, or holds it against what is there.
+
+    Args:
+      file: the job's description, in its folder.
+      description: names and values, of the kinds that JSON has.
+
+    Raises:
+      UserError: the folder holds another job, and in what they differ.
+    """
+    if not file.exists():
+        text = json.dumps(description, indent=2) + "\n"
+        write_whole(file, lambda opened: opened.write(text.encode()))
+        return
+    try:
+        there = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is damaged: give another --out, or remove {file.parent}") from error
+    different = [
+        f"{name} is {there.get(name)} there and {description.get(name)} here"
+        for name in dict.fromkeys([*description, *there])
+        if there.get(name) != description.get(name)
+    ]
+    if different:
+        raise UserError(f"{file.parent} holds another job ({'; '.join(different)}): give another --out, or remove it")

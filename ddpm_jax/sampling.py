@@ -26,7 +26,7 @@ from ddpm_jax.chains import Choice, MakeChain, labels_of, make_chain
 from ddpm_jax.config import Config, image_shape, read_config
 from ddpm_jax.data.pipeline import to_uint8
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import claimed, write_whole
+from ddpm_jax.files import check_same_job, claimed
 from ddpm_jax.keys import image_keys
 from ddpm_jax.progress import Progress, say
 from ddpm_jax.samplers import Chain, initial_noise, run_chain
@@ -297,7 +297,7 @@ def run_job(job: Job, out: Path, *, number: int, batch_size: int, format: Format
     # Not cut to what is missing: the same batches give the same bits, also after an interruption.
     batch_size = whole_batch(min(batch_size, number))
     with claimed(out):
-        _check_same(out / "job.json", describe_job(job))
+        check_same_job(out / "job.json", describe_job(job))
         stored = StoredImages(out, image_shape(job.config))
         try:
             if format == "gif":
@@ -325,25 +325,6 @@ def run_job(job: Job, out: Path, *, number: int, batch_size: int, format: Format
                 return _show_each(out / "images", stored, number)
             case _:
                 typing.assert_never(format)
-
-
-def _check_same(file: Path, description: dict[str, Any]) -> None:
-    """Writes what the job is into its folder, or holds it against what is there."""
-    if not file.exists():
-        text = json.dumps(description, indent=2) + "\n"
-        write_whole(file, lambda opened: opened.write(text.encode()))
-        return
-    try:
-        there = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{file} is damaged: give another --out, or remove {file.parent}") from error
-    different = [
-        f"{name} is {there.get(name)} there and {description.get(name)} here"
-        for name in dict.fromkeys([*description, *there])
-        if there.get(name) != description.get(name)
-    ]
-    if different:
-        raise UserError(f"{file.parent} holds another job ({'; '.join(different)}): give another --out, or remove it")
 
 
 def _draw(

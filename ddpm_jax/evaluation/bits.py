@@ -30,7 +30,7 @@ from ddpm_jax.config import Config, build_schedule, build_unet
 from ddpm_jax.data.pipeline import to_float
 from ddpm_jax.data.sources import Source, load_source, resolve
 from ddpm_jax.errors import UserError
-from ddpm_jax.files import claimed, write_whole
+from ddpm_jax.files import check_same_job, claimed, write_whole
 from ddpm_jax.keys import image_keys
 from ddpm_jax.likelihood import Bound, bound_terms, optimal_log_variances, rate_distortion
 from ddpm_jax.progress import Progress, say
@@ -336,7 +336,7 @@ def run_job(job: Job, out: Path, request: Request, *, batch_size: int) -> Likeli
     estimated, images = _choose(job.config, request)
     with claimed(out):
         description = _describe(job, request, images, estimated)
-        _check_same(out / "job.json", description)
+        check_same_job(out / "job.json", description)
         schedule = build_schedule(job.config)
         batches = _Batches(out / "batches", schedule.num_steps)
         bound_of = batch_bound(job.config, batch_size=batch_size, cdf=request.cdf)
@@ -500,25 +500,6 @@ def _describe(job: Job, request: Request, images: Images, estimated: Images | No
         "cdf": request.cdf,
         "conditional": job.config.model.num_classes > 0,
     }
-
-
-def _check_same(file: Path, description: dict[str, Any]) -> None:
-    """Writes what the job is into its folder, or holds it against what is there."""
-    if not file.exists():
-        text = json.dumps(description, indent=2) + "\n"
-        write_whole(file, lambda opened: opened.write(text.encode()))
-        return
-    try:
-        there = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{file} is damaged: give another --out, or remove {file.parent}") from error
-    different = [
-        f"{name} is {there.get(name)} there and {description.get(name)} here"
-        for name in dict.fromkeys([*description, *there])
-        if there.get(name) != description.get(name)
-    ]
-    if different:
-        raise UserError(f"{file.parent} holds another job ({'; '.join(different)}): give another --out, or remove it")
 
 
 def _write(
