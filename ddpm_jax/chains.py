@@ -30,8 +30,9 @@ class Choice:
     """Algorithm 2 of the paper, or a sampler for fewer steps."""
     steps: int | None = None
     """Steps of the chain; all T of the schedule if not given."""
-    spacing: str = "linspace"
-    """Which times a shorter chain visits: linspace, leading, trailing, quadratic, log_snr, or sections ("10,20,30")."""
+    spacing: str | None = None
+    """Which times a shorter chain visits: linspace, leading, trailing, quadratic, log_snr, or sections ("10,20,30");
+    what suits the sampler if not given."""
     eta: float | None = None
     """Share of the noise in DDIM, 0 to 1; 0 if not given."""
     guidance: float = 0.0
