@@ -1,0 +1,146 @@
+"""The loop: what it refuses, how it fails, and that its devices do not show. Its resumption: tests/test_scripts.py."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from ddpm_jax.config import (
+    CheckpointConfig,
+    Config,
+    DiffusionConfig,
+    LogConfig,
+    ModelConfig,
+    TrainConfig,
+    read_config,
+    validate,
+)
+from ddpm_jax.errors import Stopped, UserError
+from ddpm_jax.training import loop
+from ddpm_jax.training.checkpoints import load_ema
+from ddpm_jax.training.loop import train
+
+TINY = Config(
+    name="tiny",
+    diffusion=DiffusionConfig(num_steps=20, schedule="cosine"),
+    model=ModelConfig(width=4, multipliers=(1,), blocks=1, attention_resolutions=(), groups=2, dropout=0.1),
+    train=TrainConfig(steps=6, batch_size=8, learning_rate=1e-3, warmup=2, ema_decay=0.5, matmul_precision="highest"),
+    checkpoints=CheckpointConfig(every=2, keep=2),
+    log=LogConfig(every=2, samples_every=0),
+)
+validate(TINY)
+
+
+def with_train(**choices):
+    return dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, **choices))
+
+
+def lines_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _as_a_script():
+    """Outside of the tests' strictness, which optax's Adam does not bear; and quick to compile."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def trained(_as_a_script, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    train(TINY, run)
+    return run
+
+
+def test_a_run_is_one_folder(trained):
+    names = {path.name for path in trained.iterdir()} - {".lock"}
+    assert names == {"config.json", "metrics.jsonl", "timing.jsonl", "checkpoints", "loss.png"}
+    assert read_config(trained / "config.json") == TINY
+    assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["4", "6"]
+    lines = lines_of(trained / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert set(lines[0]) == {"step", "loss", "grad_norm", "param_norm", "learning_rate"}
+    np.testing.assert_allclose([line["learning_rate"] for line in lines], [5e-4, 1e-3, 1e-3])
+    assert 0.5 < lines[0]["loss"] < 1.5
+    assert all(line["images_per_second"] > 0 for line in lines_of(trained / "timing.jsonl"))
+
+
+def test_a_longer_run_goes_on_by_pmap_as_by_jit(trained, tmp_path):
+    """How it is spread, how far it goes and how often it writes are free to change."""
+    runs = {}
+    for parallel in ("jit", "pmap"):
+        runs[parallel] = tmp_path / parallel
+        shutil.copytree(trained, runs[parallel])
+        train(with_train(steps=8, parallel=parallel), runs[parallel])
+    by_jit, by_pmap = (lines_of(run / "metrics.jsonl") for run in runs.values())
+    assert [line["step"] for line in by_jit] == [line["step"] for line in by_pmap] == [2, 4, 6, 8]
+    assert by_jit[:3] == by_pmap[:3] == lines_of(trained / "metrics.jsonl")
+    np.testing.assert_allclose(by_jit[3]["loss"], by_pmap[3]["loss"], rtol=1e-5)
+    assert load_ema(runs["pmap"], warn=pytest.fail)[0] == 8
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    # The first update has rate 0, the second breaks everything.
+    config = dataclasses.replace(with_train(learning_rate=1e30), checkpoints=CheckpointConfig(every=1, keep=2))
+    with pytest.raises(UserError) as error:
+        train(config, tmp_path)
+    line = str(error.value)
+    assert line.startswith("step 2: loss ")
+    assert f"the last good checkpoint is step 1 in {tmp_path}" in line
+    assert "smaller --train.learning-rate" in line
+    step, ema = load_ema(tmp_path, warn=pytest.fail)
+    assert step == 1
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(ema))
+
+
+def test_a_signal_ends_the_run_after_its_step(trained, tmp_path, monkeypatch):
+    append_line, number = loop.append_line, signal.SIGTERM
+
+    def and_signal(path, line):
+        append_line(path, line)
+        if line["step"] == 4 and path.name == "timing.jsonl":
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(loop, "append_line", and_signal)
+    before = signal.getsignal(number)
+    with pytest.raises(
+        Stopped, match=f"stopped by {number.name} at step [45], saved: the same command goes on"
+    ) as stop:
+        train(TINY, tmp_path)
+    assert stop.value.signal_number == number
+    assert signal.getsignal(number) is before
+    assert load_ema(tmp_path, warn=pytest.fail)[0] in (4, 5)
+    train(TINY, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
+
+
+class TestRefused:
+    def test_another_configuration(self, trained):
+        with pytest.raises(UserError, match=r"another configuration \(train.learning_rate: 0.001 there, 0.1 here\)"):
+            train(with_train(learning_rate=0.1, steps=9), trained)
+        assert read_config(trained / "config.json") == TINY
+
+    def test_a_folder_in_use(self, tmp_path):
+        with (tmp_path / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with pytest.raises(UserError, match="process"):
+                train(TINY, tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+    def test_a_folder_that_cannot_be(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UserError, match="cannot write to"):
+            train(TINY, tmp_path / "file" / "run")
+
+    def test_a_batch_that_cannot_be_shared_out(self, tmp_path):
+        with pytest.raises(UserError, match="train.batch_size=12 cannot be shared out evenly over 8 devices"):
+            train(with_train(batch_size=12), tmp_path)
