@@ -487,10 +487,9 @@ def mse_of_mean(config: Config, means: np.ndarray) -> np.ndarray:
 
 def _describe(job: Job, request: Request, images: Images, estimated: Images | None) -> dict[str, Any]:
     """Says all that the numbers of a job depend on."""
-    description = describe_job(job)
-    description.pop("sampler", None)
+    of_sampling = dataclasses.asdict(job.choice)
     return {
-        **description,
+        **{name: value for name, value in describe_job(job).items() if name not in of_sampling},
         "data.source": job.config.data.source,
         "data.path": job.config.data.path,
         "split": request.split,
