@@ -46,16 +46,15 @@ def lines_of(file):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _as_a_script():
-    """Outside of the tests' strictness, which optax's Adam does not bear; and quick to compile."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.numpy_dtype_promotion("standard"):
+def _quickly(training):
+    """A network that compiles in a second; the U-Net is trained by tests/test_scripts.py. Adam mixes types."""
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+        patch.setattr(loop, "build_unet", lambda config: training.Linear())
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
-def trained(_as_a_script, tmp_path_factory):
+def trained(_quickly, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "tiny"
     train(TINY, run)
     return run
@@ -102,8 +101,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(ema))
 
 
-def test_a_signal_ends_the_run_after_its_step(trained, tmp_path, monkeypatch):
-    append_line, number = loop.append_line, signal.SIGTERM
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step(trained, tmp_path, monkeypatch, number):
+    append_line = loop.append_line
 
     def and_signal(path, line):
         append_line(path, line)
