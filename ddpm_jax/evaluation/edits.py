@@ -32,9 +32,22 @@ from ddpm_jax.training.state import Params
 
 # So often the host looks at a chain: to show progress, and for the frames of the reverse process.
 _STEPS_AT_ONCE, _LOOKS = 50, 40
-# Enough for the inversion to take images back, and for RePaint (its authors use 250).
+# Enough for the inversion to take images back; RePaint as its authors run it, but in half the passes.
 _DDIM_STEPS, _REPAINT_STEPS = 250, 250
-_JUMP, _RESAMPLES = 10, 10
+_JUMP, _RESAMPLES = 10, 5
+
+
+# Each one program, where step by step it would be dozens.
+_encode = jax.jit(encode, static_argnames="draws")
+_branch = jax.jit(branch, static_argnames="draws")
+_mix, _mix_latents, _image_keys = jax.jit(mix), jax.jit(mix_latents), jax.jit(image_keys)
+_initial_noise = jax.jit(initial_noise, static_argnums=1)
+_to_float, _to_uint8 = jax.jit(to_float), jax.jit(to_uint8)
+
+
+def _to_host(leaf: Array | np.ndarray) -> np.ndarray:
+    typed = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if typed else leaf)
 
 
 class _Rule:
@@ -42,27 +55,32 @@ class _Rule:
 
     def __init__(self, make: Callable[[Params, Any], Sampler], num_steps: int):
         def advance(params: Params, about: Any, start: Start, first: Array, *, num_steps: int) -> Array:
-            return run_chain(start.keys, make(params, about), Chain(start.x), first, num_steps=num_steps).x
+            keys = jax.random.wrap_key_data(start.keys)
+            return run_chain(keys, make(params, about), Chain(start.x), first, num_steps=num_steps).x
 
         self.num_steps = num_steps
         self.ranges = cut(num_steps, longest=min(_STEPS_AT_ONCE, math.ceil(num_steps / _LOOKS)))
         self.advance = jax.jit(advance, static_argnames="num_steps")
 
 
+# Host arrays as they are made, device arrays where a chain is traced.
+_Either = typing.Any
+
+
 class _Span(typing.NamedTuple):
     """Which steps of the chain images take part in, and what they are told to be."""
 
-    labels: Array | None
-    depth: Array
-    until: Array
+    labels: _Either
+    depth: _Either
+    until: _Either
 
 
 class _Hole(typing.NamedTuple):
     """What is known of images, and what they are told to be."""
 
-    labels: Array | None
-    x0: Array
-    mask: Array
+    labels: _Either
+    x0: _Either
+    mask: _Either
 
 
 class Editor:
@@ -120,7 +138,7 @@ class Editor:
             chain = make_filling(params, hole.labels)
             return repaint(filling, chain, hole.x0, hole.mask, jump=self.jump, resamples=_RESAMPLES)
 
-        one = jnp.zeros((1, *self.shape))
+        one = np.zeros((1, *self.shape), np.float32)
         self._repaint = _Rule(fill, fill(None, _Hole(self.labels([0]), one, one[..., :1])).num_steps)
         self.settings = {
             "ddim": f"DDIM, eta = 0, without clipping, {along.num_steps} steps each way",
@@ -145,7 +163,7 @@ class Editor:
         times = np.append(0, np.asarray(self.schedule.times) + 1)
         return int(np.abs(times - time).argmin())
 
-    def labels(self, labels: typing.Iterable[int | None] | None, *, each: int = 1) -> Array | None:
+    def labels(self, labels: typing.Iterable[int | None] | None, *, each: int = 1) -> np.ndarray | None:
         """Makes labels of a list; None in it is "not told". None for an unconditional run.
 
         Args:
@@ -156,7 +174,7 @@ class Editor:
         if not classes or labels is None:
             return None
         told = [classes if label is None else label for label in labels]
-        return jnp.repeat(jnp.asarray(told, jnp.int32), each)
+        return np.repeat(np.asarray(told, np.int32), each)
 
     def _run(
         self,
@@ -167,13 +185,13 @@ class Editor:
         doing: str,
         steps: tuple[int, int] | None = None,
         watch: Callable[[int, np.ndarray], object] | None = None,
-    ) -> Array:
+    ) -> np.ndarray:
         """Runs chains batch by batch; `watch` is told the first image of a batch and its images at every look."""
         number, size = len(start.x), self._batch_size
         first, stop = steps or (0, rule.num_steps)
         ranges = [(at, length) for at, length in rule.ranges if first < at + length and at < stop]
         precision = self.job.config.train.matmul_precision
-        done = []
+        whole, done = jax.tree.map(_to_host, (start, about)), []
         with (
             jax.default_matmul_precision(None if precision == "default" else precision),
             Progress(math.ceil(number / size) * sum(length for _, length in ranges), description=doing) as progress,
@@ -181,21 +199,19 @@ class Editor:
             for begin in range(0, number, size):
                 rows = np.minimum(np.arange(begin, begin + size), number - 1)
                 batch: Start
-                batch, told = jax.device_put(
-                    jax.tree.map(lambda leaf, rows=rows: leaf[rows], (start, about)), self._shared_out
-                )
+                batch, told = jax.device_put(jax.tree.map(lambda leaf, rows=rows: leaf[rows], whole), self._shared_out)
                 for at, length in ranges:
                     if watch is not None:
                         watch(begin, np.asarray(batch.x))
-                    x = rule.advance(self._params, told, batch, jnp.int32(at), num_steps=length)
+                    x = rule.advance(self._params, told, batch, np.int32(at), num_steps=length)
                     batch = batch._replace(x=jax.block_until_ready(x))
                     progress.update(length)
-                done.append(batch.x[: number - begin])
-        return jnp.concatenate(done)
+                done.append(np.asarray(batch.x)[: number - begin])
+        return np.concatenate(done)
 
     def decode(
-        self, start: Start, labels: Array | None, depth: Array, *, until: int = 0, doing: str = "decoding"
-    ) -> Array:
+        self, start: Start, labels: np.ndarray | None, depth: np.ndarray, *, until: int = 0, doing: str = "decoding"
+    ) -> np.ndarray:
         """Runs the reverse chain of each image from its own depth.
 
         Args:
@@ -209,10 +225,10 @@ class Editor:
           (N, H, W, C) float32.
         """
         steps = (self.num_steps - int(depth.max()), self.num_steps - until)
-        span = _Span(labels, depth, jnp.full_like(depth, until))
+        span = _Span(labels, depth, np.full_like(depth, until))
         return self._run(self._reverse, start, span, doing=doing, steps=steps)
 
-    def sample(self, number: int, labels: Array | None, *, watched: int) -> tuple[np.ndarray, np.ndarray]:
+    def sample(self, number: int, labels: np.ndarray | None, *, watched: int) -> tuple[np.ndarray, np.ndarray]:
         """Draws the images 0 .. number-1 of the sampling job.
 
         Args:
@@ -223,27 +239,27 @@ class Editor:
         Returns:
           the images, (number, H, W, C) uint8, and the frames, (F, watched, H, W, C) uint8.
         """
-        keys = image_keys(jax.random.key(self.job.seed), jnp.arange(number))
-        start = Start(keys, initial_noise(keys, self.shape))
-        whole = jnp.full(number, self.num_steps, jnp.int32)
+        keys = _image_keys(jax.random.key(self.job.seed), np.arange(number))
+        start = Start(keys, _initial_noise(keys, self.shape))
+        whole = np.full(number, self.num_steps, np.int32)
         seen: dict[int, list[np.ndarray]] = {}
 
         def watch(begin: int, x: np.ndarray) -> None:
             if begin < watched:
-                seen.setdefault(begin, []).append(np.asarray(to_uint8(x[: watched - begin])))
+                seen.setdefault(begin, []).append(np.asarray(_to_uint8(x))[: watched - begin])
 
         images = self._run(
             self._reverse,
             start,
-            _Span(labels, whole, jnp.zeros_like(whole)),
+            _Span(labels, whole, np.zeros_like(whole)),
             doing=f"sampling {number} images",
             watch=watch,
         )
-        pixels = np.asarray(to_uint8(images))
+        pixels = np.asarray(_to_uint8(images))
         frames = np.concatenate([np.stack(looks) for looks in seen.values()], axis=1)[:, :watched]
         return pixels, np.concatenate([frames, pixels[None, :watched]])
 
-    def trajectory(self, number: int, labels: Array | None, *, depths: typing.Sequence[int]) -> Trajectory:
+    def trajectory(self, number: int, labels: np.ndarray | None, *, depths: typing.Sequence[int]) -> Trajectory:
         """Draws the images 0 .. number-1 of the sampling job, with x_t and the predicted x_0 at some depths."""
 
         @jax.jit
@@ -254,7 +270,7 @@ class Editor:
         return draw(self._params, labels)
 
     def share_latents(
-        self, key: Array, labels: Array | None, *, depths: typing.Sequence[int], draws: int
+        self, key: Array, labels: np.ndarray | None, *, depths: typing.Sequence[int], draws: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Draws one chain, stops it at each depth, and goes on from there several times (Ho et al. 2020, Fig. 7).
 
@@ -269,17 +285,16 @@ class Editor:
         """
         number = len(depths)
         latent_key, chain_key = jax.random.split(key)
-        keys = jnp.repeat(image_keys(latent_key, jnp.arange(1)), number)
-        many = lambda each: None if labels is None else jnp.repeat(labels, each)
-        depth, whole = jnp.asarray(depths, jnp.int32), jnp.full(number, self.num_steps, jnp.int32)
-        start = Start(keys, initial_noise(keys, self.shape))
-        x_t = self._run(self._reverse, start, _Span(many(number), whole, depth), doing="drawing latents")
-        start = branch(image_keys(chain_key, jnp.arange(number)), x_t, draws=draws)
-        images = self.decode(start, many(number * draws), jnp.repeat(depth, draws), doing="sharing latents")
-        return np.asarray(to_uint8(x_t)), self._pixels(images, number, draws)
+        keys = _image_keys(latent_key, np.zeros(number, int))
+        depth, whole = np.asarray(depths, np.int32), np.full(number, self.num_steps, np.int32)
+        start = Start(keys, _initial_noise(keys, self.shape))
+        x_t = self._run(self._reverse, start, _Span(_repeat(labels, number), whole, depth), doing="drawing latents")
+        start = _branch(_image_keys(chain_key, np.arange(number)), x_t, draws=draws)
+        images = self.decode(start, _repeat(labels, number * draws), np.repeat(depth, draws), doing="sharing latents")
+        return np.asarray(_to_uint8(x_t)), self._pixels(images, number, draws)
 
     def reconstruct(
-        self, key: Array, images: np.ndarray, labels: Array | None, depth: np.ndarray, *, draws: int = 1
+        self, key: Array, images: np.ndarray, labels: np.ndarray | None, depth: np.ndarray, *, draws: int = 1
     ) -> np.ndarray:
         """Diffuses images and takes them back: `editing.encode_decode`, each from its own depth.
 
@@ -293,10 +308,9 @@ class Editor:
         Returns:
           (B, draws, H, W, C) uint8.
         """
-        depths = jnp.asarray(depth, jnp.int32)
-        start = encode(key, self.schedule, to_float(images), depths, draws=draws)
-        labels = None if labels is None else jnp.repeat(labels, draws)
-        decoded = self.decode(start, labels, jnp.repeat(depths, draws), doing="reconstructing")
+        depth = np.asarray(depth, np.int32)
+        start = _encode(key, self.schedule, _to_float(images), depth, draws=draws)
+        decoded = self.decode(start, _repeat(labels, draws), np.repeat(depth, draws), doing="reconstructing")
         return self._pixels(decoded, len(images), draws)
 
     def interpolate(
@@ -322,18 +336,18 @@ class Editor:
         Returns:
           (B, L, H, W, C) uint8.
         """
-        depths, shares = jnp.asarray(depth, jnp.int32), jnp.asarray(lambdas, jnp.float32)
-        start = mix(
+        depth, lambdas = np.asarray(depth, np.int32), np.asarray(lambdas, np.float32)
+        start = _mix(
             key,
             self.schedule,
-            to_float(images_a),
-            to_float(images_b),
-            shares,
-            depths,
-            indices=None if indices is None else jnp.asarray(indices),
+            _to_float(images_a),
+            _to_float(images_b),
+            lambdas,
+            depth,
+            indices=indices,
         )
         labels = self.labels([None] * len(start.x))
-        decoded = self.decode(start, labels, jnp.repeat(depths, len(lambdas)), doing="interpolating")
+        decoded = self.decode(start, labels, np.repeat(depth, len(lambdas)), doing="interpolating")
         return self._pixels(decoded, len(images_a), len(lambdas))
 
     def ddim_interpolate(self, images_a: np.ndarray, images_b: np.ndarray, lambdas: np.ndarray) -> np.ndarray:
@@ -347,18 +361,18 @@ class Editor:
         Returns:
           (B, L, H, W, C) uint8.
         """
-        x0 = to_float(np.concatenate([images_a, images_b]))
-        x_a, x_b = jnp.split(self._run(self._invert, Start(unused_keys(len(x0)), x0), None, doing="inverting"), 2)
+        x0 = _to_float(np.concatenate([images_a, images_b]))
+        x_a, x_b = np.split(self._run(self._invert, Start(unused_keys(len(x0)), x0), None, doing="inverting"), 2)
         return self.ddim_between(x_a, x_b, lambdas)
 
-    def ddim_between(self, x_a: Array, x_b: Array, lambdas: np.ndarray) -> np.ndarray:
+    def ddim_between(self, x_a: Array | np.ndarray, x_b: Array | np.ndarray, lambdas: np.ndarray) -> np.ndarray:
         """Decodes what lies on the great circle between pairs of noises, (B, H, W, C) each, as `ddim_interpolate`."""
-        x = mix_latents(x_a, x_b, jnp.asarray(lambdas, jnp.float32))
+        x = _mix_latents(x_a, x_b, np.asarray(lambdas, np.float32))
         decoded = self._run(self._ddim, Start(unused_keys(len(x)), x), None, doing="interpolating by DDIM")
         return self._pixels(decoded, len(x_a), len(lambdas))
 
     def inpaint(
-        self, key: Array, images: np.ndarray, known: np.ndarray, labels: Array | None, *, draws: int = 1
+        self, key: Array, images: np.ndarray, known: np.ndarray, labels: np.ndarray | None, *, draws: int = 1
     ) -> np.ndarray:
         """Fills in what is not known of images: `editing.inpaint`.
 
@@ -372,14 +386,18 @@ class Editor:
         Returns:
           (B, draws, H, W, C) uint8, equal to `images` where they are known.
         """
-        x0, mask = (jnp.repeat(jnp.asarray(each), draws, axis=0) for each in (to_float(images), known[..., None]))
-        keys = branch(image_keys(key, jnp.arange(len(images))), to_float(images), draws=draws).keys
-        hole = _Hole(None if labels is None else jnp.repeat(labels, draws), x0, mask)
-        filled = self._run(self._repaint, Start(keys, initial_noise(keys, self.shape)), hole, doing="inpainting")
+        x0, mask = (np.repeat(each, draws, axis=0) for each in (_to_float(images), known[..., None]))
+        keys = _branch(_image_keys(key, np.arange(len(images))), _to_float(images), draws=draws).keys
+        hole = _Hole(_repeat(labels, draws), x0, mask)
+        filled = self._run(self._repaint, Start(keys, _initial_noise(keys, self.shape)), hole, doing="inpainting")
         return self._pixels(filled, len(images), draws)
 
-    def _pixels(self, images: Array, number: int, each: int) -> np.ndarray:
-        return np.asarray(to_uint8(images)).reshape(number, each, *self.shape)
+    def _pixels(self, images: np.ndarray, number: int, each: int) -> np.ndarray:
+        return np.asarray(_to_uint8(images)).reshape(number, each, *self.shape)
+
+
+def _repeat(labels: np.ndarray | None, each: int) -> np.ndarray | None:
+    return None if labels is None else np.repeat(labels, each)
 
 
 def read_picture(file: str, shape: tuple[int, int, int]) -> np.ndarray:

@@ -118,7 +118,10 @@ def real_images(job: Job, number: int) -> Real:
 def _of_noise(editor: Editor, out: Path, num: int) -> typing.Iterator[Figure]:
     """Draws the figures for which nothing is needed but the run's weights."""
     job, whole = editor.job, editor.num_steps
-    cycle = lambda number: labels_of(job.config, job.choice, jnp.arange(number))
+
+    def cycle(number: int) -> np.ndarray | None:
+        labels = labels_of(job.config, job.choice, jnp.arange(number))
+        return None if labels is None else np.asarray(labels)
 
     number, watched = num**2, min(num**2, 16)
     images, frames = editor.sample(number, cycle(number), watched=watched)
@@ -137,7 +140,7 @@ def _of_noise(editor: Editor, out: Path, num: int) -> typing.Iterator[Figure]:
         ("progressive_x0.png", frames_at.x0, "the predicted x_0"),
         ("progressive_x_t.png", frames_at.x_t, "x_t"),
     ):
-        rows = np.concatenate([to_uint8(over_time).swapaxes(0, 1), images[:num, None]], axis=1)
+        rows = np.concatenate([np.asarray(to_uint8(over_time)).swapaxes(0, 1), images[:num, None]], axis=1)
         _save(out / file, _rows(rows))
         yield Figure(
             file, f"Progressive generation: {what} at t = {times}, and the image at last; a sample a row (Fig. 6)."
@@ -174,7 +177,7 @@ def _of_images(editor: Editor, out: Path, real: Real) -> typing.Iterator[Figure]
 
     depths = np.array(sorted({math.ceil(whole * j / 8) for j in range(9)}))
     times = ", ".join(str(editor.paper_time(depth)) for depth in depths)
-    each = None if labels is None else jnp.repeat(labels, len(depths) - 1)
+    each = None if labels is None else np.repeat(labels, len(depths) - 1)
     back = editor.reconstruct(
         reconstruction_key, a.repeat(len(depths) - 1, axis=0), each, np.tile(depths[1:], num)
     ).reshape(num, len(depths) - 1, *editor.shape)
@@ -215,7 +218,7 @@ def _of_images(editor: Editor, out: Path, real: Real) -> typing.Iterator[Figure]
     masks = _masks(editor.shape)
     known = np.tile(masks, (num, 1, 1))
     twice = a.repeat(len(masks), axis=0)
-    each = None if labels is None else jnp.repeat(labels, len(masks))
+    each = None if labels is None else np.repeat(labels, len(masks))
     filled = editor.inpaint(hole_key, twice, known, each, draws=4)
     hidden = np.where(known[..., None], twice, np.uint8(_UNKNOWN))
     _save(out / "inpainting.png", _rows(np.concatenate([twice[:, None], hidden[:, None], filled], axis=1)))

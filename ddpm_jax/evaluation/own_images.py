@@ -105,7 +105,7 @@ def _editor(job: Job, time: int, number: int, option: str) -> tuple[Editor, int]
     return editor, editor.depth_of(time)
 
 
-def _labels(editor: Editor, label: int | None) -> jax.Array | None:
+def _labels(editor: Editor, label: int | None) -> np.ndarray | None:
     classes = editor.job.config.model.num_classes
     if label is not None and not 0 <= label < classes:
         has = f"its classes are 0 to {classes - 1}" if classes else "it is unconditional and knows no labels"
