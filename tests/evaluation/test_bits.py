@@ -196,6 +196,8 @@ def test_a_finished_job_is_not_done_again(job, whole, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(BatchBound, "__call__", None)
         assert run_job(job, out, WHOLE, batch_size=64) == likelihood
+        # Bits do not depend on how the run would be sampled.
+        assert run_job(job._replace(choice=Choice(sampler="ddim", steps=5)), out, WHOLE, batch_size=64) == likelihood
     assert [(out / name).read_bytes() for name in FILES] == before
 
 
