@@ -21,6 +21,7 @@ import numpy as np
 from jax import Array
 
 from ddpm_jax import keys as per_image_keys
+from ddpm_jax.respacing import check_prediction
 from ddpm_jax.reverse import Predict, Prediction, Reverse, Variance, p_mean_variance, p_sample
 from ddpm_jax.schedules import Schedule
 
@@ -94,8 +95,12 @@ def ancestral(
     Returns:
       a `Sampler` of T steps.
 
+    Raises:
+      ValueError: the network predicts the mean of single steps, and the schedule skips some.
+
     Ho et al. 2020, Algorithm 2.
     """
+    check_prediction(schedule, prediction)
 
     def step(keys: Array, state: Chain, k: Array) -> tuple[Chain, StepInfo]:
         time = schedule.num_steps - 1 - k
