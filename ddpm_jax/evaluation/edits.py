@@ -23,6 +23,7 @@ from ddpm_jax.ddim import ddim, ddim_inversion
 from ddpm_jax.editing import Start, between, branch, encode, mix, mix_latents, repaint, unused_keys
 from ddpm_jax.errors import UserError
 from ddpm_jax.keys import image_keys
+from ddpm_jax.named_samplers import default_spacing
 from ddpm_jax.progress import Progress
 from ddpm_jax.respacing import choose_times, respace
 from ddpm_jax.samplers import Chain, Sampler, Trajectory, initial_noise, run_chain, sample_trajectory
@@ -105,14 +106,14 @@ class Editor:
         self.job, self.shape = job, image_shape(config)
 
         self._make = make_chain(config, job.choice)
-        self.schedule = self._schedule(job.choice.steps, job.choice.spacing)
+        self.schedule = self._schedule(job.choice)
         self._reverse = _Rule(
             lambda params, span: between(self._make(params, span.labels), span.depth, span.until), self.num_steps
         )
         # What a network says of single steps is of no use to a chain that skips some.
         can_skip = diffusion.prediction != "mean"
         ddim_steps = min(_DDIM_STEPS, diffusion.num_steps) if can_skip else None
-        along, unet = self._schedule(ddim_steps), build_unet(config)
+        along, unet = self._schedule(Choice("ddim", ddim_steps)), build_unet(config)
         prediction, variance = diffusion.prediction, diffusion.variance
 
         def told_nothing(params: Params) -> Any:
@@ -131,7 +132,8 @@ class Editor:
 
         can_skip = can_skip and diffusion.variance != "learned"
         repaint_steps = min(_REPAINT_STEPS, self.num_steps) if can_skip else None
-        filling, make_filling = self._schedule(repaint_steps), make_chain(config, Choice(steps=repaint_steps))
+        filled_by = Choice(steps=repaint_steps)
+        filling, make_filling = self._schedule(filled_by), make_chain(config, filled_by)
         self.jump = max(1, min(_JUMP, filling.num_steps // 4))
 
         def fill(params: Params, hole: _Hole) -> Sampler:
@@ -145,9 +147,11 @@ class Editor:
             "repaint": f"RePaint, {filling.num_steps} steps, jumps of {self.jump}, {_RESAMPLES} passes",
         }
 
-    def _schedule(self, num_steps: int | None, spacing: str = "linspace") -> Schedule:
+    def _schedule(self, choice: Choice) -> Schedule:
+        """Makes the tables of the chain of `make_chain`."""
         betas = build_betas(self.job.config)
-        return respace(betas, choose_times(betas, num_steps=num_steps, spacing=spacing))
+        spacing = default_spacing(choice.sampler) if choice.spacing is None else choice.spacing
+        return respace(betas, choose_times(betas, num_steps=choice.steps, spacing=spacing))
 
     @property
     def num_steps(self) -> int:

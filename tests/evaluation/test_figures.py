@@ -183,7 +183,7 @@ def test_real_images_are_of_the_test_part_and_chosen_by_the_seed(job):
 
 
 def test_times_and_depths_of_a_shorter_chain():
-    editor = Editor(make_job(choice=Choice(steps=4)))
+    editor = Editor(make_job(choice=Choice(steps=4, spacing="linspace")))
     assert editor.num_steps == 4
     assert [editor.paper_time(depth) for depth in range(5)] == [0, 1, 5, 8, 12]
     assert [editor.depth_of(time) for time in (0, 1, 4, 5, 9, 12)] == [0, 1, 2, 2, 3, 4]
