@@ -25,7 +25,7 @@ TINY = (
     "--model.width 8 --model.groups 4 --model.multipliers 1 --model.blocks 1 --model.attention-resolutions "
     "--diffusion.schedule cosine --diffusion.num-steps 20 --train.batch-size 8 --train.warmup 5 "
     "--train.learning-rate 1e-3 --train.ema-decay 0.9 --checkpoints.every 30 --log.every 20 --log.samples-every 200 "
-    f"--log.num-samples 4 --train.steps {STEPS}"
+    f"--log.num-samples 4 --log.sample-steps 0 --train.steps {STEPS}"
 ).split()
 
 # Ends itself at a bad moment, as a machine that loses its power does: the rest is the script's own.
