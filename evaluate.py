@@ -230,7 +230,7 @@ def main() -> None:
     if name in ("-h", "--help"):
         print("usage: evaluate.py COMMAND RUN [options]      (evaluate.py COMMAND --help lists them)\n")
         for known, command in COMMANDS.items():
-            print(f"  {known:12}{command.__doc__}")
+            print(f"  {known:13}{command.__doc__}")
         return
     if name not in COMMANDS:
         hint = nearest(name, COMMANDS) or f": choose {', '.join(COMMANDS)}"

@@ -282,6 +282,26 @@ def _to_array(image: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
     return np.asarray(image).reshape(shape)
 
 
+def read_picture(file: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """Reads a picture as a run's folder of images is read: cropped in the middle, resized, converted.
+
+    Args:
+      file: PNG, JPEG, or whatever Pillow reads.
+      shape: (H, W, C) to bring it to.
+
+    Returns:
+      (H, W, C) uint8.
+
+    Raises:
+      UserError: it is not there or no picture.
+    """
+    try:
+        return _to_array(_open(pathlib.Path(file).expanduser()), shape)
+    except _Unreadable as error:
+        reason = "there is no such file" if not pathlib.Path(file).expanduser().is_file() else error
+        raise UserError(f"cannot read {file} as a picture ({reason}): give a PNG or JPEG file") from error
+
+
 # --- folder ---
 
 

@@ -6,7 +6,6 @@ Images go in and come out as uint8 NumPy arrays. Whatever is drawn for image i c
 import math
 import typing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,8 +16,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ddpm_jax.chains import Choice, make_chain, network
 from ddpm_jax.config import build_betas, build_unet, image_shape
-from ddpm_jax.data import sources
 from ddpm_jax.data.pipeline import to_float, to_uint8
+from ddpm_jax.data.sources import read_picture
 from ddpm_jax.ddim import ddim, ddim_inversion
 from ddpm_jax.editing import Start, between, branch, encode, mix, mix_latents, repaint, unused_keys
 from ddpm_jax.errors import UserError
@@ -402,26 +401,6 @@ class Editor:
 
 def _repeat(labels: np.ndarray | None, each: int) -> np.ndarray | None:
     return None if labels is None else np.repeat(labels, each)
-
-
-def read_picture(file: str, shape: tuple[int, int, int]) -> np.ndarray:
-    """Reads a picture as a run's folder of images is read: cropped in the middle, resized, converted.
-
-    Args:
-      file: PNG, JPEG, or whatever Pillow reads.
-      shape: (H, W, C) to bring it to.
-
-    Returns:
-      (H, W, C) uint8.
-
-    Raises:
-      UserError: it is not there or no picture.
-    """
-    try:
-        return sources._to_array(sources._open(Path(file).expanduser()), shape)
-    except sources._Unreadable as error:
-        reason = "there is no such file" if not Path(file).expanduser().is_file() else error
-        raise UserError(f"cannot read {file} as a picture ({reason}): give a PNG or JPEG file") from error
 
 
 def read_mask(file: str, shape: tuple[int, int, int]) -> np.ndarray:
