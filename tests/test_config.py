@@ -400,6 +400,7 @@ def test_a_good_configuration_passes():
         ("log.every", 0, "must be at least 1"),
         ("log.samples_every", -1, "must be at least 0"),
         ("log.num_samples", 0, "must be at least 1"),
+        ("log.sample_steps", 1001, "is more than diffusion.num_steps=1000"),
         ("train.steps", "many", "needs an integer, not 'many'"),
     ],
 )
