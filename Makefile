@@ -21,6 +21,8 @@ $(VENV)/installed-test: $(VENV)/installed requirements-test.txt
 	$(PIP) -r requirements-test.txt
 	touch $@
 
+# XLA runs small convolutions on one core: as two devices, two cores share each batch.
+demo: export XLA_FLAGS := --xla_force_host_platform_device_count=2 $(XLA_FLAGS)
 demo: $(VENV)/installed           ## train on scikit-learn's digits, then sample: minutes on two CPU cores
 	$(BIN)/python train.py configs/digits.py
 	$(BIN)/python sample.py runs/digits --num 64
