@@ -105,12 +105,12 @@ def test_gradient_of_the_first_step_is_the_same(runs, name):
 @pytest.mark.parametrize("name", OTHERS)
 def test_ten_steps_of_sgd_end_alike(runs, name, record_property):
     (losses, _, state), (losses_there, _, state_there) = runs["1 device"]["sgd"], runs[name]["sgd"]
-    record_property("largest difference of a loss", abs(losses - losses_there).max())
+    record_property("largest difference of a loss", float(abs(losses - losses_there).max()))
     assert len(set(losses)) == STEPS
     np.testing.assert_allclose(losses_there, losses, rtol=1e-5)
     for tree, there in ((state.params, state_there.params), (state.ema, state_there.ema)):
         worst = max(abs(a - b).max() for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(there), strict=True))
-        record_property("largest difference of a parameter", worst)
+        record_property("largest difference of a parameter", float(worst))
         assert worst < 1e-6
     assert state_there.step == STEPS
 
@@ -118,7 +118,7 @@ def test_ten_steps_of_sgd_end_alike(runs, name, record_property):
 @pytest.mark.parametrize("name", OTHERS)
 def test_ten_steps_of_adam_end_in_the_same_losses(runs, name, record_property):
     losses, losses_there = runs["1 device"]["adam"][0], runs[name]["adam"][0]
-    record_property("largest difference of a loss", abs(losses - losses_there).max())
+    record_property("largest difference of a loss", float(abs(losses - losses_there).max()))
     np.testing.assert_allclose(losses_there, losses, rtol=1e-5)
 
 
