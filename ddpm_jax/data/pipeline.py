@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from ddpm_jax.data.sources import Source
+from ddpm_jax.data.source import Source
 
 _LARGEST_KEY = 2**64 - 1
 
@@ -195,7 +195,8 @@ def batches(
 
     def read(step: int) -> Batch:
         indices = batch_indices(seed, step, batch_size=batch_size, num_examples=source.num_examples)[rows]
-        return Batch(step, source.read(indices), None if source.labels is None else source.labels[indices])
+        labels = None if source.read_labels is None else source.read_labels(indices)
+        return Batch(step, source.read(indices), labels)
 
     return Batches(read, range(first_step, last_step), ahead)
 

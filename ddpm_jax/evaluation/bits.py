@@ -28,7 +28,8 @@ from ddpm_jax.bound import Cdf
 from ddpm_jax.chains import network
 from ddpm_jax.config import Config, build_schedule, build_unet
 from ddpm_jax.data.pipeline import to_float
-from ddpm_jax.data.sources import Source, load_source, resolve
+from ddpm_jax.data.source import Source
+from ddpm_jax.data.sources import load_source, resolve
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import check_same_job, claimed, write_whole
 from ddpm_jax.keys import image_keys

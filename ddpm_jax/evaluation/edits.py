@@ -16,8 +16,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ddpm_jax.chains import Choice, make_chain, network
 from ddpm_jax.config import build_betas, build_unet, image_shape
+from ddpm_jax.data.decode import read_picture
 from ddpm_jax.data.pipeline import to_float, to_uint8
-from ddpm_jax.data.sources import read_picture
 from ddpm_jax.ddim import ddim, ddim_inversion
 from ddpm_jax.editing import Start, between, branch, encode, mix, mix_latents, repaint, unused_keys
 from ddpm_jax.errors import UserError

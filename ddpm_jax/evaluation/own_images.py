@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ddpm_jax import pictures
-from ddpm_jax.data.sources import read_picture
+from ddpm_jax.data.decode import read_picture
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.edits import Editor, read_mask
 from ddpm_jax.sampling import Job

@@ -15,7 +15,8 @@ import numpy as np
 import threadpoolctl
 
 from ddpm_jax.config import Config, load_config, read_config
-from ddpm_jax.data.sources import Source, load_source, resolve
+from ddpm_jax.data.source import Source
+from ddpm_jax.data.sources import load_source, resolve
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.frechet import frechet_distance
 from ddpm_jax.files import write_whole

@@ -26,7 +26,8 @@ from ddpm_jax.config import (
     save_config,
 )
 from ddpm_jax.data.pipeline import batches, to_uint8
-from ddpm_jax.data.sources import Source, load_source
+from ddpm_jax.data.source import Source
+from ddpm_jax.data.sources import load_source
 from ddpm_jax.errors import Stopped, UserError
 from ddpm_jax.files import claimed
 from ddpm_jax.progress import Progress, say
@@ -197,7 +198,7 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
 
 def _check_labels(config: Config, source: Source) -> None:
     classes = config.model.num_classes
-    if classes and source.labels is None:
+    if classes and source.read_labels is None:
         raise UserError(
             f"model.num_classes={classes}, but the images have no labels ({source.describe()}): give them labels, or "
             "train an unconditional network with --model.num-classes 0"

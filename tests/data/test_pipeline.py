@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from ddpm_jax import keys as per_image_keys
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import pipeline
-from ddpm_jax.data.sources import Source, load_source
+from ddpm_jax.data.source import Source
+from ddpm_jax.data.sources import load_source
 from ddpm_jax.errors import UserError
 
 few = hypothesis.settings(max_examples=50, deadline=None)
@@ -27,7 +28,7 @@ def counting_source(num_examples, *, read=None):
         num_examples=num_examples,
         image_shape=(2, 3, 1),
         read_images=read or (lambda indices: images[indices]),
-        labels=np.arange(num_examples, dtype=np.int32),
+        read_labels=lambda indices: indices.astype(np.int32),
     )
 
 

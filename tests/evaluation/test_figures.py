@@ -15,7 +15,8 @@ from PIL import Image
 from ddpm_jax import chains, pictures
 from ddpm_jax.chains import Choice, network
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, build_unet, image_shape, save_config
-from ddpm_jax.data.sources import load_source, read_picture
+from ddpm_jax.data.decode import read_picture
+from ddpm_jax.data.sources import load_source
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import edits, figures
 from ddpm_jax.evaluation.edits import Editor, read_mask

@@ -101,7 +101,7 @@ def test_a_file_is_judged_and_the_result_written_beside_it(shuffled, tmp_path):
 
 
 def test_slips_are_one_line_each(train, shuffled, tmp_path):
-    unlabelled = dataclasses.replace(train, labels=None)
+    unlabelled = dataclasses.replace(train, read_labels=None)
     with pytest.raises(UserError, match="no labels"):
         judge(shuffled, unlabelled)
     with pytest.raises(UserError, match=r"too large.*64x64x3"):

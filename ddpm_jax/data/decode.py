@@ -1,0 +1,109 @@
+"""Pictures of any kind and size, as arrays: cropped in the middle to the aspect ratio asked for, and resized.
+
+Resizing is antialiased and bicubic; grey, colour and alpha are converted to the channels asked for.
+"""
+
+import io
+import pathlib
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ddpm_jax.errors import UserError
+
+
+class Unreadable(Exception):
+    """A file is no picture; the reason in a few words."""
+
+
+def decode(file: pathlib.Path | io.BytesIO) -> Image.Image:
+    """Decodes a picture, and turns it as its camera was held.
+
+    Raises:
+      Unreadable: it is no picture, or damaged.
+    """
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except Exception as error:  # damaged files make Pillow raise a dozen kinds
+        raise Unreadable(_reason(error)) from error
+
+
+def fault_of(path: pathlib.Path) -> str | None:
+    """Decodes a file as cheaply as can be, and says what is wrong with it."""
+    try:
+        with Image.open(path) as image:
+            image.draft(None, (1, 1))  # a JPEG is decoded at an eighth of its size
+            image.load()
+    except Exception as error:
+        return _reason(error)
+    return None
+
+
+def _reason(error: Exception) -> str:
+    match error:
+        case PermissionError():
+            return "not permitted"
+        case FileNotFoundError():
+            return "gone"
+        case Image.UnidentifiedImageError():
+            return "no picture"
+        case Image.DecompressionBombError():
+            return "too many pixels"
+        case _:
+            return "damaged"
+
+
+def channels_of(image: Image.Image) -> int:
+    """Counts the channels of a picture as it is in its file; palettes count as colour."""
+    if image.has_transparency_data:
+        return 4
+    return 1 if image.mode in ("1", "L") or image.mode.startswith("I") else 3
+
+
+def _to_eight_bit(image: Image.Image) -> Image.Image:
+    """Scales 16-bit grey to 8 bits; Pillow's own conversion clips it at 255."""
+    if not image.mode.startswith("I"):
+        return image
+    values = np.clip(np.asarray(image).astype(np.float64), 0, 65535)
+    return Image.fromarray(np.round(values / 257).astype(np.uint8))
+
+
+def _convert(image: Image.Image, channels: int) -> Image.Image:
+    """Converts to grey, colour or colour with alpha; what was transparent becomes white where there is no alpha."""
+    if channels == 4:
+        return image.convert("RGBA")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def to_array(image: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
+    """Crops a picture in the middle to the aspect ratio of `shape`, resizes it with antialiasing, and converts it."""
+    height, width, channels = shape
+    image = _convert(_to_eight_bit(image), channels)
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(shape)
+
+
+def read_picture(file: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """Reads a picture as a run's folder of images is read: cropped in the middle, resized, converted.
+
+    Args:
+      file: PNG, JPEG, or whatever Pillow reads.
+      shape: (H, W, C) to bring it to.
+
+    Returns:
+      (H, W, C) uint8.
+
+    Raises:
+      UserError: it is not there or no picture.
+    """
+    try:
+        return to_array(decode(pathlib.Path(file).expanduser()), shape)
+    except Unreadable as error:
+        reason = "there is no such file" if not pathlib.Path(file).expanduser().is_file() else error
+        raise UserError(f"cannot read {file} as a picture ({reason}): give a PNG or JPEG file") from error

@@ -1,0 +1,116 @@
+"""idx files, the format of MNIST and of Fashion-MNIST."""
+
+import gzip
+import math
+import pathlib
+import struct
+import zlib
+
+import numpy as np
+
+from ddpm_jax.config import DataConfig
+from ddpm_jax.data.source import Source, in_memory, no_split
+from ddpm_jax.errors import UserError
+
+_DEBIAN_FASHION_MNIST = pathlib.Path("/usr/share/datasets/fashion-mnist")
+_PARTS = {"train": ("train",), "test": ("t10k",), "all": ("train", "t10k")}
+
+
+def load(config: DataConfig) -> Source:
+    """Reads idx files; images smaller than asked for are padded with black.
+
+    Args:
+      config: which images; its `channels` is known.
+
+    Returns:
+      the source.
+
+    Raises:
+      UserError: a file is missing or damaged, or does not fit the configuration.
+    """
+    folder = _folder(config)
+    if config.channels != 1:
+        raise UserError(f"data.channels: idx files hold grey images; set it to 1, not {config.channels}")
+    if config.split not in _PARTS:
+        raise no_split(config, _PARTS)
+    images, labels = [], []
+    for part in _PARTS[config.split]:
+        images_file = _find(folder, part, "images", 3)
+        if images_file is None:
+            raise UserError(f"data.path: {folder} holds no {part}-images-idx3-ubyte or .gz; {_WHERE_FROM}")
+        pixels = _read(images_file, 3)
+        images.append(_pad(config, pixels))
+        labels_file = _find(folder, part, "labels", 1)
+        if labels_file is not None:
+            labels.append(_read(labels_file, 1).astype(np.int32))
+            if len(labels[-1]) != len(pixels):
+                raise UserError(f"data.path: {labels_file} has {len(labels[-1])} labels for {len(pixels)} images")
+    name = f"idx {folder}, {config.split}"
+    if len(labels) < len(images):
+        return in_memory(name, np.concatenate(images))
+    numbers = np.concatenate(labels)
+    return in_memory(name, np.concatenate(images), numbers, [str(i) for i in range(int(numbers.max()) + 1)])
+
+
+_WHERE_FROM = (
+    "apt-get install dataset-fashion-mnist puts such files into"
+    f" {_DEBIAN_FASHION_MNIST}, MNIST's own are at https://ossci-datasets.s3.amazonaws.com/mnist"
+)
+
+
+def _folder(config: DataConfig) -> pathlib.Path:
+    if not config.path:
+        if _DEBIAN_FASHION_MNIST.is_dir():
+            return _DEBIAN_FASHION_MNIST
+        raise UserError(f"data.path: name the folder of idx files; {_WHERE_FROM}")
+    folder = pathlib.Path(config.path).expanduser()
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"data.path: {config.path} {what}; {_WHERE_FROM}")
+    return folder
+
+
+def _find(folder: pathlib.Path, part: str, what: str, rank: int) -> pathlib.Path | None:
+    names = [f"{part}-{what}{dot}idx{rank}-ubyte{end}" for dot in "-." for end in ("", ".gz")]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _read(path: pathlib.Path, rank: int) -> np.ndarray:
+    """Reads one file: two zero bytes, the type (8: uint8), the rank, the big-endian shape, the data; gzipped or not."""
+    try:
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"data.path: {path} cannot be read ({error}); fetch it again") from error
+    begin = 4 + 4 * rank
+    if content[:4] != bytes([0, 0, 8, rank]) or len(content) < begin:
+        raise UserError(f"data.path: {path} is no idx file of {rank} dimensions of bytes; fetch it again")
+    shape = struct.unpack(f">{rank}I", content[4:begin])
+    if len(content) - begin != math.prod(shape):
+        raise UserError(
+            f"data.path: {path} has {len(content) - begin} bytes of data where its header says {math.prod(shape)};"
+            " fetch it again"
+        )
+    if shape[0] == 0:
+        raise UserError(f"data.path: {path} is empty; fetch it again")
+    return np.frombuffer(content, np.uint8, offset=begin).reshape(shape)
+
+
+def _pad(config: DataConfig, images: np.ndarray) -> np.ndarray:
+    """Surrounds (N, h, w) images with black to the configuration's size; an odd row or column goes below or right."""
+    height, width = images.shape[1:]
+    rows, columns = config.height - height, config.width - width
+    if rows < 0 or columns < 0:
+        raise UserError(
+            f"data: the images of {config.source} are {height}x{width}, larger than {config.height}x{config.width};"
+            f" set data.height={height} and data.width={width}, or more: what is more is padded with black"
+        )
+    sides = ((0, 0), (rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2))
+    return np.pad(images, sides)[..., None]
+
+
+def probe(config: DataConfig) -> int:
+    """Gives the number of channels: they are grey."""
+    del config
+    return 1

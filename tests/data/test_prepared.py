@@ -1,0 +1,121 @@
+import io
+import json
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from ddpm_jax.data import sources
+
+
+def png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+class TinyPictures(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        image = tfds.features.Image(shape=(6, 8, 3), encoding_format="png")
+        label = tfds.features.ClassLabel(names=["cat", "dog"])
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict({"image": image, "label": label})
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(5), "test": self._generate_examples(3)}
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            yield i, {"image": png(np.full((6, 8, 3), 10 * count + i, np.uint8)), "label": i % 2}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    TinyPictures(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+def test_a_prepared_set_is_read(sets, prepared):
+    source = sources.load_source(sets.config("tfds:tiny_pictures", prepared, (6, 8)))
+    assert source.num_examples == 5
+    assert source.image_shape == (6, 8, 3)
+    assert source.class_names == ("cat", "dog")
+    values = sets.everything(source)[:, 0, 0, 0].astype(int)
+    np.testing.assert_array_equal(np.sort(values), 50 + np.arange(5))
+    np.testing.assert_array_equal(source.labels, (values - 50) % 2)
+    assert sources.probe_channels(sets.config("tfds:tiny_pictures", prepared)) == 3
+    whole = sources.load_source(sets.config("tfds:tiny_pictures", prepared, (6, 8), split="all"))
+    assert whole.num_examples == 8
+    part = sources.load_source(sets.config("tfds:tiny_pictures", prepared, (6, 8), split="train[:2]"))
+    np.testing.assert_array_equal(sets.everything(part), sets.everything(source)[:2])
+
+
+def test_a_prepared_set_is_read_from_disk_resized_and_converted(sets, prepared):
+    held, read = (
+        sources.load_source(sets.config("tfds:tiny_pictures", prepared, (3, 3), 1, memory_gib=gib))
+        for gib in (1.0, 0.0)
+    )
+    assert held.images is not None
+    assert read.images is None
+    assert read.image_shape == (3, 3, 1)
+    indices = np.array([4, 1, 1])
+    np.testing.assert_array_equal(held.read(indices), read.read(indices))
+    np.testing.assert_array_equal(held.labels, read.labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "others", "said"),
+    [
+        ("tfds:tiny_pictures", {"split": "val"}, "no split 'val'; it has train, test"),
+        ("tfds:tiny_pictures", {"channels": 2}, "must be 1, 3 or 4"),
+        ("tfds:cifar10", {}, "`tfds build cifar10 --file_format=array_record --data_dir="),
+        ("tfds:cifer10", {}, "did you mean cifar10"),
+        ("tfds:lsun/bedrom", {}, "no configuration 'bedrom'; it has bedroom"),
+        ("tfds:cifar10:9.9.9", {}, "cannot be loaded at version 9.9.9"),
+        ("tfds:imdb_reviews", {}, "no feature 'image' that is one picture; it has label, text"),
+    ],
+)
+def test_a_set_that_tfds_cannot_give_is_refused_without_a_look_at_the_network(
+    sets, prepared, monkeypatch, name, others, said
+):
+    def no_network(*arguments, **named):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    assert said in sets.refused(sets.config(name, prepared, **others))
+
+
+def test_a_set_without_random_access_is_refused(sets, prepared, tmp_path):
+    shutil.copytree(prepared, tmp_path / "copy")
+    (info,) = (tmp_path / "copy").rglob("dataset_info.json")
+    described = json.loads(info.read_text()) | {"fileFormat": "tfrecord"}
+    info.write_text(json.dumps(described))
+    for old in info.parent.glob("*.array_record-*"):
+        old.rename(old.with_name(old.name.replace("array_record", "tfrecord")))
+    message = sets.refused(sets.config("tfds:tiny_pictures", tmp_path / "copy", (6, 8), 3))
+    assert "prepared as tfrecord" in message
+
+
+def test_tfds_is_read_without_tensorflow_and_imported_only_when_asked_for(prepared):
+    program = f"""
+import sys
+from ddpm_jax.config import DataConfig
+from ddpm_jax.data.sources import load_source
+load_source(DataConfig())
+assert "tensorflow_datasets" not in sys.modules
+config = DataConfig(source="tfds:tiny_pictures", path={str(prepared)!r}, height=6, width=8, channels=None)
+assert load_source(config).read([0]).shape == (1, 6, 8, 3)
+assert "tensorflow" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
