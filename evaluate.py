@@ -40,6 +40,9 @@ class LikelihoodOptions:
     least, estimated from 512 training images (which are not counted then)."""
     cdf: Cdf = "tanh"
     """The normal distribution function of the decoder: the original's approximation, or the exact erf."""
+    times: int = 0
+    """Looks at so many of the T times, drawn for each image anew from ranges of about equal ratio: an unbiased estimate
+    at a part of the cost, whose standard error says what it is worth; 0: all."""
     out: str | None = None
     """The job's folder; one in RUN/likelihood if not given."""
 
@@ -55,7 +58,7 @@ def likelihood(arguments: Sequence[str]) -> None:
     )
     run = Path(options.run)
     job = load_job(run, seed=options.seed, step=options.step)
-    request = bits.Request(options.split, options.num, options.sigma, options.cdf)
+    request = bits.Request(options.split, options.num, options.sigma, options.cdf, options.times)
     out = bits.default_folder(run, job, request) if options.out is None else Path(options.out)
     print(bits.summary(bits.run_job(job, out, request, batch_size=options.batch_size)))
     print(f"{out}: likelihood.json, terms.csv, rate_distortion.csv and their plots")

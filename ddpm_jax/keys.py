@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -35,12 +36,13 @@ def fold(keys: Array, data: ArrayLike) -> Array:
 
     Args:
       keys: (B,) typed keys.
-      data: one integer >= 0 that names the use: a step of the chain, a block of the network.
+      data: an integer >= 0 that names the use (a step of the chain, a block of the network), one for all images or
+        (B,) one each.
 
     Returns:
       (B,) typed keys: `fold_in(keys[i], data)`.
     """
-    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
+    return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(data, keys.shape))
 
 
 def split(keys: Array, num: int) -> tuple[Array, ...]:

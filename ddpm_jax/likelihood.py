@@ -51,11 +51,10 @@ def bound_terms(
     cdf: Cdf = "tanh",
     log_variances: Array | None = None,
 ) -> Bound:
-    r"""Computes the bound of images, with one draw of x_t for each image and time.
+    r"""Computes the bound of images at all times or a range of them, with one draw of x_t for each image and time.
 
     .. math:: -\log p_\theta(x_0) \le L_T + \sum_{t > 0} L_t + L_0
 
-    One `lax.scan` over the times, the network on one time of the whole batch at once; nothing but numbers is kept.
     The noise of an image at t is drawn from `fold_in(its key, t)`, so that ranges of times that follow one another
     give what one range over all of them gives.
 
@@ -66,11 +65,11 @@ def bound_terms(
       x0: clean images, (B, H, W, C), each pixel one of 256 levels in [-1, 1].
       first: the first time of the range, in [0, T).
       num_steps: K, how many times, static; all from `first` = 0 on if not given.
-      prediction: what the network's output means.
+      prediction: as the following ones: see `bound_at`.
       variance: the variance of p(x_{t-1} | x_t).
       clip_x0: whether the predicted clean image is clipped; the original does in evaluation.
       cdf: see `bound.decoder_log_likelihood`.
-      log_variances: (T,) replace those of `variance`; `variance` still says whether the output has a second half.
+      log_variances: (T,) replace those of `variance`.
 
     Returns:
       the `Bound`.
@@ -78,13 +77,63 @@ def bound_terms(
     Ho et al. 2020, eqs. 3 and 5, and its code (`calc_bpd_loop`).
     """
     chex.assert_rank(x0, 4)
+    times = jnp.asarray(first, jnp.int32) + jnp.arange(schedule.num_steps if num_steps is None else num_steps)
+    return bound_at(
+        keys,
+        schedule,
+        predict,
+        x0,
+        jnp.broadcast_to(times[:, None], (len(times), len(x0))),
+        prediction=prediction,
+        variance=variance,
+        clip_x0=clip_x0,
+        cdf=cdf,
+        log_variances=log_variances,
+    )
+
+
+def bound_at(
+    keys: Array,
+    schedule: Schedule,
+    predict: Predict,
+    x0: Array,
+    times: Array,
+    *,
+    prediction: Prediction = "eps",
+    variance: Variance = "fixed_large",
+    clip_x0: bool = True,
+    cdf: Cdf = "tanh",
+    log_variances: Array | None = None,
+) -> Bound:
+    """Computes the terms of the bound at times of each image's own.
+
+    One `lax.scan` over K, the network on the whole batch at once; nothing but numbers is kept.
+
+    Args:
+      keys: (B,) typed keys, one an image.
+      schedule: tables of T steps.
+      predict: the network.
+      x0: clean images, (B, H, W, C), each pixel one of 256 levels in [-1, 1].
+      times: (K, B) int32, each in [0, T).
+      prediction: what the network's output means.
+      variance: the variance of p(x_{t-1} | x_t).
+      clip_x0: whether the predicted clean image is clipped.
+      cdf: see `bound.decoder_log_likelihood`.
+      log_variances: (T,) replace those of `variance`; `variance` still says whether the output has a second half.
+
+    Returns:
+      the `Bound`.
+
+    Ho et al. 2020, eq. 5.
+    """
+    chex.assert_rank(x0, 4)
     chex.assert_shape(keys, x0.shape[:1])
+    chex.assert_shape(times, (None, len(x0)))
     if log_variances is not None:
         chex.assert_shape(log_variances, (schedule.num_steps,))
 
-    def body(carry: None, time: Array) -> tuple[None, tuple[Array, Array, Array]]:
-        t = jnp.full(x0.shape[:1], time, jnp.int32)
-        eps = per_image_keys.normal(per_image_keys.fold(keys, time), x0.shape[1:])
+    def body(carry: None, t: Array) -> tuple[None, tuple[Array, Array, Array]]:
+        eps = per_image_keys.normal(per_image_keys.fold(keys, t), x0.shape[1:])
         x_t = q_sample(schedule, x0, t, eps)
         output = predict(x_t, schedule.times[t])
         reverse = p_mean_variance(schedule, output, x_t, t, prediction=prediction, variance=variance, clip_x0=clip_x0)
@@ -95,9 +144,56 @@ def bound_terms(
         bits = reverse_bits(schedule, reverse, x0, x_t, t, cdf=cdf)
         return carry, (bits, mean_squared_error(reverse.x0, x0), mean_squared_error(predicted_eps, eps))
 
-    times = jnp.asarray(first, jnp.int32) + jnp.arange(schedule.num_steps if num_steps is None else num_steps)
     _, (terms, x0_mse, eps_mse) = jax.lax.scan(body, None, times)
     return Bound(terms, prior_bits(schedule, x0), x0_mse, eps_mse)
+
+
+def strata(num_steps: int, number: int) -> np.ndarray:
+    """Cuts the times into ranges of about equal ratio, since the terms of the bound fall about as 1/t.
+
+    The decoder's time, t = 0, is a range of its own, and so are the earliest times, which weigh most.
+
+    Args:
+      num_steps: T.
+      number: K, how many ranges, in [2, T]; T of them are the times themselves.
+
+    Returns:
+      (K + 1,) int64: 0, 1, .. T; range k is [edges[k], edges[k + 1]).
+
+    Raises:
+      ValueError: K is out of range.
+
+    >>> strata(1000, 8).tolist()
+    [0, 1, 3, 8, 21, 55, 145, 381, 1000]
+    """
+    least = min(2, num_steps)
+    if not least <= number <= num_steps:
+        raise ValueError(f"the number of ranges must be in [{least}, {num_steps}], not {number}")
+    edges = [0, 1]
+    for left in range(number - 1, 0, -1):
+        ideal = round(edges[-1] * (num_steps / edges[-1]) ** (1 / left))
+        edges.append(min(max(edges[-1] + 1, ideal), num_steps - left + 1))
+    return np.array(edges)
+
+
+def draw_times(keys: Array, edges: ArrayLike) -> Array:
+    r"""Draws one time of each range for each image, uniformly.
+
+    .. math:: L_T + \sum_k n_k L_{t_k}, \quad t_k \sim \mathrm{Uniform}(\text{range } k \text{ of } n_k \text{ times})
+
+    is then an unbiased estimate of the whole bound, at K evaluations of the network instead of T.
+
+    Args:
+      keys: (B,) typed keys, one an image.
+      edges: (K + 1,) as `strata` gives them.
+
+    Returns:
+      (K, B) int32.
+    """
+    edges = jnp.asarray(edges, jnp.int32)
+    # fold_in(key, t) is the noise's at t < T: the last edge is T, and free.
+    draw = lambda key: jax.random.randint(jax.random.fold_in(key, edges[-1]), edges[1:].shape, edges[:-1], edges[1:])
+    return jax.vmap(draw)(keys).T
 
 
 def total_bits(bound: Bound) -> Array:

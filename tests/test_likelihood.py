@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from ddpm_jax import likelihood
 from ddpm_jax.data.pipeline import to_float
 from ddpm_jax.keys import image_keys
-from ddpm_jax.likelihood import Bound, bound_terms, optimal_log_variances, rate_distortion, total_bits
+from ddpm_jax.likelihood import (
+    Bound,
+    bound_at,
+    bound_terms,
+    draw_times,
+    optimal_log_variances,
+    rate_distortion,
+    strata,
+    total_bits,
+)
 from ddpm_jax.schedules import make_schedule, schedule_from_betas
 
 SHAPE = (2, 3, 1)
@@ -358,6 +367,49 @@ def test_every_image_and_time_has_noise_of_its_own():
     assert scipy.stats.kstest(squares, scipy.stats.chi2(DIM).cdf).pvalue > 1e-3
     between_times = np.corrcoef(errors) - np.eye(20)
     assert abs(between_times).max() < 4.5 / np.sqrt(100)  # |z| < 4.5 for 190 pairs
+
+
+# A part of the times
+
+
+@given(num_steps=st.integers(1, 1000), data=st.data())
+def test_strata_are_all_times_once(num_steps, data):
+    number = data.draw(st.integers(min(2, num_steps), num_steps))
+    edges = strata(num_steps, number)
+    assert len(edges) == number + 1
+    assert (edges[0], edges[1], edges[-1]) == (0, 1, num_steps)
+    assert (np.diff(edges) >= 1).all()
+
+
+@pytest.mark.parametrize(("num_steps", "number"), [(10, 1), (10, 11), (10, 0), (1, 2)])
+def test_strata_that_cannot_be_are_refused(num_steps, number):
+    with pytest.raises(ValueError, match=rf"must be in \[.*\], not {number}"):
+        strata(num_steps, number)
+
+
+def test_times_are_drawn_uniformly_from_their_ranges_for_each_image():
+    edges, number = strata(1000, 8), 4000
+    times = np.asarray(jax.jit(lambda keys: draw_times(keys, edges))(image_keys(KEY, jnp.arange(number))))
+    assert times.shape == (8, number)
+    for drawn, first, stop in zip(times, edges[:-1], edges[1:], strict=True):
+        assert ((first <= drawn) & (drawn < stop)).all()
+        width = int(stop - first)
+        if width > 1:
+            counts = np.bincount((drawn - first) * min(width, 20) // width)
+            widths = np.bincount(np.arange(width) * min(width, 20) // width)
+            assert scipy.stats.chisquare(counts, number * widths / width).pvalue > 1e-3
+    assert abs(np.corrcoef(times[2:]) - np.eye(6)).max() < 4.5 / np.sqrt(number)
+    some = draw_times(image_keys(KEY, jnp.array([7, 3])), edges)
+    np.testing.assert_array_equal(some, times[:, [7, 3]])
+
+
+def test_terms_at_drawn_times_are_those_of_the_whole_bound():
+    x0, keys = random_images(8), image_keys(KEY, jnp.arange(8))
+    whole = bits_of(0.5, x0, KEY)
+    times = draw_times(keys, strata(20, 5))
+    some = jax.jit(lambda x0, times: bound_at(keys, SHORT, wrong_predict(0.5), x0, times))(x0, times)
+    for ours, all_times in ((some.terms, whole.terms), (some.x0_mse, whole.x0_mse), (some.eps_mse, whole.eps_mse)):
+        np.testing.assert_allclose(ours, np.take_along_axis(all_times, times, axis=0), rtol=1e-5, atol=1e-7)
 
 
 def test_shapes_are_checked():

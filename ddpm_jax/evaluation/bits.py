@@ -33,7 +33,7 @@ from ddpm_jax.data.sources import load_source, resolve
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import check_same_job, claimed, write_whole
 from ddpm_jax.keys import image_keys
-from ddpm_jax.likelihood import Bound, bound_terms, optimal_log_variances, rate_distortion
+from ddpm_jax.likelihood import Bound, bound_at, draw_times, optimal_log_variances, rate_distortion, strata
 from ddpm_jax.progress import Progress, say
 from ddpm_jax.reverse import LEARNED_VARIANCES
 from ddpm_jax.sampling import Job, cut, describe_job
@@ -70,13 +70,20 @@ class BatchBound:
     """
 
     def __init__(
-        self, config: Config, *, batch_size: int, cdf: Cdf = "tanh", devices: Sequence[jax.Device] | None = None
+        self,
+        config: Config,
+        *,
+        batch_size: int,
+        num_times: int = 0,
+        cdf: Cdf = "tanh",
+        devices: Sequence[jax.Device] | None = None,
     ):
         """Makes the program.
 
         Args:
           config: of the run.
           batch_size: images at a time, over all devices, >= 1; rounded up to a multiple of their number.
+          num_times: K, how many times of each image are looked at, one of each of `strata`; 0: all T.
           cdf: see `bound.decoder_log_likelihood`.
           devices: those of this process if not given.
         """
@@ -84,7 +91,9 @@ class BatchBound:
         mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
         everywhere, shared_out = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
         self.batch_size = math.ceil(batch_size / len(devices)) * len(devices)
-        self.num_steps = config.diffusion.num_steps
+        num_steps = config.diffusion.num_steps
+        self.edges = strata(num_steps, num_times or num_steps)
+        """(K + 1,) the ranges of times that each give one."""
         unet, schedule, diffusion = build_unet(config), build_schedule(config), config.diffusion
 
         def advance(
@@ -94,17 +103,14 @@ class BatchBound:
             indices: Array,
             pixels: Array,
             labels: Array | None,
-            first: Array,
-            *,
-            num_steps: int,
+            times: Array,
         ) -> Bound:
-            return bound_terms(
+            return bound_at(
                 image_keys(key, indices),
                 schedule,
                 network(unet, params, labels, guidance=0.0, variance=diffusion.variance),
                 to_float(pixels),
-                first,
-                num_steps=num_steps,
+                times,
                 prediction=diffusion.prediction,
                 variance=diffusion.variance,
                 clip_x0=diffusion.clip_x0,
@@ -115,7 +121,11 @@ class BatchBound:
         self._conditional = config.model.num_classes > 0
         self._precision = config.train.matmul_precision
         self._everywhere, self._shared_out = everywhere, shared_out
-        self._advance = jax.jit(advance, static_argnames="num_steps")
+        self._advance = jax.jit(advance)
+        self._draw_times = jax.jit(
+            lambda key, indices: draw_times(image_keys(key, indices), self.edges),
+            out_shardings=NamedSharding(mesh, PartitionSpec(None, "data")),
+        )
 
     def place(self, params: Params) -> Params:
         """Copies parameters to every device."""
@@ -142,17 +152,18 @@ class BatchBound:
           progress: told how many more times are done.
 
         Returns:
-          the bound on the host, over all T times.
+          the bound on the host, at one time of each range.
         """
         filled = np.concatenate([indices, np.full(self.batch_size - len(indices), indices[-1])])
         labels = source.labels[filled] if self._conditional and source.labels is not None else None
         batch = (filled.astype(np.uint32), source.read(filled), labels)
         placed = jax.device_put(batch, self._shared_out)
         key, log_variances = jax.device_put((key, log_variances), self._everywhere)
+        times = self._draw_times(key, placed[0])
         parts = []
         with jax.default_matmul_precision(None if self._precision == "default" else self._precision):
-            for first, length in cut(self.num_steps, longest=_STEPS_AT_ONCE):
-                bound = self._advance(params, key, log_variances, *placed, np.int32(first), num_steps=length)
+            for first, length in cut(len(times), longest=_STEPS_AT_ONCE):
+                bound = self._advance(params, key, log_variances, *placed, times[first : first + length])
                 parts.append(jax.tree.map(lambda numbers: np.asarray(numbers)[..., : len(indices)], bound))
                 progress(length)
         joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Bound._fields}
@@ -160,9 +171,9 @@ class BatchBound:
 
 
 @functools.lru_cache(maxsize=4)
-def batch_bound(config: Config, *, batch_size: int, cdf: Cdf) -> BatchBound:
+def batch_bound(config: Config, *, batch_size: int, num_times: int, cdf: Cdf) -> BatchBound:
     """Makes the program of a run; the same one, already compiled, when it is asked for again: see `BatchBound`."""
-    return BatchBound(config, batch_size=batch_size, cdf=cdf)
+    return BatchBound(config, batch_size=batch_size, num_times=num_times, cdf=cdf)
 
 
 class Sums(typing.NamedTuple):
@@ -175,16 +186,18 @@ class Sums(typing.NamedTuple):
     decoder: np.ndarray
     """(B,) its part at t = 0."""
     first_moments: np.ndarray
-    """(3, T) sums over the images: of the terms, the squared errors of x_0, those of eps."""
+    """(3, T) sums over the images: of the terms, the squared errors of x_0, those of eps; a range of times that one
+    draw stands for has the same at each of them."""
     second_moments: np.ndarray
     """(3, T) sums of their squares."""
 
 
-def sums_of(bound: Bound) -> Sums:
-    """Reduces a batch's bound, over all T times, to what is kept of it."""
+def sums_of(bound: Bound, edges: np.ndarray) -> Sums:
+    """Reduces a batch's bound, at one time of each range between the edges, to what is kept of it."""
     stacked = np.asarray([bound.terms, bound.x0_mse, bound.eps_mse], np.float64)
-    prior = np.asarray(bound.prior, np.float64)
-    return Sums(prior + stacked[0].sum(axis=0), prior, stacked[0, 0], stacked.sum(axis=2), (stacked**2).sum(axis=2))
+    prior, widths = np.asarray(bound.prior, np.float64), np.diff(edges)
+    each_time = lambda moments: np.repeat(moments.sum(axis=2), widths, axis=1)
+    return Sums(prior + widths @ stacked[0], prior, stacked[0, 0], each_time(stacked), each_time(stacked**2))
 
 
 class _Batches:
@@ -300,14 +313,17 @@ class Request(typing.NamedTuple):
     """How many images, evenly over the split; 0: all."""
     sigma: Sigma
     cdf: Cdf
+    times: int = 0
+    """How many times of each image are looked at, drawn from as many ranges; 0: all T."""
 
 
 def default_folder(run: Path, job: Job, request: Request) -> Path:
     """Names the folder of a job in the folder of its run."""
     split = re.sub(r"[^\w.-]+", "_", request.split)
     number = f"_num_{request.number}" if request.number else ""
+    times = f"_times_{request.times}" if request.times else ""
     cdf = "" if request.cdf == "tanh" else f"_{request.cdf}"
-    name = f"checkpoint_{job.checkpoint}_{split}{number}_{request.sigma}{cdf}_seed_{job.seed}"
+    name = f"checkpoint_{job.checkpoint}_{split}{number}{times}_{request.sigma}{cdf}_seed_{job.seed}"
     return run / "likelihood" / name
 
 
@@ -334,17 +350,23 @@ def run_job(job: Job, out: Path, request: Request, *, batch_size: int) -> Likeli
         raise UserError(f"--batch-size must be at least 1, not {batch_size}")
     if out.exists() and not (out / "job.json").exists() and (not out.is_dir() or {*out.iterdir()} - {out / ".lock"}):
         raise UserError(f"{out} is not empty and holds no likelihood job: give another --out")
+    num_steps = job.config.diffusion.num_steps
+    if request.times and not min(2, num_steps) <= request.times <= num_steps:
+        raise UserError(
+            f"--times must be in 2 to {num_steps}, the steps of the run's chain, or 0 for all: {request.times}"
+        )
     estimated, images = _choose(job.config, request)
     with claimed(out):
         description = _describe(job, request, images, estimated)
         check_same_job(out / "job.json", description)
         schedule = build_schedule(job.config)
         batches = _Batches(out / "batches", schedule.num_steps)
-        bound_of = batch_bound(job.config, batch_size=batch_size, cdf=request.cdf)
+        bound_of = batch_bound(job.config, batch_size=batch_size, num_times=request.times, cdf=request.cdf)
         params = bound_of.place(job.params)
         number = len(images.indices)
         try:
-            log_variances = _log_variances(job, request.sigma, schedule, bound_of, params, estimated, out)
+            at_all_times = batch_bound(job.config, batch_size=batch_size, num_times=0, cdf=request.cdf)
+            log_variances = _log_variances(job, request.sigma, schedule, at_all_times, params, estimated, out)
             key = jax.random.fold_in(jax.random.key(job.seed), _EVALUATION)
             description_of_work = f"bits/dim of {number} images"
             done = _count(
@@ -438,7 +460,7 @@ def _log_variances(
         jax.random.fold_in(jax.random.key(job.seed), _ESTIMATION),
         estimated,
         _Batches(out / "estimation", schedule.num_steps),
-        # Any variances do: the same program then serves the evaluation.
+        # Any variances do: the same program then serves an evaluation at all times.
         log_variances=schedule.fixed_large_log_variance,
         description=f"estimating variances from {len(estimated.indices)} images",
     )
@@ -458,11 +480,11 @@ def _count(
 ) -> list[Sums]:
     """Does the batches that are not done yet, and gives all of them."""
     missing = missing_ranges(batches.read(), len(images.indices), longest=bound_of.batch_size)
-    with Progress(len(missing) * bound_of.num_steps, description=description) as progress:
+    with Progress(len(missing) * (len(bound_of.edges) - 1), description=description) as progress:
         for first, stop in missing:
             chosen = images.indices[first:stop]
             bound = bound_of(params, key, images.source, chosen, log_variances=log_variances, progress=progress.update)
-            batches.save(first, sums_of(bound))
+            batches.save(first, sums_of(bound, bound_of.edges))
     done = batches.read()
     if sum(stop - first for first, stop in done) != len(images.indices):
         raise UserError(f"the batches in {batches.folder} do not fit each other: remove it, and start again")
@@ -498,6 +520,7 @@ def _describe(job: Job, request: Request, images: Images, estimated: Images | No
         "sigma": request.sigma,
         "variances estimated from": None if estimated is None else len(estimated.indices),
         "cdf": request.cdf,
+        "times": request.times or job.config.diffusion.num_steps,
         "conditional": job.config.model.num_classes > 0,
     }
 

@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import itertools
 import json
 import runpy
 import sys
@@ -19,7 +20,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import bits
 from ddpm_jax.evaluation.bits import BatchBound, Likelihood, Request, conclude, default_folder, run_job, sums_of
 from ddpm_jax.keys import image_keys
-from ddpm_jax.likelihood import Bound, bound_terms, optimal_log_variances
+from ddpm_jax.likelihood import Bound, bound_at, bound_terms, optimal_log_variances, strata
 from ddpm_jax.sampling import Job
 from ddpm_jax.training.checkpoints import Checkpoints
 from ddpm_jax.training.state import TrainState, init_params
@@ -27,6 +28,7 @@ from ddpm_jax.training.state import TrainState, init_params
 T = 10
 SCRIPT = Path(__file__).parents[2] / "evaluate.py"
 WHOLE = Request("test", 0, "model", "tanh")
+EVERY_TIME = strata(T, T)
 FILES = ("likelihood.json", "terms.csv", "rate_distortion.csv")
 
 
@@ -144,7 +146,7 @@ def test_batch_size_and_devices_change_no_number(job, test_set):
 
 def test_sums_of_batches_are_those_of_one(job, test_set):
     bound = jax.tree.map(np.asarray, plain_bound(job, test_set, np.arange(7)))
-    cut = lambda first, stop: sums_of(Bound(*(numbers[..., first:stop] for numbers in bound)))
+    cut = lambda first, stop: sums_of(Bound(*(numbers[..., first:stop] for numbers in bound)), EVERY_TIME)
     together, per_time = conclude([cut(0, 7)], dimensions=64)
     parts, per_time_of_parts = conclude([cut(0, 3), cut(3, 4), cut(4, 7)], dimensions=64)
     for name, value in dataclasses.asdict(together).items():
@@ -250,7 +252,7 @@ def test_the_error_of_a_predicted_mean_is_that_of_an_unclipped_x0(test_set):
     clipped, unclipped = bound_of(True), bound_of(False)
     # The mean is used as it is, clipped or not; the x_0 that is reported is not.
     np.testing.assert_allclose(clipped.terms, unclipped.terms, rtol=1e-5)
-    _, per_time = conclude([sums_of(clipped)], dimensions=64)
+    _, per_time = conclude([sums_of(clipped, EVERY_TIME)], dimensions=64)
     np.testing.assert_allclose(bits.mse_of_mean(config, per_time.means), unclipped.x0_mse.mean(axis=1), rtol=1e-3)
     assert (clipped.x0_mse < 0.9 * unclipped.x0_mse).any()
 
@@ -259,16 +261,32 @@ def test_one_program_serves_every_variance_that_is_given(job, test_set, monkeypa
     traces = []
 
     def counted(*arguments, **settings):
-        traces.append(settings["num_steps"])
-        return bound_terms(*arguments, **settings)
+        traces.append(len(arguments[-1]))
+        return bound_at(*arguments, **settings)
 
-    monkeypatch.setattr(bits, "bound_terms", counted)
+    monkeypatch.setattr(bits, "bound_at", counted)
     bound_of, schedule = BatchBound(job.config, batch_size=8), build_schedule(job.config)
     params = bound_of.place(job.params)
     for seed, log_variances in ((0, schedule.log_betas), (1, schedule.fixed_large_log_variance)):
         for indices in (np.arange(8), np.arange(3)):
             bound_of(params, jax.random.key(seed), test_set, indices, log_variances=log_variances)
     assert traces == [T]
+
+
+def test_some_times_estimate_what_all_of_them_say(job, test_set, whole, tmp_path):
+    likelihood, _ = whole
+    estimate = run_job(job, tmp_path / "out", WHOLE._replace(times=4), batch_size=64)
+    bound = jax.tree.map(lambda numbers: np.asarray(numbers, np.float64), plain_bound(job, test_set, np.arange(359)))
+    # The images are the same: what differs is the draw of times, one of each range for each image.
+    variance = 0.0
+    for first, stop in itertools.pairwise(strata(T, 4)):
+        variance += (stop - first) ** 2 * bound.terms[first:stop].var(axis=0).mean() / 359
+    assert 0 < abs(estimate.bits_per_dim - likelihood.bits_per_dim) < 4 * np.sqrt(variance)
+    assert estimate.standard_error > likelihood.standard_error
+    assert estimate.distortion_bits == pytest.approx(likelihood.distortion_bits, rel=1e-6)  # t = 0 is always looked at
+    assert estimate.prior_bits == pytest.approx(likelihood.prior_bits, rel=1e-6)
+    assert estimate.rate_bits + estimate.distortion_bits == pytest.approx(estimate.bits_per_dim, rel=1e-9)
+    assert estimate.l_simple == pytest.approx(likelihood.l_simple, rel=0.1)
 
 
 def test_learned_variances_are_counted(test_set, tmp_path):
@@ -298,6 +316,8 @@ def test_a_conditional_network_is_told_each_image_s_class(test_set):
     ("request_", "batch_size", "message"),
     [
         (WHOLE._replace(split="tset"), 8, "has no split 'tset'"),
+        (WHOLE._replace(times=11), 8, "--times must be in 2 to 10, .* or 0 for all: 11"),
+        (WHOLE._replace(times=1), 8, "--times must be in 2 to 10"),
         (WHOLE._replace(number=360), 8, "--num must be in 0 (all) to 359.*: 360"),
         (WHOLE._replace(number=-1), 8, "--num must be in 0"),
         (WHOLE, 0, "--batch-size must be at least 1, not 0"),
@@ -328,11 +348,12 @@ def test_the_folder_of_another_job_is_refused(job, whole, tmp_path):
 
 def test_folders_of_different_jobs_have_different_names(job):
     requests = [
-        Request(split, number, sigma, cdf)
+        Request(split, number, sigma, cdf, times)
         for split in ("test", "train[:90%]")
         for number in (0, 5)
         for sigma in ("model", "optimal")
         for cdf in ("tanh", "erf")
+        for times in (0, 3)
     ]
     names = {default_folder(Path("run"), each, request) for each in (job, job._replace(seed=9)) for request in requests}
     assert len(names) == 2 * len(requests)

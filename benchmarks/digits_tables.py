@@ -1,0 +1,82 @@
+"""The tables of docs/results.md: the digits' bits/dim by loss and variance, and quality by sampler and steps.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=2 python benchmarks/digits_tables.py
+
+Trains one run a loss (three, minutes each), then evaluates: about two hours on two CPU cores. Started again it goes on
+where it was, since every command that it calls does. Writes docs/digits_bits.csv and docs/digits_quality.csv.
+"""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = Path("runs") / "digits_tables"
+
+LOSSES = {
+    "simple": [],
+    "hybrid": ["--loss.kind=hybrid", "--diffusion.variance=learned_range"],
+    "vlb": ["--loss.kind=vlb", "--diffusion.variance=learned_range", "--loss.times=loss_aware"],
+}
+# "model" is the variance of the run itself: fixed_large for the simple loss, learned for the others.
+VARIANCES = ("model", "optimal", "fixed_small", "fixed_large")
+SAMPLERS = ("ancestral", "ddim", "dpm++2m", "dpm++2m_sde", "unipc")
+STEPS = (5, 10, 20, 50, 100, 250)
+IMAGES = 256
+
+
+def call(*words: str | Path) -> None:
+    """Runs one of the scripts."""
+    print("python", *words, flush=True)
+    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
+
+
+def bits(loss: str, variance: str) -> dict[str, object]:
+    """Counts bits/dim of all held-out digits under a run, with a choice of variances."""
+    out = RUNS / loss / "likelihood" / variance
+    call("evaluate.py", "likelihood", RUNS / loss, "--sigma", variance, "--out", out, "--batch-size", "360")
+    found = json.loads((ROOT / out / "likelihood.json").read_text())
+    names = ("bits_per_dim", "standard_error", "rate_bits", "distortion_bits", "l_simple", "images")
+    return {"loss": loss, "variance": variance, **{name: found[name] for name in names}}
+
+
+def quality(sampler: str, steps: int) -> dict[str, object]:
+    """Judges samples of the run with the simple loss, by a classifier of the real digits."""
+    out = RUNS / "simple" / "quality" / f"{sampler}_{steps}"
+    how = ("--sampler", sampler, "--steps", steps) if steps < 1000 else ()
+    call("sample.py", RUNS / "simple", "--num", IMAGES, "--batch-size", IMAGES, "--format", "npz", "--out", out, *how)
+    file = next((ROOT / out).glob("*.npz")).relative_to(ROOT)
+    call("evaluate.py", "quality", file, "--num", IMAGES)
+    found = json.loads((ROOT / out / "quality.json").read_text())
+    names = ("confidence", "fd_own", "ratio", "images")
+    return {"sampler": sampler, "steps": steps, **{name: found[name] for name in names}}
+
+
+def write(name: str, rows: list[dict[str, object]]) -> None:
+    """Writes one table."""
+    with (ROOT / "docs" / name).open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main() -> None:
+    for loss, words in LOSSES.items():
+        call("train.py", "configs/digits.py", "--workdir", RUNS / loss, *words)
+    table = []
+    for sampler in SAMPLERS:
+        table += [quality(sampler, steps) for steps in STEPS]
+        write("digits_quality.csv", table)
+    table += [quality("ancestral", 1000)]
+    write("digits_quality.csv", table)
+    table = []
+    for variance in VARIANCES:
+        for loss in LOSSES:
+            table.append(bits(loss, variance))
+            write("digits_bits.csv", table)
+
+
+if __name__ == "__main__":
+    main()
