@@ -160,6 +160,12 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = field(default=2, metadata=_FREE)
     """How many of the newest checkpoints are kept."""
+    keep_every: int = field(default=0, metadata=_FREE)
+    """Checkpoints of steps that are multiples of this are kept for ever; 0: none."""
+    keep_best: int = field(default=0, metadata=_FREE)
+    """How many of those with the lowest mean loss since the checkpoint before are kept, beside the newest."""
+    minutes: float = field(default=0.0, metadata=_FREE)
+    """Save also when so many minutes have passed since the last checkpoint; 0: by steps alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -410,6 +416,9 @@ _AT_LEAST = {
     "train.seed": 0,
     "checkpoints.every": 1,
     "checkpoints.keep": 1,
+    "checkpoints.keep_every": 0,
+    "checkpoints.keep_best": 0,
+    "checkpoints.minutes": 0,
     "log.every": 1,
     "log.samples_every": 0,
     "log.num_samples": 1,

@@ -2,13 +2,17 @@
 
 A run's folder holds `checkpoints/STEP/` with the items `params`, `ema`, `optimizer`, `notes`, and `times` where the
 sampler of times remembers something; the average can be read without the others. Without a checksum of ours one
-flipped bit in a file is restored silently as wrong weights.
+flipped bit in a file is restored silently as wrong weights. The checksum is of the whole array, wherever its parts
+lie, so a state saved on many devices or hosts is held against it on any other number of them.
 """
 
 import contextlib
+import dataclasses
+import json
 import os
+import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from ddpm_jax.errors import UserError
 from ddpm_jax.training.state import Params, TrainState
@@ -24,6 +29,8 @@ from ddpm_jax.training.state import Params, TrainState
 absl.logging.set_verbosity(absl.logging.ERROR)
 
 _FOLDER = "checkpoints"
+# Where old steps go in one move before they are deleted: a kill leaves none half deleted under its number.
+_DELETED = "deleted"
 _ITEMS = ("params", "ema", "optimizer", "times")
 
 Warn = Callable[[str], None]
@@ -46,8 +53,96 @@ def _leaves(items: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _crc32(leaf: jax.Array) -> int:
-    return zlib.crc32(np.asarray(leaf).tobytes())
+def _on_host(leaf: jax.Array) -> np.ndarray:
+    """Brings a whole array to this host, wherever its parts lie; all hosts must ask for it at once."""
+    if leaf.is_fully_addressable:
+        return np.asarray(leaf)
+    if leaf.is_fully_replicated:
+        return np.asarray(leaf.addressable_data(0))
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+
+def _crc32(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).data.cast("B"))
+
+
+def _describer(leaves: Mapping[str, jax.Array]) -> Callable[[], dict[str, Any]]:
+    """Notes shapes, types and checksums of arrays as they are now; the checksums are counted when it is called."""
+
+    def take(leaf: jax.Array) -> np.ndarray | int:
+        # What lies on other hosts has to be gathered now, one array at a time: hosts that gather in the background
+        # would not do it in the same order. Else it is on this host, where jax keeps memory from being given away (to
+        # the next step) as long as NumPy looks at it.
+        here = leaf.is_fully_addressable or leaf.is_fully_replicated
+        return _on_host(leaf) if here else _crc32(_on_host(leaf))
+
+    taken = {name: take(leaf) for name, leaf in leaves.items()}
+    kinds = {name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for name, leaf in leaves.items()}
+
+    def describe() -> dict[str, Any]:
+        crcs = {name: value if isinstance(value, int) else _crc32(value) for name, value in taken.items()}
+        return {name: {**kinds[name], "crc32": crc} for name, crc in crcs.items()}
+
+    return describe
+
+
+class _NotesHandler(ocp.JsonCheckpointHandler):
+    """Writes notes, whose checksums are counted meanwhile: the training does not wait for them."""
+
+    async def async_save(self, directory, item=None, args=None):
+        async def write() -> None:
+            if jax.process_index() == 0:
+                (directory / "metadata").write_text(json.dumps(args.make()))
+
+        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="notes")]
+
+
+@ocp.args.register_with_handler(_NotesHandler, for_save=True)
+@dataclasses.dataclass
+class _SaveNotes(ocp.args.CheckpointArgs):
+    make: Callable[[], dict[str, Any]]
+
+
+@ocp.args.register_with_handler(_NotesHandler, for_restore=True)
+@dataclasses.dataclass
+class _RestoreNotes(ocp.args.CheckpointArgs):
+    item: None = None
+
+
+def kept(
+    steps: Collection[int], losses: Mapping[int, float], *, latest: int, every: int = 0, best: int = 0
+) -> set[int]:
+    """Says which checkpoints stay.
+
+    Args:
+      steps: those that there are.
+      losses: the mean loss before each, as far as it is known; where it is not, a step is none of the best.
+      latest: how many of the newest stay.
+      every: steps that are multiples of it stay for ever; 0: none.
+      best: how many of those with the lowest loss stay; the newer of equals.
+
+    Returns:
+      those that stay.
+
+    >>> sorted(kept(range(1, 9), {2: 0.1, 3: 0.2, 6: 0.3}, latest=2, every=4, best=1))
+    [2, 4, 7, 8]
+    """
+    newest = sorted(steps)[-latest:]
+    milestones = [step for step in steps if every and step % every == 0]
+    lowest = sorted((step for step in steps if step in losses), key=lambda step: (losses[step], -step))[:best]
+    return {*newest, *milestones, *lowest}
+
+
+class _Preservation:
+    """The rule of `kept`, as Orbax asks for it."""
+
+    def __init__(self, stays: Callable[[Collection[int]], set[int]]):
+        self._stays = stays
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        stays = self._stays([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step in stays for checkpoint in checkpoints]
 
 
 def _first_line(error: BaseException) -> str:
@@ -59,15 +154,40 @@ def _first_line(error: BaseException) -> str:
 class Checkpoints:
     """The checkpoints of a run that is being trained."""
 
-    def __init__(self, run: Path, *, keep: int, warn: Warn):
+    def __init__(self, run: Path, *, keep: int, keep_every: int = 0, keep_best: int = 0, warn: Warn):
+        """Opens a run's checkpoints for writing.
+
+        Args:
+          run: the run's folder.
+          keep: how many of the newest stay.
+          keep_every: steps that are multiples of it stay for ever; 0: none.
+          keep_best: how many of those with the lowest loss stay.
+          warn: told of damaged checkpoints.
+
+        Raises:
+          UserError: the folder cannot be written to.
+        """
         self._folder = run.absolute() / _FOLDER
         self._warn = warn
         self._unfinished: int | None = None
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._losses: dict[int, float] = {}
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_Preservation(
+                lambda steps: kept(steps, self._losses, latest=keep, every=keep_every, best=keep_best)
+            ),
+            todelete_subdir=_DELETED,
+            cleanup_tmp_directories=True,
+        )
+        handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
         try:
-            self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=(*_ITEMS, "notes"))
+            self._sweep()
+            self._manager = ocp.CheckpointManager(
+                self._folder, options=options, item_handlers={**handlers, "notes": _NotesHandler()}
+            )
         except OSError as error:
             raise UserError(f"cannot write to {run}: {_first_line(error)}") from error
+        if keep_best:
+            self._losses = {step: loss for step in self.steps() if (loss := self._read_loss(step)) is not None}
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -83,13 +203,16 @@ class Checkpoints:
         """Says which steps are saved, in rising order."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, *, notes: dict[str, Any]) -> None:
+    def save(self, step: int, state: TrainState, *, notes: dict[str, Any], loss: float | None = None) -> None:
         """Saves a state in the background; `wait` says when it is on disk.
+
+        The state may be given to the next step, which writes over it, at once.
 
         Args:
           step: how many steps the state has done.
           state: as `Layout.saved_state` gives it.
           notes: what else to remember, JSON.
+          loss: the mean loss since the save before, by which the best are known.
 
         Raises:
           UserError: this or the save before could not be written; what was saved earlier is still there.
@@ -98,22 +221,37 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         items = _items(state)
-        leaves = {
-            name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "crc32": _crc32(leaf)}
-            for name, leaf in _leaves(items).items()
-        }
+        describe = _describer(_leaves(items))
         self._unfinished = step
+        if loss is not None:
+            self._losses[step] = loss
         saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        written = _SaveNotes(lambda: {**notes, "loss": loss, "leaves": describe()})
         with self._writing():
-            self._manager.save(
-                step, args=ocp.args.Composite(**saves, notes=ocp.args.JsonSave({**notes, "leaves": leaves}))
-            )
+            self._manager.save(step, args=ocp.args.Composite(**saves, notes=written))
+
+    def poll(self) -> None:
+        """Looks, without waiting, whether a save has ended; raises as `save` if it failed."""
+        if self._unfinished is not None and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Waits until what was saved is on disk; raises as `save`."""
         with self._writing():
             self._manager.wait_until_finished()
+            if self._unfinished is not None:
+                self._sweep()
         self._unfinished = None
+
+    def _sweep(self) -> None:
+        """Deletes what was moved away to be deleted."""
+        if jax.process_index() == 0:
+            shutil.rmtree(self._folder / _DELETED, ignore_errors=True)
+
+    def _read_loss(self, step: int) -> float | None:
+        with contextlib.suppress(Exception):  # a damaged one is found when it is restored
+            return _read_notes(self._manager, step)["loss"]
+        return None
 
     @contextlib.contextmanager
     def _writing(self):
@@ -174,7 +312,7 @@ def _restore(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Restores the items `of` a step and holds every array against its checksum."""
     try:
-        notes = manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))["notes"]
+        notes = _read_notes(manager, step)
         saved = notes["leaves"]
     except Exception as error:
         raise Damage(f"its notes cannot be read: {_first_line(error)}") from error
@@ -186,9 +324,13 @@ def _restore(
         raise Damage(_first_line(error)) from error
     items = {name: restored[name] for name in abstract}
     for name, leaf in _leaves(items).items():
-        if _crc32(leaf) != saved[name]["crc32"]:
+        if _crc32(_on_host(leaf)) != saved[name]["crc32"]:
             raise Damage(f"the checksum of {name} differs")
-    return items, {key: value for key, value in notes.items() if key != "leaves"}
+    return items, {key: value for key, value in notes.items() if key not in ("leaves", "loss")}
+
+
+def _read_notes(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    return manager.restore(step, args=ocp.args.Composite(notes=_RestoreNotes()))["notes"]
 
 
 def _check_shapes(step: int, saved: dict[str, Any], abstract: dict[str, Any], *, of: Sequence[str]) -> None:
@@ -226,7 +368,7 @@ def load_ema(run: Path, *, step: int | None = None, warn: Warn) -> tuple[int, Pa
     with ocp.CheckpointManager(
         folder,
         options=ocp.CheckpointManagerOptions(read_only=True),
-        item_handlers={**handlers, "notes": ocp.JsonCheckpointHandler()},
+        item_handlers={**handlers, "notes": _NotesHandler()},
     ) as manager:
         steps = sorted(manager.all_steps(), reverse=True)
         if not steps:

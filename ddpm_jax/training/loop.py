@@ -102,7 +102,10 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
     draw = _make_draw(config, samples_key)
     metrics_file, timing_file = run / "metrics.jsonl", run / "timing.jsonl"
 
-    with Checkpoints(run, keep=config.checkpoints.keep, warn=say) as checkpoints:
+    rules = config.checkpoints
+    with Checkpoints(
+        run, keep=rules.keep, keep_every=rules.keep_every, keep_best=rules.keep_best, warn=say
+    ) as checkpoints:
         restored = checkpoints.restore(layout.abstract_state(init, init_key))
         if restored is None:
             state, window = layout.init(init, init_key), []
@@ -117,8 +120,15 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
         if first:
             say(f"{run}: going on from step {first}")
 
+        losses_since_save: list[float] = []
+        saved_at = time.monotonic()
+
         def save(step: int) -> None:
-            checkpoints.save(step, layout.saved_state(state), notes={"window": window})
+            nonlocal saved_at
+            loss = float(np.mean(losses_since_save))
+            checkpoints.save(step, layout.saved_state(state), notes={"window": window}, loss=loss)
+            losses_since_save.clear()
+            saved_at = time.monotonic()
 
         in_flight: collections.deque[tuple[int, StepInfo]] = collections.deque()
 
@@ -135,6 +145,7 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
                         f"stopped, {last} in {run}; try a smaller --train.learning-rate in another --workdir"
                     )
                 window.append([loss, grad_norm, param_norm])
+                losses_since_save.append(loss)
 
         busy, stretch = 0.0, time.perf_counter()  # seconds of training alone, since the last line of timing
         waited_before, stretch_first = 0.0, first
@@ -147,6 +158,7 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
                 step = batch.step + 1
                 in_flight.append((step, info))
                 collect(_IN_FLIGHT)
+                checkpoints.poll()
                 if window:
                     progress.update(1, loss=np.mean([line[0] for line in window[-50:]]))
                 else:
@@ -154,7 +166,8 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
 
                 last = step == config.train.steps
                 logs = step % config.log.every == 0 or last
-                saves = step % config.checkpoints.every == 0 or last
+                overdue = 0 < 60 * rules.minutes <= time.monotonic() - saved_at
+                saves = step % rules.every == 0 or overdue or last
                 draws = config.log.samples_every > 0 and (step % config.log.samples_every == 0 or last)
                 if not (logs or saves or draws or received):
                     continue

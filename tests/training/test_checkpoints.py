@@ -9,16 +9,19 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import zlib
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.training.checkpoints import Checkpoints, load_ema
+from ddpm_jax.training.checkpoints import Checkpoints, kept, load_ema
 from ddpm_jax.training.state import TrainState
 
 ITEMS = ("params", "ema", "optimizer", "times")
@@ -43,10 +46,10 @@ def abstract_of(state, sharding=None):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state)
 
 
-def save(run, *steps, keep=5, notes=None):
-    with Checkpoints(run, keep=keep, warn=pytest.fail) as checkpoints:
+def save(run, *steps, keep=5, notes=None, losses=None, **rules):
+    with Checkpoints(run, keep=keep, warn=pytest.fail, **rules) as checkpoints:
         for step in steps:
-            checkpoints.save(step, state_at(step), notes=notes or {"step": step})
+            checkpoints.save(step, state_at(step), notes=notes or {"step": step}, loss=losses and losses[step])
         checkpoints.wait()
         return checkpoints.steps()
 
@@ -56,6 +59,24 @@ def restore(run, abstract=None):
     warnings = []
     with Checkpoints(run, keep=5, warn=warnings.append) as checkpoints:
         return checkpoints.restore(abstract_of(state_at(0)) if abstract is None else abstract), warnings
+
+
+# Names of meshes: devices along "data" and "fsdp".
+PLACES = {"one": None, "eight": (8, 1), "fsdp 4": (2, 4), "fsdp 2": (1, 2)}
+
+
+def shardings(state, place):
+    """The kernels, of 2048, cut over "fsdp"; the rest everywhere."""
+    if PLACES[place] is None:
+        return jax.tree.map(lambda leaf: jax.sharding.SingleDeviceSharding(jax.devices()[0]), state)
+    shape = PLACES[place]
+    mesh = Mesh(np.array(jax.devices()[: math.prod(shape)]).reshape(shape), ("data", "fsdp"))
+    spec = lambda leaf: PartitionSpec("fsdp") if leaf.shape == (2048,) else PartitionSpec()
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(leaf)), state)
+
+
+def notes_of(run, step):
+    return json.loads((run / "checkpoints" / str(step) / "notes" / "metadata").read_text())
 
 
 def same_bits(a, b):
@@ -121,15 +142,91 @@ class TestSaved:
         same_bits(restore(run)[0][0], state_at(20))
         assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
 
-    def test_moves_from_eight_devices_to_one_and_back(self, tmp_path):
-        everywhere = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec())
+    @pytest.mark.parametrize("there", PLACES)
+    def test_moves_to_another_number_of_devices_and_another_mesh(self, tmp_path, there):
         with Checkpoints(tmp_path, keep=2, warn=pytest.fail) as checkpoints:
-            checkpoints.save(7, jax.device_put(state_at(7), everywhere), notes={})
-        for sharding in (None, everywhere):
-            (state, _), _ = restore(tmp_path, abstract_of(state_at(7), sharding))
+            checkpoints.save(7, jax.device_put(state_at(7), shardings(state_at(7), there)), notes={})
+        for here in PLACES:
+            wanted = shardings(state_at(7), here)
+            shapes = jax.tree.map(
+                lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                state_at(7),
+                wanted,
+            )
+            (state, _), warnings = restore(tmp_path, shapes)
+            assert not warnings
             same_bits(state, state_at(7))
-            devices = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)}
-            assert devices == {1 if sharding is None else 8}
+            assert jax.tree.map(lambda leaf: leaf.sharding, state) == wanted
+
+    def test_the_checksum_of_an_array_does_not_know_where_its_parts_lie(self, tmp_path):
+        for name in PLACES:
+            with Checkpoints(tmp_path / name, keep=1, warn=pytest.fail) as checkpoints:
+                checkpoints.save(7, jax.device_put(state_at(7), shardings(state_at(7), name)), notes={})
+        (first, *others) = [notes_of(tmp_path / name, 7) for name in PLACES]
+        kernel = np.asarray(state_at(7).ema["conv"]["kernel"])
+        assert first["leaves"]["ema['conv']['kernel']"]["crc32"] == zlib.crc32(kernel.tobytes())
+        assert all(each == first for each in others)
+
+    def test_the_memory_of_what_is_saved_may_be_given_away_at_once(self, tmp_path):
+        def large(step):
+            random = np.random.default_rng(step)
+            return {f"w{each}": jnp.array(random.standard_normal(300_000, np.float32)) for each in range(4)}
+
+        overwrite = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+        jax.block_until_ready(overwrite(TrainState(jnp.int32(0), large(0), large(0), large(0))))
+        with Checkpoints(tmp_path, keep=3, warn=pytest.fail) as checkpoints:
+            for step in (1, 2, 3):
+                state = TrainState(jnp.int32(step), *(large(step + 10 * part) for part in range(3)))
+                checkpoints.save(step, state, notes={})
+                jax.block_until_ready(overwrite(state))
+        state = TrainState(jnp.int32(3), *(large(3 + 10 * part) for part in range(3)))
+        (restored, _), warnings = restore(tmp_path, abstract_of(state))
+        assert not warnings
+        same_bits(restored, state)
+
+
+class TestKept:
+    @given(
+        st.sets(st.integers(1, 50), min_size=1),
+        st.dictionaries(st.integers(1, 50), st.floats(0, 1)),
+        st.integers(1, 5),
+        st.integers(0, 10),
+        st.integers(0, 4),
+    )
+    def test_each_rule_keeps_what_it_says_and_nothing_else(self, steps, losses, latest, every, best):
+        stay = kept(steps, losses, latest=latest, every=every, best=best)
+        assert stay <= steps
+        newest = set(sorted(steps)[-latest:])
+        milestones = {step for step in steps if every and not step % every}
+        assert newest | milestones <= stay
+        lowest = stay - newest - milestones
+        assert len(lowest) <= best
+        known = {step for step in steps if step in losses}
+        # Whoever went is no better than any that stays for its loss alone.
+        assert all(losses[gone] >= losses[low] for gone in known - stay for low in lowest)
+        if len(known) <= best:
+            assert known <= stay
+
+    def test_on_disk_also_over_a_restart(self, tmp_path):
+        losses = {1: 0.9, 2: 0.1, 3: 0.5, 4: 0.4, 5: 0.3, 6: 0.2, 7: 0.6}
+        rules = {"keep": 1, "keep_every": 4, "keep_best": 1}
+        assert save(tmp_path, 1, 2, 3, losses=losses, **rules) == [2, 3]
+        assert save(tmp_path, 4, 5, 6, 7, losses=losses, **rules) == [2, 4, 7]
+        names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+        assert names == {"2", "4", "7"}  # what was moved away to be deleted is gone
+
+    def test_saves_of_unknown_loss_and_damaged_notes_are_none_of_the_best(self, run):
+        # Saved without a loss, and before there were any.
+        (run / "checkpoints" / "20" / "notes" / "metadata").write_text("{")
+        assert save(run, 30, losses={30: 0.5}, keep=1, keep_best=1) == [30]
+
+    def test_what_a_kill_left_of_a_step_being_deleted_is_no_checkpoint(self, run):
+        (run / "checkpoints" / "deleted").mkdir()
+        os.rename(run / "checkpoints" / "10", run / "checkpoints" / "deleted" / "10")
+        shutil.rmtree(run / "checkpoints" / "deleted" / "10" / "ema")
+        assert load_ema(run, warn=pytest.fail)[0] == 20
+        assert save(run, 30) == [20, 30]
+        assert not (run / "checkpoints" / "deleted").exists()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of threads that Orbax leaves

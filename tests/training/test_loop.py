@@ -101,6 +101,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(ema))
 
 
+def test_what_is_kept_and_that_minutes_save_too(trained, tmp_path):
+    """The loss of a checkpoint is the mean since the one before; neither rule changes a number."""
+    rules = CheckpointConfig(every=100, keep=2, keep_every=3, keep_best=1, minutes=1e-9)  # so every step is overdue
+    train(dataclasses.replace(TINY, checkpoints=rules), tmp_path)
+    losses = {
+        int(path.name): json.loads((path / "notes" / "metadata").read_text())["loss"]
+        for path in (tmp_path / "checkpoints").iterdir()
+    }
+    newest, milestones, best = {5, 6}, {3, 6}, min(losses, key=losses.get)
+    assert set(losses) == newest | milestones | {best}
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
+    last = lines_of(tmp_path / "metrics.jsonl")[-1]["loss"]
+    np.testing.assert_allclose(np.mean([losses[5], losses[6]]), last, rtol=1e-12)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_its_step(trained, tmp_path, monkeypatch, number):
     append_line = loop.append_line
