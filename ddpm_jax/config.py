@@ -150,6 +150,8 @@ class TrainConfig:
     """Precision of float32 products on accelerators (default: TF32 on new GPUs, bfloat16 passes on TPUs)."""
     parallel: Parallel = field(default="jit", metadata=_FREE)
     """How a step is spread over the devices: jit over a mesh, or pmap."""
+    fsdp: int = field(default=1, metadata=_FREE)
+    """How many devices share one copy of parameters, average and optimiser, instead of each having its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -414,6 +416,7 @@ _AT_LEAST = {
     "train.warmup": 0,
     "train.grad_clip": 0,
     "train.seed": 0,
+    "train.fsdp": 1,
     "checkpoints.every": 1,
     "checkpoints.keep": 1,
     "checkpoints.keep_every": 0,
@@ -452,6 +455,11 @@ def validate(config: Config) -> None:
     for name in ("diffusion.beta_start", "diffusion.beta_end"):
         if not 0 < value_of(config, name) < 1:
             raise UserError(f"{name}={value_of(config, name)} must be in (0, 1): it is the variance that a step adds")
+    if train.parallel == "pmap" and train.fsdp > 1:
+        raise UserError(
+            f"train.parallel=pmap keeps a whole state on every device, and train.fsdp={train.fsdp} shares one: use "
+            "--train.parallel jit, or --train.fsdp 1"
+        )
     for name in ("model.multipliers", "model.attention_resolutions"):
         if any(entry < 1 for entry in value_of(config, name)):
             raise UserError(f"{name}={value_of(config, name)} must be integers of at least 1")

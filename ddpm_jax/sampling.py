@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
 from ddpm_jax import pictures
@@ -28,6 +27,7 @@ from ddpm_jax.data.pipeline import to_uint8
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import check_same_job, claimed
 from ddpm_jax.keys import image_keys
+from ddpm_jax.mesh import by_image, gather, shardings, widest_mesh
 from ddpm_jax.progress import Progress, say
 from ddpm_jax.samplers import Chain, initial_noise, run_chain
 from ddpm_jax.stored_images import Parts, StoredImages, missing_ranges
@@ -78,6 +78,7 @@ class BatchChain:
         *,
         batch_size: int,
         labels_of: Callable[[Array], Array | None] = lambda indices: None,
+        fsdp: int = 1,
     ):
         """Makes the programs.
 
@@ -86,12 +87,10 @@ class BatchChain:
           image_shape: (H, W, C).
           batch_size: images at a time, over all devices; a multiple of their number (see `whole_batch`).
           labels_of: the labels of images by their indices.
+          fsdp: how many devices share one copy of the parameters, where their number allows it.
         """
-        mesh = jax.make_mesh(
-            (jax.local_device_count(),), ("data",), axis_types=(AxisType.Auto,), devices=jax.local_devices()
-        )
-        shared_out = NamedSharding(mesh, PartitionSpec("data"))
-        spread = lambda array: jax.lax.with_sharding_constraint(array, shared_out)
+        mesh = widest_mesh(jax.local_devices(), fsdp=fsdp)
+        spread = lambda array: jax.lax.with_sharding_constraint(array, by_image(mesh))
 
         def start(params: Params, key: Array, first: Array) -> tuple[Array, Array | None, Chain]:
             indices = first + jnp.arange(batch_size)
@@ -101,12 +100,13 @@ class BatchChain:
         def advance(
             params: Params, keys: Array, labels: Array | None, state: Chain, first: Array, *, num_steps: int
         ) -> Chain:
-            state = run_chain(keys, make(params, labels), state, first, num_steps=num_steps)
+            sampler = make(gather(mesh, params), labels)
+            state = run_chain(keys, sampler, state, first, num_steps=num_steps)
             return state._replace(x=spread(state.x))
 
         self.num_steps = make(None, labels_of(jnp.zeros(1, jnp.int32))).num_steps
         """Steps of the whole chain."""
-        self._everywhere = NamedSharding(mesh, PartitionSpec())
+        self._mesh = mesh
         self._start = jax.jit(start)
         self._advance = jax.jit(advance, static_argnames="num_steps")
         self._pixels = jax.jit(to_uint8)
@@ -135,8 +135,8 @@ class BatchChain:
             yield begin + length, jax.block_until_ready(self._pixels(state.x))
 
     def place(self, params: Params) -> Params:
-        """Copies parameters to every device."""
-        return jax.device_put(params, self._everywhere)
+        """Copies parameters to every device, or shares them out."""
+        return jax.device_put(params, shardings(self._mesh, params))
 
 
 @functools.lru_cache(maxsize=4)
@@ -153,6 +153,7 @@ def batch_chain(config: Config, choice: Choice, *, batch_size: int) -> BatchChai
         image_shape(config),
         batch_size=batch_size,
         labels_of=functools.partial(labels_of, config, choice),
+        fsdp=config.train.fsdp,
     )
 
 

@@ -329,6 +329,7 @@ def test_what_shapes_no_number_of_a_step_is_free():
         "data.memory_gib",
         "train.steps",
         "train.parallel",
+        "train.fsdp",
         "checkpoints.every",
         "checkpoints.keep",
         "checkpoints.keep_every",
@@ -397,6 +398,7 @@ def test_a_good_configuration_passes():
         ("train.grad_clip", float("nan"), "must be at least 0"),
         ("train.ema_decay", 1.0, r"must be in \[0, 1\)"),
         ("train.seed", -1, "must be at least 0"),
+        ("train.fsdp", 0, "must be at least 1"),
         ("train.seed", 2**32, r"must be below 2\^32"),
         ("checkpoints.every", 0, "must be at least 1"),
         ("checkpoints.keep", 0, "must be at least 1"),
@@ -430,6 +432,12 @@ def test_betas_that_leave_nothing_are_refused(prediction):
     diffusion = DiffusionConfig(schedule="const", beta_end=0.9, prediction=prediction)
     with pytest.raises(UserError, match="cannot tell x_0 at the last step of the const schedule"):
         validate(dataclasses.replace(SMALL, diffusion=diffusion))
+
+
+def test_pmap_shares_no_state():
+    with pytest.raises(UserError, match="train.parallel=pmap .* train.fsdp=4 .* use --train.parallel jit") as error:
+        validate(with_value(with_value(SMALL, "train.parallel", "pmap"), "train.fsdp", 4))
+    the_line(error)
 
 
 # Warnings

@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ddpm_jax import pictures
 from ddpm_jax.bound import Cdf
@@ -34,6 +33,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.files import check_same_job, claimed, write_whole
 from ddpm_jax.keys import image_keys
 from ddpm_jax.likelihood import Bound, bound_at, draw_times, optimal_log_variances, rate_distortion, strata
+from ddpm_jax.mesh import by_image, everywhere, gather, shardings, widest_mesh
 from ddpm_jax.progress import Progress, say
 from ddpm_jax.reverse import LEARNED_VARIANCES
 from ddpm_jax.sampling import Job, cut, describe_job
@@ -88,8 +88,7 @@ class BatchBound:
           devices: those of this process if not given.
         """
         devices = jax.local_devices() if devices is None else list(devices)
-        mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-        everywhere, shared_out = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+        mesh = widest_mesh(devices, fsdp=config.train.fsdp)
         self.batch_size = math.ceil(batch_size / len(devices)) * len(devices)
         num_steps = config.diffusion.num_steps
         self.edges = strata(num_steps, num_times or num_steps)
@@ -108,7 +107,7 @@ class BatchBound:
             return bound_at(
                 image_keys(key, indices),
                 schedule,
-                network(unet, params, labels, guidance=0.0, variance=diffusion.variance),
+                network(unet, gather(mesh, params), labels, guidance=0.0, variance=diffusion.variance),
                 to_float(pixels),
                 times,
                 prediction=diffusion.prediction,
@@ -120,16 +119,16 @@ class BatchBound:
 
         self._conditional = config.model.num_classes > 0
         self._precision = config.train.matmul_precision
-        self._everywhere, self._shared_out = everywhere, shared_out
+        self._mesh = mesh
         self._advance = jax.jit(advance)
         self._draw_times = jax.jit(
             lambda key, indices: draw_times(image_keys(key, indices), self.edges),
-            out_shardings=NamedSharding(mesh, PartitionSpec(None, "data")),
+            out_shardings=by_image(mesh, axis=1),
         )
 
     def place(self, params: Params) -> Params:
-        """Copies parameters to every device."""
-        return jax.device_put(params, self._everywhere)
+        """Copies parameters to every device, or shares them out as `train.fsdp` says where the devices allow it."""
+        return jax.device_put(params, shardings(self._mesh, params))
 
     def __call__(
         self,
@@ -157,8 +156,8 @@ class BatchBound:
         filled = np.concatenate([indices, np.full(self.batch_size - len(indices), indices[-1])])
         labels = source.labels[filled] if self._conditional and source.labels is not None else None
         batch = (filled.astype(np.uint32), source.read(filled), labels)
-        placed = jax.device_put(batch, self._shared_out)
-        key, log_variances = jax.device_put((key, log_variances), self._everywhere)
+        placed = jax.device_put(batch, by_image(self._mesh))
+        key, log_variances = jax.device_put((key, log_variances), everywhere(self._mesh))
         times = self._draw_times(key, placed[0])
         parts = []
         with jax.default_matmul_precision(None if self._precision == "default" else self._precision):

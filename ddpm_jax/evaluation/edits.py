@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ddpm_jax.chains import Choice, make_chain, network
 from ddpm_jax.config import build_betas, build_unet, image_shape
@@ -22,6 +21,7 @@ from ddpm_jax.ddim import ddim, ddim_inversion
 from ddpm_jax.editing import Start, between, branch, encode, mix, mix_latents, repaint, unused_keys
 from ddpm_jax.errors import UserError
 from ddpm_jax.keys import image_keys
+from ddpm_jax.mesh import by_image, everywhere, make_mesh
 from ddpm_jax.named_samplers import default_spacing
 from ddpm_jax.progress import Progress
 from ddpm_jax.respacing import choose_times, respace
@@ -97,10 +97,9 @@ class Editor:
           UserError: the run cannot be sampled so.
         """
         config, diffusion = job.config, job.config.diffusion
-        devices = jax.local_devices()
-        mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-        self._shared_out = NamedSharding(mesh, PartitionSpec("data"))
-        self._params = jax.device_put(job.params, NamedSharding(mesh, PartitionSpec()))
+        mesh = make_mesh(jax.local_devices())
+        self._shared_out = by_image(mesh)
+        self._params = jax.device_put(job.params, everywhere(mesh))
         self._batch_size = whole_batch(batch_size)
         self.job, self.shape = job, image_shape(config)
 

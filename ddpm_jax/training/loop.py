@@ -81,7 +81,7 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
     objective = make_objective(
         config.loss, schedule, prediction=config.diffusion.prediction, variance=config.diffusion.variance
     )
-    layout = make_layout(config.train.parallel, batch_size=config.train.batch_size)
+    layout = make_layout(config.train.parallel, batch_size=config.train.batch_size, fsdp=config.train.fsdp)
 
     def init(key: Array) -> TrainState:
         return init_state(key, unet, optimizer, source.image_shape, times=times)
@@ -99,7 +99,7 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
         )
 
     training_step = layout.lift(make_step)
-    draw = _make_draw(config, samples_key)
+    draw = _make_draw(config, samples_key, gather=layout.gather)
     metrics_file, timing_file = run / "metrics.jsonl", run / "timing.jsonl"
 
     rules = config.checkpoints
@@ -223,7 +223,7 @@ def _check_labels(config: Config, source: Source) -> None:
         )
 
 
-def _make_draw(config: Config, key: Array) -> Callable[[Params], np.ndarray]:
+def _make_draw(config: Config, key: Array, *, gather: Callable[[Params], Params]) -> Callable[[Params], np.ndarray]:
     """Makes the function from averaged parameters to a grid's images, always of the same latents."""
     steps, number = config.log.sample_steps, config.log.num_samples
     choice = Choice(sampler="ddim", steps=steps) if steps else Choice()
@@ -231,7 +231,7 @@ def _make_draw(config: Config, key: Array) -> Callable[[Params], np.ndarray]:
 
     @jax.jit
     def draw(ema: Params, key: Array) -> Array:
-        sampler = make(ema, labels_of(config, choice, jnp.arange(number)))
+        sampler = make(gather(ema), labels_of(config, choice, jnp.arange(number)))
         return to_uint8(sample(key, sampler, (number, *image_shape(config))))
 
     return lambda ema: np.asarray(draw(ema, key))

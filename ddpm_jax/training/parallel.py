@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
 
 from ddpm_jax.config import Parallel
 from ddpm_jax.errors import UserError
-from ddpm_jax.training.state import TrainState
+from ddpm_jax.mesh import by_image, everywhere, gather, make_mesh, shardings
+from ddpm_jax.training.state import Params, TrainState
 from ddpm_jax.training.step import Batch, StepInfo, TrainingStep
 
-_AXIS = "data"
+# Of pmap; the axes of a mesh have names of their own.
+_AXIS = "devices"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Layout:
     """Where the state and the batch lie, and how a step is lifted over the devices."""
 
     lift: Callable[[Callable[..., TrainingStep]], TrainingStep]
-    """From `make_step(device_mean=.., whole_batch=..)` to the compiled step on placed arguments; donates the state."""
+    """From `make_step(gather=.., ..)` to the compiled step on placed arguments, which donates the state; what a step is
+    told of its devices are the keywords of `make_training_step`."""
     init: Callable[[Callable[[Array], TrainState], Array], TrainState]
     """From an `init(key)` and a key to the state, made where it lies."""
     place_batch: Callable[[np.ndarray, np.ndarray | None], Batch]
@@ -34,27 +36,26 @@ class Layout:
     """From the state on the devices to the state as it is saved, which has no axis of devices."""
     abstract_state: Callable[[Callable[[Array], TrainState], Array], TrainState]
     """From an `init(key)` and a key to the shapes, types and shardings of the state as it is saved."""
+    gather: Callable[[Params], Params]
+    """From parameters as they are saved to the same, whole on every device; for use in a compiled function."""
 
 
-def make_mesh(devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
-    """Makes a mesh of devices along one axis, "data"."""
-    # Automatic axes: the default became explicit ones, under which jax 0.12 refuses some gradients.
-    return jax.make_mesh((len(devices),), (_AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
-
-
-def make_layout(parallel: Parallel, *, batch_size: int, devices: Sequence[jax.Device] | None = None) -> Layout:
+def make_layout(
+    parallel: Parallel, *, batch_size: int, fsdp: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Layout:
     """Makes the layout of a run over devices.
 
     Args:
       parallel: "jit" or "pmap".
       batch_size: images a step over all devices.
+      fsdp: how many devices share one copy of the state (see `mesh`); 1 for pmap.
       devices: which; all there are if not given.
 
     Returns:
       the `Layout`.
 
     Raises:
-      UserError: the batch cannot be shared out evenly.
+      UserError: the batch, or the devices by `fsdp`, cannot be shared out evenly.
     """
     devices = jax.devices() if devices is None else devices
     if batch_size % len(devices):
@@ -62,37 +63,51 @@ def make_layout(parallel: Parallel, *, batch_size: int, devices: Sequence[jax.De
             f"train.batch_size={batch_size} cannot be shared out evenly over {len(devices)} devices: "
             f"use a multiple of {len(devices)}"
         )
-    return _jit_layout(devices) if parallel == "jit" else _pmap_layout(devices)
+    if parallel == "jit":
+        return _jit_layout(make_mesh(devices, fsdp=fsdp))
+    return _pmap_layout(devices)
 
 
-def _abstract(init: Callable[[Array], TrainState], key: Array, sharding: jax.sharding.Sharding) -> TrainState:
-    shapes = jax.eval_shape(init, key)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
-
-
-def _jit_layout(devices: Sequence[jax.Device]) -> Layout:
-    mesh = make_mesh(devices)
-    everywhere, shared_out = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(_AXIS))
+def _jit_layout(mesh: jax.sharding.Mesh) -> Layout:
+    whole, shared_out = everywhere(mesh), by_image(mesh)
+    gather_here = functools.partial(gather, mesh)
 
     def lift(make_step: Callable[..., TrainingStep]) -> TrainingStep:
-        return jax.jit(
-            make_step(),
-            donate_argnums=1,
-            in_shardings=(everywhere, everywhere, shared_out),
-            out_shardings=(everywhere, everywhere),
-        )
+        step, compiled = make_step(gather=gather_here), None
+
+        def on_mesh(key: Array, state: TrainState, batch: Batch) -> tuple[TrainState, StepInfo]:
+            nonlocal compiled
+            if compiled is None:  # where the state's leaves lie is known when the first state is
+                lies = shardings(mesh, state)
+                inside, outside = (whole, lies, shared_out), (lies, whole)
+                compiled = jax.jit(step, donate_argnums=1, in_shardings=inside, out_shardings=outside)
+            return compiled(key, state, batch)
+
+        return on_mesh
+
+    def init_here(init: Callable[[Array], TrainState], key: Array) -> TrainState:
+        return jax.jit(init, out_shardings=shardings(mesh, jax.eval_shape(init, key)))(key)
 
     def place_batch(images: np.ndarray, labels: np.ndarray | None = None) -> Batch:
         return jax.device_put(Batch(images, np.arange(len(images), dtype=np.int32), labels), shared_out)
 
+    def abstract_state(init: Callable[[Array], TrainState], key: Array) -> TrainState:
+        shapes = jax.eval_shape(init, key)
+        return jax.tree.map(_described, shapes, shardings(mesh, shapes))
+
     return Layout(
         lift=lift,
-        init=lambda init, key: jax.jit(init, out_shardings=everywhere)(key),
+        init=init_here,
         place_batch=place_batch,
-        place_state=lambda state: jax.device_put(state, everywhere),
+        place_state=lambda state: jax.device_put(state, shardings(mesh, state)),
         saved_state=lambda state: state,
-        abstract_state=lambda init, key: _abstract(init, key, everywhere),
+        abstract_state=abstract_state,
+        gather=gather_here,
     )
+
+
+def _described(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _pmap_layout(devices: Sequence[jax.Device]) -> Layout:
@@ -127,5 +142,6 @@ def _pmap_layout(devices: Sequence[jax.Device]) -> Layout:
         place_batch=place_batch,
         place_state=place_state,
         saved_state=lambda state: jax.tree.map(lambda leaf: leaf[0], state),
-        abstract_state=lambda init, key: _abstract(init, key, alone),
+        abstract_state=lambda init, key: jax.tree.map(lambda leaf: _described(leaf, alone), jax.eval_shape(init, key)),
+        gather=lambda params: params,
     )

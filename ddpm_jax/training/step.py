@@ -107,6 +107,7 @@ def make_training_step(
     ema_decay: float,
     random_flip: bool = False,
     label_dropout: float = 0.0,
+    gather: Callable[[Params], Params] = lambda params: params,
     device_mean: Callable[[typing.Any], typing.Any] = lambda tree: tree,
     whole_batch: Callable[[Array], Array] = lambda shard: shard,
 ) -> TrainingStep:
@@ -120,6 +121,7 @@ def make_training_step(
       ema_decay: decay of the average of the parameters, a step.
       random_flip: whether each image is mirrored left to right with probability 0.5.
       label_dropout: the probability that a conditional network is not told an image's label.
+      gather: brings parameters together that are shared out over devices; the identity where each has a copy.
       device_mean: the mean of a pytree over devices that each see their share of the batch; the identity where
         the step sees the whole batch.
       whole_batch: from this device's share of (B,) numbers to those of the whole batch; likewise.
@@ -145,8 +147,10 @@ def make_training_step(
         t, weights = times.draw(lambda indices: step_keys(key, state.step, indices).time, indices, state.times)
 
         def batch_loss(params: Params) -> tuple[Array, Array]:
+            whole_params = gather(params)
+
             def predict(x_t: Array, t: Array) -> Array:
-                output = unet.apply({"params": params}, x_t, t, labels, dropout_keys=keys.dropout)
+                output = unet.apply({"params": whole_params}, x_t, t, labels, dropout_keys=keys.dropout)
                 return typing.cast(Array, output)
 
             losses = objective(keys.noise, predict, x0, t)

@@ -1,4 +1,4 @@
-"""On 1 device, on 8 by jit, on 8 by pmap: the same examples, times, noises and masks, and the same training."""
+"""On 1 device or 8, by jit or pmap, the state whole or in parts: the same random numbers and the same training."""
 
 import contextlib
 import dataclasses
@@ -17,15 +17,20 @@ from ddpm_jax.training.checkpoints import Checkpoints
 from ddpm_jax.training.parallel import make_layout
 from ddpm_jax.training.step import step_keys
 
-LAYOUTS = {"1 device": ("jit", 1), "8 devices, jit": ("jit", 8), "8 devices, pmap": ("pmap", 8)}
-OTHERS = ["8 devices, jit", "8 devices, pmap"]
+LAYOUTS = {
+    "1 device": ("jit", 1, 1),
+    "8 devices, jit": ("jit", 8, 1),
+    "8 devices, fsdp 4": ("jit", 8, 4),
+    "8 devices, pmap": ("pmap", 8, 1),
+}
+OTHERS = list(LAYOUTS)[1:]
 RUN_KEY = jax.random.key(11)
 STEPS = 10
 
 
 def layout_of(name):
-    parallel, number = LAYOUTS[name]
-    return make_layout(parallel, batch_size=16, devices=jax.devices()[:number])
+    parallel, number, fsdp = LAYOUTS[name]
+    return make_layout(parallel, batch_size=16, fsdp=fsdp, devices=jax.devices()[:number])
 
 
 @contextlib.contextmanager
@@ -72,7 +77,7 @@ def test_what_is_random_is_the_same_bit_by_bit(training):
 @pytest.fixture(scope="module")
 def runs(training):
     """Ten steps of SGD and ten of Adam on each layout, from one state; compiled once a layout."""
-    network = training.tiny_unet()
+    network = training.OneOfEach()
     optimizer = training.sgd_or_adam(training.paper_optimizer(learning_rate=1e-3, warmup=5))
     start = training.drawn_state(network, optimizer)
     by_adam = dataclasses.replace(start, opt_state={**start.opt_state, "use_adam": np.array(True)})
@@ -138,11 +143,38 @@ def test_the_history_of_losses_is_that_of_the_whole_batch(training):
         chex.assert_trees_all_close(histories[name], histories["1 device"], rtol=1e-5)
 
 
-@pytest.mark.parametrize(("saved_by", "restored_by"), [("pmap", "jit"), ("jit", "pmap")])
+def test_a_shared_state_lies_in_parts_and_stays_so(training):
+    network, optimizer = training.OneOfEach(), optax.sgd(0.1, momentum=0.9)
+    layout = layout_of("8 devices, fsdp 4")
+    state = layout.init(lambda key: training.state_of(key, network, optimizer), jax.random.key(0))
+    parts = lambda leaf: {shard.data.size * 4 for shard in leaf.addressable_shards} == {leaf.size}
+
+    def check(state):
+        for tree in (state.params, state.ema, state.opt_state[0].trace):
+            assert parts(tree["block"]["conv1"]["kernel"])
+            assert parts(tree["conv_out"]["kernel"])  # one channel out: cut along those that come in
+            assert tree["block"]["conv1"]["bias"].is_fully_replicated
+        return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+
+    there = check(state)
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert there < 0.3 * whole
+    compiled = jax.tree.map(lambda leaf: leaf.sharding, state)
+    with quick_to_compile():
+        step = layout.lift(lambda **device: training.step_of(network, optimizer, **device))
+        state, _ = step(RUN_KEY, state, layout.place_batch(training.images_of(0)))
+    assert check(state) == there
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == compiled
+
+
+@pytest.mark.parametrize(
+    ("saved_by", "restored_by"),
+    [("8 devices, pmap", "8 devices, jit"), ("8 devices, jit", "8 devices, pmap"), ("8 devices, fsdp 4", "1 device")],
+)
 def test_a_state_saved_by_one_way_goes_on_by_the_other(training, tmp_path, saved_by, restored_by):
     network, optimizer = training.Linear(), training.adam()
     init = lambda key: training.state_of(key, network, optimizer)
-    first, second = (make_layout(parallel, batch_size=16) for parallel in (saved_by, restored_by))
+    first, second = layout_of(saved_by), layout_of(restored_by)
     _, _, state = advance(training, first, network, optimizer, jax.jit(init)(jax.random.key(0)), 2)
     with Checkpoints(tmp_path, keep=1, warn=pytest.fail) as checkpoints:
         checkpoints.save(2, first.saved_state(first.place_state(state)), notes={})
@@ -155,12 +187,12 @@ def test_a_state_saved_by_one_way_goes_on_by_the_other(training, tmp_path, saved
     assert went_on.step == 4
 
 
-@pytest.mark.parametrize("parallel", ["jit", "pmap"])
-def test_a_compiled_step_is_not_compiled_again(training, parallel):
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_compiled_step_is_not_compiled_again(training, name):
     """Neither another seed nor another checkpoint nor the step's own output makes the step compile anew."""
     network, optimizer = training.Linear(), training.adam()
     init = lambda key: training.state_of(key, network, optimizer)
-    layout = make_layout(parallel, batch_size=16)
+    layout = layout_of(name)
     traces = []
 
     def make_step(**device):
