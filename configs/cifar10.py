@@ -2,7 +2,8 @@
 
     python train.py configs/cifar10.py
 
-The set must be prepared once for TensorFlow Datasets (the error line says how). The paper trained 800,000 steps in
+The set is CIFAR-10's own archive, put into ./data (the error line says where it is downloaded); with
+`--data.source tfds:cifar10` it is the one that tensorflow-datasets has prepared, in another order. The paper trained 800,000 steps in
 10.6 hours (21 steps/s) on a TPU v3-8, which it calls similar to 8 V100 GPUs, and reports FID 3.17 (50,000 samples
 against the training set), Inception Score 9.46, at most 3.75 bits/dim on the test set. A third party's training (tqch)
 had FID 9.16 after 47,000 steps, 4.08 after 187,000 and 3.19, with a loss of 0.028, after 796,000. None of this is
@@ -13,7 +14,7 @@ from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, Tr
 
 config = Config(
     name="cifar10",
-    data=DataConfig(source="tfds:cifar10", height=32, width=32, channels=3, flip=True),
+    data=DataConfig(source="cifar10", height=32, width=32, channels=3, flip=True),
     diffusion=DiffusionConfig(schedule="linear", num_steps=1000, variance="fixed_large"),
     model=ModelConfig(width=128, multipliers=(1, 2, 2, 2), blocks=2, attention_resolutions=(16,), dropout=0.1),
     train=TrainConfig(steps=800_000, batch_size=128, learning_rate=2e-4, warmup=5000, grad_clip=1.0, ema_decay=0.9999),

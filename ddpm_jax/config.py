@@ -45,9 +45,9 @@ class DataConfig:
     """Which images."""
 
     source: str = "digits"
-    """digits (scikit-learn's, 8x8), folder, idx (MNIST's file format), or tfds:NAME (tensorflow-datasets)."""
+    """digits (scikit-learn's), folder, npz, npy, idx (MNIST's format), cifar10, or tfds:NAME (tensorflow-datasets)."""
     path: str = ""
-    """The folder of images, the folder of idx files, or TFDS's data_dir; not needed for the digits."""
+    """The folder of images or idx files, the .npz or .npy, CIFAR-10's archive, TFDS's data_dir; none for the digits."""
     split: str = "train"
     """train, test or all; for TFDS any split that it knows."""
     height: int = 8

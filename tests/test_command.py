@@ -315,7 +315,7 @@ def test_help_lists_every_field_with_its_meaning_in_80_columns(capsys, monkeypat
 def test_help_shows_the_values_of_the_file_given(capsys, monkeypatch, arguments):
     text = in_one_line(help_of(capsys, monkeypatch, parsed, *arguments))
     assert "(default: cifar10)" in text
-    assert "(default: tfds:cifar10)" in text
+    assert "(default: 32)" in text
 
 
 def test_help_is_given_in_spite_of_a_slip(capsys, monkeypatch):

@@ -66,7 +66,9 @@ class Source:
         height, width, channels = self.image_shape
         classes = f", {len(self.class_names)} classes" if self.class_names else ""
         size = math.prod(self.image_shape) * self.num_examples / 2**20
-        kept = "in memory" if self.images is not None else "on disk, read batch by batch"
+        kept = "on disk, read batch by batch"
+        if self.images is not None:
+            kept = "mapped from disk" if isinstance(self.images, np.memmap) else "in memory"
         return f"{self.name}: {self.num_examples} images of {height}x{width}x{channels}{classes}, {size:.1f} MiB {kept}"
 
 

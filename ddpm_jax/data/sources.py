@@ -3,7 +3,8 @@
 Which images a training step reads is the pipeline's business.
 
 Sources of another size or shape than the configuration's are cropped in the middle to its aspect ratio, then
-resized with an antialiasing bicubic filter (the digits and idx files, which are pictures of a fixed kind, are not).
+resized with an antialiasing bicubic filter; the digits, CIFAR-10, arrays and idx files, which are pixels already, are
+not.
 """
 
 import dataclasses
@@ -11,11 +12,19 @@ import difflib
 import types
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data import digits, folder, idx, prepared
+from ddpm_jax.data import arrays, cifar10, digits, folder, idx, prepared
 from ddpm_jax.data.source import Source
 from ddpm_jax.errors import UserError
 
-_KINDS: dict[str, types.ModuleType] = {"digits": digits, "folder": folder, "idx": idx, "tfds": prepared}
+_KINDS: dict[str, types.ModuleType] = {
+    "digits": digits,
+    "folder": folder,
+    "npz": arrays,
+    "npy": arrays,
+    "idx": idx,
+    "cifar10": cifar10,
+    "tfds": prepared,
+}
 _NAMED = "tfds"  # the kind that a name follows, as in tfds:cifar10
 
 

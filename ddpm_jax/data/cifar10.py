@@ -1,0 +1,141 @@
+"""CIFAR-10's own archives, as they are downloaded or unpacked."""
+
+import io
+import pathlib
+import pickle
+import tarfile
+import typing
+from collections.abc import Mapping
+
+import numpy as np
+
+from ddpm_jax.config import DataConfig
+from ddpm_jax.data.source import Source, in_memory, no_split, shape_of
+from ddpm_jax.errors import UserError
+
+_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+_DEFAULT = pathlib.Path("data")
+_ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
+_FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin")
+_TRAIN, _TEST = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
+_PARTS = {"train": _TRAIN, "test": _TEST, "all": _TRAIN + _TEST}
+_PIXELS = 3 * 32 * 32
+
+
+def load(config: DataConfig) -> Source:
+    """Reads CIFAR-10 from `cifar-10-python.tar.gz`, `cifar-10-binary.tar.gz` or the folder that either unpacks to.
+
+    Args:
+      config: which split; `path` is an archive, an unpacked folder, or the folder that holds one of them; ./data if
+        empty. Its `channels` is known.
+
+    Returns:
+      the source, with the classes' names.
+
+    Raises:
+      UserError: there is none (it says where to get it), it is damaged, or other images are asked for.
+    """
+    if shape_of(config) != (32, 32, 3):
+        raise UserError(
+            f"data: CIFAR-10 is 32x32 with 3 channels, not {config.height}x{config.width} with {config.channels};"
+            " set data.height=32, data.width=32, data.channels=3"
+        )
+    if config.split not in _PARTS:
+        raise no_split(config, _PARTS)
+    place = _find(config)
+    try:
+        files = _read_archive(place) if place.is_file() else _read_folder(place)
+        read = _from_binary if "batches.meta.txt" in files or "test_batch.bin" in files else _from_python
+        images, labels, names = read(files, _PARTS[config.split])
+    except (OSError, EOFError, tarfile.TarError, pickle.UnpicklingError, ValueError, TypeError, KeyError) as error:
+        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:100]
+        raise UserError(f"data.path: {place} is damaged ({reason}); download {_URL} again") from error
+    pixels = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return in_memory(f"CIFAR-10, {config.split}", np.ascontiguousarray(pixels), labels, names)
+
+
+def probe(config: DataConfig) -> int:
+    """Gives the number of channels: they are in colour."""
+    del config
+    return 3
+
+
+def _find(config: DataConfig) -> pathlib.Path:
+    base = pathlib.Path(config.path).expanduser() if config.path else _DEFAULT
+    if base.is_file() or any((base / name).is_file() for name in ("test_batch", "test_batch.bin", "data_batch_1")):
+        return base
+    for name in (*_FOLDERS, *_ARCHIVES):
+        if (base / name).exists():
+            return base / name
+    raise UserError(
+        f"data.path: there is no CIFAR-10 in {base}; download {_URL} (163 MB) and put it there as it is, or name"
+        " where it lies with --data.path"
+    )
+
+
+def _read_archive(archive: pathlib.Path) -> dict[str, bytes]:
+    with tarfile.open(archive, "r:*") as members:
+        opened = ((pathlib.PurePath(member.name).name, members.extractfile(member)) for member in members)
+        return {name: file.read() for name, file in opened if file is not None}
+
+
+def _read_folder(folder: pathlib.Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
+
+
+_Read = tuple[np.ndarray, np.ndarray, list[str]]
+
+
+def _from_binary(files: Mapping[str, bytes], batches: list[str]) -> _Read:
+    """Records of one byte for the class and 3,072 for the pixels, red first."""
+    records = []
+    for name in batches:
+        content = np.frombuffer(files[f"{name}.bin"], np.uint8)
+        if not len(content) or len(content) % (_PIXELS + 1):
+            raise ValueError(f"{name}.bin has {len(content)} bytes, no multiple of {_PIXELS + 1}")
+        records.append(content.reshape(-1, _PIXELS + 1))
+    everything = np.concatenate(records)
+    return _checked(everything[:, 1:], everything[:, 0], files["batches.meta.txt"].decode("ascii").split())
+
+
+def _from_python(files: Mapping[str, bytes], batches: list[str]) -> _Read:
+    """Pickles of Python 2: dictionaries of an array and a list."""
+    images, labels = [], []
+    for name in batches:
+        batch = _Plain(io.BytesIO(files[name]), encoding="bytes").load()
+        pixels = batch[b"data"]
+        if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (_PIXELS,):
+            raise ValueError(f"{name} holds no (N, {_PIXELS}) uint8")
+        images.append(pixels)
+        labels.append(np.array(batch[b"labels"]))
+        if labels[-1].shape != (len(pixels),):
+            raise ValueError(f"{name} has labels of shape {labels[-1].shape} for {len(pixels)} images")
+    meta = _Plain(io.BytesIO(files["batches.meta"]), encoding="bytes").load()
+    names = [name.decode("ascii") for name in meta[b"label_names"]]
+    return _checked(np.concatenate(images), np.concatenate(labels), names)
+
+
+def _checked(images: np.ndarray, labels: np.ndarray, names: list[str]) -> _Read:
+    if labels.min() < 0 or labels.max() >= len(names):
+        raise ValueError(f"a label is {labels.max()} where there are {len(names)} classes")
+    return images, labels.astype(np.int32), names
+
+
+class _Plain(pickle.Unpickler):
+    """Reads arrays of plain numbers, lists, dictionaries and text: a pickle could otherwise run any program."""
+
+    _ADMITTED: typing.ClassVar[dict[tuple[str, str], typing.Any]] = {
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        # The function that makes an array; NumPy 2 moved it, and warns at its old name.
+        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+        ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+        ("_codecs", "encode"): lambda text, coding="latin1": text.encode("latin1"),
+    }
+
+    def find_class(self, module: str, name: str) -> typing.Any:
+        """Admits what an array is made of."""
+        try:
+            return self._ADMITTED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None

@@ -1,0 +1,163 @@
+import zipfile
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from ddpm_jax.data import sources
+from ddpm_jax.data.source import Source
+
+few = hypothesis.settings(max_examples=20, deadline=None)
+PIXELS = np.random.default_rng(0).integers(0, 256, (9, 5, 6, 3), np.uint8)
+LABELS = np.arange(9) % 4
+
+
+def loaded(sets, path, **others):
+    return sources.load_source(sets.config("npz", path, (5, 6), **others))
+
+
+@pytest.mark.parametrize("name", ["images", "arr_0", "x", "faces"])
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_images_are_found_by_name_or_because_they_are_alone(sets, tmp_path, save, name):
+    save(tmp_path / "a.npz", **{name: PIXELS})
+    source = loaded(sets, tmp_path / "a.npz")
+    np.testing.assert_array_equal(sets.everything(source), PIXELS)
+    assert source.image_shape == (5, 6, 3)
+    assert source.read_labels is None
+    assert isinstance(source.images, np.memmap) == (save is np.savez)
+    indices = np.array([8, 0, 8])
+    np.testing.assert_array_equal(source.read(indices), PIXELS[indices])
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"), [("labels", LABELS), ("y", LABELS[:, None]), ("arr_1", LABELS.astype("u1"))]
+)
+def test_labels_are_found_by_name(sets, tmp_path, name, labels):
+    np.savez(tmp_path / "a.npz", **{"arr_0": PIXELS, name: labels})
+    source = loaded(sets, tmp_path / "a.npz")
+    np.testing.assert_array_equal(source.labels, LABELS)
+    assert source.labels.dtype == np.int32
+    assert source.class_names == ("0", "1", "2", "3")
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_an_npy_is_mapped_with_its_labels_beside_it(sets, tmp_path, order):
+    np.save(tmp_path / "a.npy", np.asarray(PIXELS[..., 0], order=order))
+    np.save(tmp_path / "a_labels.npy", LABELS)
+    source = loaded(sets, tmp_path / "a.npy")
+    np.testing.assert_array_equal(sets.everything(source), PIXELS[..., :1])
+    np.testing.assert_array_equal(source.labels, LABELS)
+    assert isinstance(source.images, np.memmap)
+    assert "mapped from disk" in source.describe()
+    assert sources.probe_channels(sets.config("npy", tmp_path / "a.npy")) == 1
+
+
+@pytest.mark.parametrize("names", [("x_{}", "y_{}"), ("{}_images", "{}_labels")])
+def test_the_splits_of_one_file(sets, tmp_path, names):
+    parts = {"train": slice(0, 6), "test": slice(6, 9)}
+    held = {names[0].format(split): PIXELS[part] for split, part in parts.items()}
+    np.savez(tmp_path / "a.npz", **held, **{names[1].format(split): LABELS[part] for split, part in parts.items()})
+    for split, part in {**parts, "all": slice(None)}.items():
+        for gib in (1.0, 0.0):
+            source = loaded(sets, tmp_path / "a.npz", split=split, memory_gib=gib)
+            assert (source.images is None) == (gib == 0)
+            np.testing.assert_array_equal(sets.everything(source), PIXELS[part])
+            np.testing.assert_array_equal(source.labels, LABELS[part])
+
+
+def test_the_splits_of_a_folder(sets, tmp_path):
+    np.savez(tmp_path / "train.npz", PIXELS[:6])
+    np.save(tmp_path / "test.npy", PIXELS[6:])
+    assert [loaded(sets, tmp_path, split=split).num_examples for split in ("train", "test", "all")] == [6, 3, 9]
+    np.testing.assert_array_equal(sets.everything(loaded(sets, tmp_path, split="all")), PIXELS)
+    (tmp_path / "test.npy").unlink()
+    assert "holds no test.npz or test.npy" in sets.refused(sets.config("npz", tmp_path, (5, 6), split="test"))
+
+
+@few
+@hypothesis.given(st.lists(st.integers(0, 8), min_size=1, max_size=12), st.integers(1, 8))
+def test_a_set_larger_than_memory_is_read_from_where_it_lies(sets, tmp_path_factory, indices, cut):
+    folder = tmp_path_factory.mktemp("arrays")
+    np.savez(folder / "train.npz", PIXELS[:cut])
+    np.savez(folder / "test.npz", PIXELS[cut:])
+    source = loaded(sets, folder, split="all", memory_gib=0.0)
+    assert source.images is None
+    np.testing.assert_array_equal(source.read(np.array(indices)), PIXELS[indices])
+
+
+def test_an_array_of_an_archive_is_found_after_extra_bytes(sets, tmp_path):
+    """The header before a member may be longer than the archive's list says: zipfile pads for sizes beyond 4 GiB."""
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("notes.txt", "not an array")
+        with archive.open("images.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array(member, PIXELS)
+    np.testing.assert_array_equal(sets.everything(loaded(sets, tmp_path / "a.npz")), PIXELS)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"images": PIXELS.transpose(0, 3, 1, 2)}, "images.transpose(0, 2, 3, 1)"),
+        ({"images": PIXELS / 255}, "from 0 to 1, not uint8; save np.round(images * 255).astype(np.uint8)"),
+        ({"images": PIXELS / np.float32(127.5) - 1}, "save np.round((images + 1) * 127.5).astype(np.uint8)"),
+        ({"images": PIXELS.astype(np.float64)}, "save np.round(images).astype(np.uint8)"),
+        ({"images": PIXELS.astype(np.int64)}, "is of int64, not uint8"),
+        ({"images": PIXELS[0, 0]}, "is 6x3, not (N, H, W, C)"),
+        ({"images": PIXELS[:0]}, "is 0x5x6x3, not"),
+        ({"images": PIXELS.astype(object)}, "holds Python objects"),
+        ({"a": PIXELS, "b": PIXELS}, "holds no array images, but a, b"),
+        ({"x_train": PIXELS[:, :4], "y_train": LABELS}, "are of 4x6, not 5x6; set data.height=4 and data.width=6"),
+        ({"images": PIXELS, "labels": LABELS[:5]}, "labels of shape (9,), integers from 0"),
+        ({"images": PIXELS, "labels": LABELS / 2}, "is float64"),
+        ({"images": PIXELS, "labels": LABELS - 1}, "has a label -1; number the classes from 0"),
+    ],
+)
+def test_arrays_that_are_no_images_are_refused_with_what_to_do(sets, tmp_path, arrays, said):
+    np.savez(tmp_path / "a.npz", **arrays)
+    message = sets.refused(sets.config("npz", tmp_path / "a.npz", (5, 6), 3))
+    assert said.replace("are of", "holds images of") in message
+    assert "a.npz" in message
+
+
+def test_other_channels_and_splits_are_refused(sets, tmp_path):
+    np.save(tmp_path / "a.npy", PIXELS)
+    assert "has 3; set it to 3, not 1" in sets.refused(sets.config("npy", tmp_path / "a.npy", (5, 6), 1))
+    assert "name a folder that holds train.npy" in sets.refused(sets.config("npy", tmp_path / "a.npy", split="test"))
+    assert "choose from train, test, all" in sets.refused(sets.config("npy", tmp_path / "a.npy", split="val"))
+    assert "name the .npz or .npy file" in sets.refused(sets.config("npy"))
+    assert "there is no file" in sets.refused(sets.config("npy", tmp_path / "b.npy"))
+
+
+def test_a_compressed_set_larger_than_memory_is_refused_with_what_to_do(sets, tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", PIXELS)
+    message = sets.refused(sets.config("npz", tmp_path / "a.npz", (5, 6), memory_gib=0.0))
+    assert "is compressed" in message
+    assert "save it with np.savez or np.save" in message
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.npy"])
+@pytest.mark.parametrize(
+    "damage", [lambda whole: whole[:-30], lambda whole: whole[:40], lambda whole: b"", lambda whole: b"no"]
+)
+def test_damaged_files_are_refused(sets, tmp_path, name, damage):
+    file = tmp_path / name
+    (np.savez if name.endswith("z") else np.save)(file, PIXELS)
+    file.write_bytes(damage(file.read_bytes()))
+    assert str(file) in sets.refused(sets.config("npz", file, (5, 6)))
+
+
+def test_damage_within_a_compressed_array_is_found(sets, tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", np.random.default_rng(1).integers(0, 256, (200, 5, 6, 3), np.uint8))
+    whole = bytearray((tmp_path / "a.npz").read_bytes())
+    whole[len(whole) // 2] ^= 4
+    (tmp_path / "a.npz").write_bytes(whole)
+    assert "a.npz cannot be read" in sets.refused(sets.config("npz", tmp_path / "a.npz", (5, 6), 3))
+
+
+def test_a_file_written_anew_is_read_anew(sets, tmp_path):
+    for value in (1, 2):
+        np.save(tmp_path / "b.npy", np.full_like(PIXELS, value))
+        (tmp_path / "b.npy").replace(tmp_path / "a.npy")
+        source: Source = loaded(sets, tmp_path / "a.npy")
+        assert (sets.everything(source) == value).all()

@@ -1,0 +1,145 @@
+import io
+import os
+import pickle
+import struct
+import tarfile
+
+import numpy as np
+import pytest
+
+from ddpm_jax.data import cifar10, sources
+
+NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+EACH = 4
+PIXELS = np.random.default_rng(0).integers(0, 256, (6 * EACH, 32, 32, 3), np.uint8)
+LABELS = np.arange(6 * EACH) * 7 % 10
+BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+
+
+class Python2(pickle._Pickler):
+    """Writes text and bytes as Python 2 did, whose `str` was both: so were the archive's files written."""
+
+    dispatch = dict(pickle._Pickler.dispatch)  # noqa: RUF012
+
+    def _save_str(self, value):
+        content = value.encode("latin1") if isinstance(value, str) else value
+        self.write(b"T" + struct.pack("<i", len(content)) + content)
+
+    dispatch[str] = dispatch[bytes] = _save_str
+
+
+def pickled(value):
+    file = io.BytesIO()
+    Python2(file, 2).dump(value)
+    # NumPy's module was still called so.
+    return file.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+
+
+def python_files():
+    files = {"batches.meta": pickled({"label_names": list(NAMES), "num_vis": 3072}), "readme.html": b"<html>"}
+    for i, name in enumerate(BATCHES):
+        part = slice(i * EACH, (i + 1) * EACH)
+        rows = PIXELS[part].transpose(0, 3, 1, 2).reshape(EACH, -1)
+        files[name] = pickled({"batch_label": name, "labels": [int(x) for x in LABELS[part]], "data": rows.copy()})
+    return "cifar-10-batches-py", files
+
+
+def binary_files():
+    files = {"batches.meta.txt": "\n".join([*NAMES, ""]).encode()}
+    for i, name in enumerate(BATCHES):
+        part = slice(i * EACH, (i + 1) * EACH)
+        rows = PIXELS[part].transpose(0, 3, 1, 2).reshape(EACH, -1)
+        files[f"{name}.bin"] = np.concatenate([LABELS[part, None].astype(np.uint8), rows], 1).tobytes()
+    return "cifar-10-batches-bin", files
+
+
+def put(where, folder, files, *, packed):
+    where.mkdir(exist_ok=True)
+    if not packed:
+        (where / folder).mkdir()
+        for name, content in files.items():
+            (where / folder / name).write_bytes(content)
+        return where / folder
+    archive = where / ("cifar-10-python.tar.gz" if folder.endswith("py") else "cifar-10-binary.tar.gz")
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"{folder}/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return archive
+
+
+def config(sets, path, **others):
+    return sets.config("cifar10", path, (32, 32), **others)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("make", [python_files, binary_files])
+def test_each_form_of_the_archive_is_read(sets, tmp_path, make, packed):
+    place = put(tmp_path / "here", *make(), packed=packed)
+    train, test = slice(0, 5 * EACH), slice(5 * EACH, None)
+    for split, part in {"train": train, "test": test, "all": slice(None)}.items():
+        source = sources.load_source(config(sets, place if split == "test" else tmp_path / "here", split=split))
+        np.testing.assert_array_equal(sets.everything(source), PIXELS[part])
+        np.testing.assert_array_equal(source.labels, LABELS[part])
+        assert source.class_names == NAMES
+
+
+def test_without_it_one_line_says_what_to_download_and_where_to_put_it(sets, tmp_path, monkeypatch):
+    message = sets.refused(config(sets, tmp_path))
+    assert f"no CIFAR-10 in {tmp_path}; download https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz" in message
+    assert "put it there as it is" in message
+    monkeypatch.chdir(tmp_path)
+    assert "no CIFAR-10 in data;" in sets.refused(config(sets, ""))
+    put(tmp_path / "data", *binary_files(), packed=True)
+    assert sources.load_source(config(sets, "")).num_examples == 5 * EACH
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"split": "val"}, "choose from train, test, all"), ({"channels": 1}, "CIFAR-10 is 32x32 with 3 channels, not")],
+)
+def test_other_images_than_it_has_are_refused(sets, tmp_path, wrong, said):
+    assert said in sets.refused(config(sets, tmp_path, **wrong))
+
+
+class Program:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "content", "said"),
+    [
+        (python_files, "data_batch_3", None, "data_batch_3 is missing"),
+        (python_files, "data_batch_3", b"", "is damaged"),
+        (python_files, "data_batch_3", pickled({"data": [1], "labels": [1]}), "holds no (N, 3072) uint8"),
+        (python_files, "data_batch_3", pickle.dumps(Program()), "it asks for posix.system"),
+        (python_files, "batches.meta", pickled({"label_names": ["cat"]}), "where there are 1 classes"),
+        (binary_files, "data_batch_3.bin", b"x" * 3072, "no multiple of 3073"),
+        (binary_files, "data_batch_3.bin", None, "data_batch_3.bin is missing"),
+    ],
+)
+def test_damaged_archives_are_refused_and_run_nothing(sets, tmp_path, monkeypatch, make, name, content, said):
+    monkeypatch.chdir(tmp_path)
+    folder, files = make()
+    if content is None:
+        del files[name]
+    else:
+        files[name] = content
+    put(tmp_path / "here", folder, files, packed=True)
+    message = sets.refused(config(sets, tmp_path / "here"))
+    assert said in message
+    assert "download" in message
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_download_that_broke_off_is_refused(sets, tmp_path):
+    archive = put(tmp_path, *python_files(), packed=True)
+    archive.write_bytes(archive.read_bytes()[:-5000])
+    assert f"{archive} is damaged" in sets.refused(config(sets, archive))
+
+
+def test_its_channels_are_known(sets):
+    assert sources.probe_channels(config(sets, "nowhere")) == 3
+    assert cifar10.probe(config(sets, "nowhere")) == 3
