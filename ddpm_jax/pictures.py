@@ -121,13 +121,14 @@ def save_gif(path: Path, frames: np.ndarray, seconds: float | Sequence[float], *
     )
 
 
-def plot_loss(path: Path, steps: Sequence[int], losses: Sequence[float]) -> None:
+def plot_loss(path: Path, steps: Sequence[int], losses: Sequence[float], quartiles: np.ndarray | None = None) -> None:
     """Plots the loss over the steps, as it is and smoothed, on a logarithmic scale.
 
     Args:
       path: where to, a PNG; its folder is made if it is not there.
       steps: at which steps.
       losses: the loss at each of them; what is not finite or not above 0 is left out.
+      quartiles: (N, 4) the losses of the four quarters of the chain, drawn smoothed; nan where there are none.
 
     Raises:
       UserError: the file cannot be written.
@@ -139,13 +140,19 @@ def plot_loss(path: Path, steps: Sequence[int], losses: Sequence[float]) -> None
     at, loss = np.asarray(steps, np.float64), np.asarray(losses, np.float64)
     if at.shape != loss.shape:
         raise ValueError(f"{len(at)} steps need as many losses, not {len(loss)}")
-    shown = np.isfinite(loss) & (loss > 0)
-    at, loss = at[shown], loss[shown]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot(at, loss, color="C0", alpha=0.3, linewidth=1, label="loss")
-    axes.plot(at, smooth(loss), color="C0", linewidth=2, label="smoothed")
+
+    def draw(values: np.ndarray, label: str, **style) -> None:
+        shown = np.isfinite(values) & (values > 0)
+        axes.plot(at[shown], smooth(values[shown]), label=label, **style)
+
+    shown = np.isfinite(loss) & (loss > 0)
+    axes.plot(at[shown], loss[shown], color="C0", alpha=0.3, linewidth=1, label="loss")
+    draw(loss, "smoothed", color="C0", linewidth=2)
+    for number, quartile in enumerate([] if quartiles is None else np.asarray(quartiles, np.float64).T):
+        draw(quartile, f"t in quarter {number + 1} of the chain", color=f"C{number + 1}", linewidth=1)
     axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import math
 import os
 import signal
 import time
@@ -34,7 +33,7 @@ from ddpm_jax.progress import Progress, say
 from ddpm_jax.samplers import sample
 from ddpm_jax.times import make_time_sampler
 from ddpm_jax.training.checkpoints import Checkpoints
-from ddpm_jax.training.metrics import append_line, read_lines, rewind
+from ddpm_jax.training.metrics import StepNumbers, append_line, read_lines, rewind, summarise
 from ddpm_jax.training.objective import make_objective
 from ddpm_jax.training.parallel import make_layout
 from ddpm_jax.training.state import Params, TrainState, init_state, learning_rate, make_optimizer
@@ -92,6 +91,7 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
             optimizer,
             objective,
             times,
+            num_steps=schedule.num_steps,
             ema_decay=config.train.ema_decay,
             random_flip=config.data.flip,
             label_dropout=config.train.label_dropout,
@@ -110,7 +110,8 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
         if restored is None:
             state, window = layout.init(init, init_key), []
         else:
-            state, window = layout.place_state(restored[0]), restored[1]["window"]
+            state = layout.place_state(restored[0])
+            window = [StepNumbers(*numbers) for numbers in restored[1]["window"]]
         first = int(jax.device_get(layout.saved_state(state).step))
         for file in (metrics_file, timing_file):
             rewind(file, first)
@@ -136,16 +137,17 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
             """Waits for all but the last `left` steps, and looks at what they said."""
             while len(in_flight) > left:
                 step, info = in_flight.popleft()
-                loss, grad_norm, param_norm = (float(value) for value in jax.device_get(info))
-                if not all(map(math.isfinite, (loss, grad_norm, param_norm))):
+                numbers = StepNumbers(*(value.tolist() for value in jax.device_get(info)))
+                if not numbers.is_finite():
                     kept = [saved for saved in checkpoints.steps() if saved < step]
                     last = f"the last good checkpoint is step {max(kept)}" if kept else "no checkpoint was saved yet"
                     raise UserError(
-                        f"step {step}: loss {loss}, gradient norm {grad_norm}, parameter norm {param_norm}: training "
-                        f"stopped, {last} in {run}; try a smaller --train.learning-rate in another --workdir"
+                        f"step {step}: loss {numbers.loss}, gradient norm {numbers.grad_norm}, parameter norm "
+                        f"{numbers.param_norm}: training stopped, {last} in {run}; try a smaller "
+                        "--train.learning-rate in another --workdir"
                     )
-                window.append([loss, grad_norm, param_norm])
-                losses_since_save.append(loss)
+                window.append(numbers)
+                losses_since_save.append(numbers.loss)
 
         busy, stretch = 0.0, time.perf_counter()  # seconds of training alone, since the last line of timing
         waited_before, stretch_first = 0.0, first
@@ -160,7 +162,7 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
                 collect(_IN_FLIGHT)
                 checkpoints.poll()
                 if window:
-                    progress.update(1, loss=np.mean([line[0] for line in window[-50:]]))
+                    progress.update(1, loss=np.mean([numbers.loss for numbers in window[-50:]]))
                 else:
                     progress.update(1)
 
@@ -174,10 +176,8 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
                 collect(0)
                 busy += time.perf_counter() - stretch
                 if logs:
-                    loss, grad_norm, _ = np.mean(window, axis=0)
                     rate = float(learning_rate(config.train)(batch.step))
-                    line = {"loss": loss, "grad_norm": grad_norm, "param_norm": window[-1][2], "learning_rate": rate}
-                    append_line(metrics_file, {"step": step, **line})
+                    append_line(metrics_file, {"step": step, **summarise(window), "learning_rate": rate})
                     done = step - stretch_first
                     waited = feed.seconds_waited - waited_before
                     append_line(
@@ -240,7 +240,9 @@ def _make_draw(config: Config, key: Array, *, gather: Callable[[Params], Params]
 def _plot(run: Path, metrics_file: Path) -> None:
     lines = read_lines(metrics_file)
     if lines:
-        pictures.plot_loss(run / "loss.png", [line["step"] for line in lines], [line["loss"] for line in lines])
+        quartiles = np.array([line["loss_quartiles"] for line in lines], np.float64)
+        steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+        pictures.plot_loss(run / "loss.png", steps, losses, quartiles)
 
 
 def _adopt_config(config: Config, run: Path) -> None:

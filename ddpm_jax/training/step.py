@@ -3,6 +3,7 @@
 import typing
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -29,7 +30,7 @@ class Batch(typing.NamedTuple):
 
 
 class StepInfo(typing.NamedTuple):
-    """What one step has to say of itself, float32 scalars."""
+    """What one step has to say of itself, float32."""
 
     loss: Array
     """Mean loss of the batch, before the update."""
@@ -37,6 +38,10 @@ class StepInfo(typing.NamedTuple):
     """Global norm of the gradient, before clipping."""
     param_norm: Array
     """Global norm of the parameters, after the update."""
+    quartile_sums: Array
+    """(4,) sums of the losses of the images whose times are in each quarter of [0, T)."""
+    quartile_counts: Array
+    """(4,) how many images those are."""
 
 
 class StepKeys(typing.NamedTuple):
@@ -98,12 +103,35 @@ def hide_labels(keys: Array, labels: Array, *, rate: float, num_classes: int) ->
     return jnp.where(hidden, num_classes, labels)
 
 
+def quartile_losses(t: Array, losses: Array, *, num_steps: int) -> tuple[Array, Array]:
+    r"""Sorts the losses of a batch by the quarter of the chain that their times are in.
+
+    .. math:: q = \lfloor 4 t / T \rfloor
+
+    Args:
+      t: (B,) int32, each in [0, T).
+      losses: (B,).
+      num_steps: T, static.
+
+    Returns:
+      (4,) sums of the losses and (4,) counts of the images.
+
+    >>> quartile_losses(jnp.array([0, 249, 250, 999]), jnp.array([1.0, 2.0, 4.0, 8.0]), num_steps=1000)
+    (Array([3., 4., 0., 8.], dtype=float32), Array([2., 1., 0., 1.], dtype=float32))
+    """
+    chex.assert_equal_shape([t, losses])
+    belongs = (jnp.arange(4)[:, None] == (4 * t // num_steps)[None]).astype(losses.dtype)
+    # Chosen, not multiplied with 0: one loss that is not finite must not spoil the other quarters.
+    return jnp.where(belongs > 0, losses[None], 0).sum(axis=1), belongs.sum(axis=1)
+
+
 def make_training_step(
     unet: UNet,
     optimizer: optax.GradientTransformation,
     objective: Objective,
     times: TimeSampler,
     *,
+    num_steps: int,
     ema_decay: float,
     random_flip: bool = False,
     label_dropout: float = 0.0,
@@ -118,6 +146,7 @@ def make_training_step(
       optimizer: what turns gradients into updates.
       objective: the loss.
       times: the sampler of times.
+      num_steps: T, for the losses by quarter of the chain.
       ema_decay: decay of the average of the parameters, a step.
       random_flip: whether each image is mirrored left to right with probability 0.5.
       label_dropout: the probability that a conditional network is not told an image's label.
@@ -161,8 +190,10 @@ def make_training_step(
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = update_ema(state.ema, params, state.step, decay=ema_decay)
-        memory = times.update(state.times, whole_batch(t), whole_batch(losses))
-        info = StepInfo(loss, optax.tree.norm(gradient), optax.tree.norm(params))
+        t, losses = whole_batch(t), whole_batch(losses)
+        memory = times.update(state.times, t, losses)
+        quartiles = quartile_losses(t, losses, num_steps=num_steps)
+        info = StepInfo(loss, optax.tree.norm(gradient), optax.tree.norm(params), *quartiles)
         return TrainState(state.step + 1, params, ema, opt_state, memory), info
 
     return training_step

@@ -88,7 +88,14 @@ def step_of(network, optimizer, *, schedule=None, times=None, ema_decay=0.9, ran
     objective = make_objective(LossConfig(), schedule, prediction="eps", variance="fixed_large")
     times = uniform(schedule.num_steps) if times is None else times
     return make_training_step(
-        network, optimizer, objective, times, ema_decay=ema_decay, random_flip=random_flip, **rest
+        network,
+        optimizer,
+        objective,
+        times,
+        num_steps=schedule.num_steps,
+        ema_decay=ema_decay,
+        random_flip=random_flip,
+        **rest,
     )
 
 

@@ -67,7 +67,7 @@ def test_a_run_is_one_folder(trained):
     assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["4", "6"]
     lines = lines_of(trained / "metrics.jsonl")
     assert [line["step"] for line in lines] == [2, 4, 6]
-    assert set(lines[0]) == {"step", "loss", "grad_norm", "param_norm", "learning_rate"}
+    assert set(lines[0]) == {"step", "loss", "loss_quartiles", "grad_norm", "param_norm", "learning_rate"}
     np.testing.assert_allclose([line["learning_rate"] for line in lines], [5e-4, 1e-3, 1e-3])
     assert 0.5 < lines[0]["loss"] < 1.5
     assert all(line["images_per_second"] > 0 for line in lines_of(trained / "timing.jsonl"))

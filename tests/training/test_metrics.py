@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddpm_jax.training.metrics import append_line, read_lines, rewind
+from ddpm_jax.training.metrics import StepNumbers, append_line, read_lines, rewind, summarise
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -61,3 +61,22 @@ def test_rewinding_nothing_makes_an_empty_file(tmp_path):
     rewind(tmp_path / "metrics.jsonl", 5)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_line_is_the_mean_of_its_steps():
+    first = StepNumbers(1.0, 3.0, 10.0, [2.0, 0.0, 4.0, 0.0], [1.0, 0.0, 2.0, 0.0])
+    second = StepNumbers(2.0, 5.0, 11.0, [1.0, 3.0, 0.0, 0.0], [2.0, 1.0, 0.0, 0.0])
+    assert summarise([first, second]) == {
+        "loss": 1.5,
+        "loss_quartiles": [1.0, 3.0, 2.0, None],  # means over images, not over steps
+        "grad_norm": 4.0,
+        "param_norm": 11.0,
+    }
+
+
+@pytest.mark.parametrize("field", ["loss", "grad_norm", "param_norm"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_not_finite_is_seen(field, value):
+    good = StepNumbers(1.0, 1.0, 1.0, [1.0] * 4, [1.0] * 4)
+    assert good.is_finite()
+    assert not good._replace(**{field: value}).is_finite()

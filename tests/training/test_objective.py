@@ -41,7 +41,10 @@ def test_a_run_ends_better_than_it_began(name, source, training):
     optimizer, times = training.adam(3e-3), make_time_sampler(loss.times, T)
     objective = make_objective(loss, schedule, prediction=prediction, variance=variance)
     step = jax.jit(
-        make_training_step(unet, optimizer, objective, times, ema_decay=0.9, label_dropout=0.1), donate_argnums=1
+        make_training_step(
+            unet, optimizer, objective, times, num_steps=schedule.num_steps, ema_decay=0.9, label_dropout=0.1
+        ),
+        donate_argnums=1,
     )
     state = training.state_of(jax.random.key(0), unet, optimizer, times=times)
     losses = []

@@ -15,7 +15,7 @@ from ddpm_jax.keys import normal
 from ddpm_jax.schedules import make_schedule
 from ddpm_jax.times import uniform_times
 from ddpm_jax.training.objective import make_objective
-from ddpm_jax.training.step import Batch, StepKeys, step_keys, update_ema
+from ddpm_jax.training.step import Batch, StepKeys, quartile_losses, step_keys, update_ema
 from ddpm_jax.unet import UNet
 
 RUN_KEY = jax.random.key(3)
@@ -142,6 +142,23 @@ def test_is_a_pure_function(training):
     chex.assert_trees_all_equal(before, jax.device_get(state))
     other, _ = jax.device_get(step(jax.random.key(4), state, batch_of(training)))
     assert not np.array_equal(other.params["scale"], first[0].params["scale"])
+
+
+@given(data=st.data(), num_steps=st.integers(1, 1000))
+def test_quarters_of_the_chain_hold_all_losses_once(data, num_steps):
+    t = np.array(data.draw(st.lists(st.integers(0, num_steps - 1), min_size=8, max_size=8)), np.int32)
+    losses = np.linspace(0.5, 2.0, 8, dtype=np.float32)
+    sums, counts = map(np.asarray, quartile_losses(jnp.asarray(t), jnp.asarray(losses), num_steps=num_steps))
+    np.testing.assert_allclose(sums.sum(), losses.sum(), rtol=1e-6)
+    for quarter in range(4):
+        inside = (quarter * num_steps <= 4 * t) & (4 * t < (quarter + 1) * num_steps)
+        assert counts[quarter] == inside.sum()
+        np.testing.assert_allclose(sums[quarter], losses[inside].sum(), rtol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_spoils_its_own_quarter_alone():
+    sums, _ = quartile_losses(jnp.array([0, 99]), jnp.array([jnp.nan, 1.0]), num_steps=100)
+    np.testing.assert_array_equal(sums, [np.nan, 0, 0, 1])
 
 
 def test_steps_see_other_noises(training):
