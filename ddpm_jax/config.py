@@ -182,6 +182,13 @@ class LogConfig:
     """Images of a grid."""
     sample_steps: int = field(default=0, metadata=_FREE)
     """Steps of the chain for a grid: so many of DDIM, or 0 for all T of Algorithm 2."""
+    tensorboard: bool = field(default=False, metadata=_FREE)
+    """Whether to write the same numbers and grids for TensorBoard too, into the run's folder (needs tensorboardX)."""
+    wandb: str = field(default="", metadata=_FREE)
+    """A project of Weights & Biases to send them to (needs wandb and an account); none if empty."""
+    peak_tflops: float = field(default=0.0, metadata=_FREE)
+    """What one device can do at most, in 10^12 operations a second, for the share of it that is used; 0: looked up by
+    the device's name, not said of devices that are not known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -426,6 +433,7 @@ _AT_LEAST = {
     "log.samples_every": 0,
     "log.num_samples": 1,
     "log.sample_steps": 0,
+    "log.peak_tflops": 0,
 }
 
 

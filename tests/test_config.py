@@ -339,6 +339,9 @@ def test_what_shapes_no_number_of_a_step_is_free():
         "log.samples_every",
         "log.num_samples",
         "log.sample_steps",
+        "log.tensorboard",
+        "log.wandb",
+        "log.peak_tflops",
     }
 
 
@@ -410,6 +413,7 @@ def test_a_good_configuration_passes():
         ("log.samples_every", -1, "must be at least 0"),
         ("log.num_samples", 0, "must be at least 1"),
         ("log.sample_steps", 1001, "is more than diffusion.num_steps=1000"),
+        ("log.peak_tflops", -1.0, "must be at least 0"),
         ("train.steps", "many", "needs an integer, not 'many'"),
     ],
 )

@@ -32,12 +32,15 @@ from ddpm_jax.files import claimed
 from ddpm_jax.progress import Progress, say
 from ddpm_jax.samplers import sample
 from ddpm_jax.times import make_time_sampler
+from ddpm_jax.training.boards import open_boards
 from ddpm_jax.training.checkpoints import Checkpoints
 from ddpm_jax.training.metrics import StepNumbers, append_line, read_lines, rewind, summarise
 from ddpm_jax.training.objective import make_objective
 from ddpm_jax.training.parallel import make_layout
+from ddpm_jax.training.speed import peak_memory_gib, peak_tflops, training_flops, utilisation
 from ddpm_jax.training.state import Params, TrainState, init_state, learning_rate, make_optimizer
 from ddpm_jax.training.step import StepInfo, make_training_step
+from ddpm_jax.unet import UNet
 
 # The uses of the run's seed.
 _INIT, _STEPS, _SAMPLES = 0, 1, 2
@@ -100,6 +103,7 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
 
     training_step = layout.lift(make_step)
     draw = _make_draw(config, samples_key, gather=layout.gather)
+    speed = _make_speed(config, unet)
     metrics_file, timing_file = run / "metrics.jsonl", run / "timing.jsonl"
 
     rules = config.checkpoints
@@ -152,6 +156,7 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
         busy, stretch = 0.0, time.perf_counter()  # seconds of training alone, since the last line of timing
         waited_before, stretch_first = 0.0, first
         with (
+            open_boards(config, run, first=first) as boards,
             batches(source, config.train.seed, first, config.train.steps, batch_size=config.train.batch_size) as feed,
             Progress(config.train.steps, initial=first, unit="step", description=config.name) as progress,
         ):
@@ -177,24 +182,19 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
                 busy += time.perf_counter() - stretch
                 if logs:
                     rate = float(learning_rate(config.train)(batch.step))
-                    append_line(metrics_file, {"step": step, **summarise(window), "learning_rate": rate})
-                    done = step - stretch_first
+                    line = {"step": step, **summarise(window), "learning_rate": rate}
                     waited = feed.seconds_waited - waited_before
-                    append_line(
-                        timing_file,
-                        {
-                            "step": step,
-                            "seconds": round(busy, 3),
-                            "images_per_second": round(done * config.train.batch_size / busy, 2),
-                            "waited_for_data": round(waited / busy, 4),
-                        },
-                    )
+                    timing = {"step": step, **speed((step - stretch_first) * config.train.batch_size, busy, waited)}
+                    append_line(metrics_file, line)
+                    append_line(timing_file, timing)
+                    boards.numbers({**line, **timing})
                     window.clear()
                     busy, waited_before, stretch_first = 0.0, feed.seconds_waited, step
                 if draws:
                     images = draw(layout.saved_state(state).ema)
                     picture = pictures.enlarge(pictures.grid(images))
                     pictures.save_png(run / "samples" / f"step_{step:07d}.png", picture)
+                    boards.picture(step, "samples", picture)
                     _plot(run, metrics_file)
                 if saves or received:
                     save(step)
@@ -221,6 +221,26 @@ def _check_labels(config: Config, source: Source) -> None:
             f"model.num_classes={classes}, but the images have {len(source.class_names)} classes: "
             f"use --model.num-classes {len(source.class_names)}"
         )
+
+
+def _make_speed(config: Config, unet: UNet) -> Callable[[int, float, float], dict[str, float | None]]:
+    """Makes the function from images, seconds of training and of waiting to what is said of a run's speed."""
+    device = jax.local_devices()[0]
+    flops = training_flops(unet, image_shape(config))
+    tflops = config.log.peak_tflops or peak_tflops(device.device_kind)
+
+    def speed(images: int, seconds: float, waited: float) -> dict[str, float | None]:
+        rate = images / seconds
+        share = utilisation(rate, flops, devices=jax.device_count(), tflops=tflops)
+        return {
+            "seconds": round(seconds, 3),
+            "images_per_second": round(rate, 2),
+            "waited_for_data": round(waited / seconds, 4),
+            "model_flops_utilisation": None if share is None else round(share, 4),
+            "peak_memory_gib": round(peak_memory_gib(device), 3),
+        }
+
+    return speed
 
 
 def _make_draw(config: Config, key: Array, *, gather: Callable[[Params], Params]) -> Callable[[Params], np.ndarray]:

@@ -50,6 +50,7 @@ def _quickly(training):
     """A network that compiles in a second; the U-Net is trained by tests/test_scripts.py. Adam mixes types."""
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
         patch.setattr(loop, "build_unet", lambda config: training.Linear())
+        patch.setattr(loop, "training_flops", lambda unet, image_shape: 1e6)
         yield
 
 
@@ -70,7 +71,10 @@ def test_a_run_is_one_folder(trained):
     assert set(lines[0]) == {"step", "loss", "loss_quartiles", "grad_norm", "param_norm", "learning_rate"}
     np.testing.assert_allclose([line["learning_rate"] for line in lines], [5e-4, 1e-3, 1e-3])
     assert 0.5 < lines[0]["loss"] < 1.5
-    assert all(line["images_per_second"] > 0 for line in lines_of(trained / "timing.jsonl"))
+    for line in lines_of(trained / "timing.jsonl"):
+        assert line["images_per_second"] > 0
+        assert line["model_flops_utilisation"] is None  # what a CPU can do is not known
+        assert line["peak_memory_gib"] > 0
 
 
 def test_a_longer_run_goes_on_by_pmap_as_by_jit(trained, tmp_path):
