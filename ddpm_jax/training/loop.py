@@ -17,8 +17,6 @@ from ddpm_jax import pictures
 from ddpm_jax.chains import Choice, labels_of, make_chain
 from ddpm_jax.config import (
     Config,
-    build_schedule,
-    build_unet,
     differences,
     image_shape,
     read_config,
@@ -31,19 +29,15 @@ from ddpm_jax.errors import Stopped, UserError
 from ddpm_jax.files import claimed
 from ddpm_jax.progress import Progress, say
 from ddpm_jax.samplers import sample
-from ddpm_jax.times import make_time_sampler
+from ddpm_jax.training.assembly import assemble
 from ddpm_jax.training.boards import open_boards
 from ddpm_jax.training.checkpoints import Checkpoints
 from ddpm_jax.training.metrics import StepNumbers, append_line, read_lines, rewind, summarise
-from ddpm_jax.training.objective import make_objective
-from ddpm_jax.training.parallel import make_layout
 from ddpm_jax.training.speed import peak_memory_gib, peak_tflops, training_flops, utilisation
-from ddpm_jax.training.state import Params, TrainState, init_state, learning_rate, make_optimizer
-from ddpm_jax.training.step import StepInfo, make_training_step
+from ddpm_jax.training.state import Params, learning_rate
+from ddpm_jax.training.step import StepInfo
 from ddpm_jax.unet import UNet
 
-# The uses of the run's seed.
-_INIT, _STEPS, _SAMPLES = 0, 1, 2
 # Steps dispatched before the first of them is waited for: the device never waits for the host, nor runs far ahead.
 _IN_FLIGHT = 2
 
@@ -75,35 +69,13 @@ def _matmul_precision(config: Config) -> str | None:
 
 
 def _train(config: Config, run: Path, source: Source, received: list[int]) -> None:
-    seed_key = jax.random.key(config.train.seed)
-    init_key, run_key, samples_key = (jax.random.fold_in(seed_key, use) for use in (_INIT, _STEPS, _SAMPLES))
     _check_labels(config, source)
-    unet, schedule, optimizer = build_unet(config), build_schedule(config), make_optimizer(config.train)
-    times = make_time_sampler(config.loss.times, schedule.num_steps)
-    objective = make_objective(
-        config.loss, schedule, prediction=config.diffusion.prediction, variance=config.diffusion.variance
-    )
-    layout = make_layout(config.train.parallel, batch_size=config.train.batch_size, fsdp=config.train.fsdp)
-
-    def init(key: Array) -> TrainState:
-        return init_state(key, unet, optimizer, source.image_shape, times=times)
-
-    def make_step(**over_devices):
-        return make_training_step(
-            unet,
-            optimizer,
-            objective,
-            times,
-            num_steps=schedule.num_steps,
-            ema_decay=config.train.ema_decay,
-            random_flip=config.data.flip,
-            label_dropout=config.train.label_dropout,
-            **over_devices,
-        )
-
-    training_step = layout.lift(make_step)
+    parts = assemble(config, source.image_shape)
+    layout, init = parts.layout, parts.init
+    init_key, run_key, samples_key = parts.keys
+    training_step = layout.lift(parts.make_step)
     draw = _make_draw(config, samples_key, gather=layout.gather)
-    speed = _make_speed(config, unet)
+    speed = _make_speed(config, parts.unet)
     metrics_file, timing_file = run / "metrics.jsonl", run / "timing.jsonl"
 
     rules = config.checkpoints

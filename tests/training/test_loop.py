@@ -22,7 +22,7 @@ from ddpm_jax.config import (
     validate,
 )
 from ddpm_jax.errors import Stopped, UserError
-from ddpm_jax.training import loop
+from ddpm_jax.training import assembly, loop
 from ddpm_jax.training.checkpoints import load_ema
 from ddpm_jax.training.loop import train
 
@@ -49,7 +49,7 @@ def lines_of(file):
 def _quickly(training):
     """A network that compiles in a second; the U-Net is trained by tests/test_scripts.py. Adam mixes types."""
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
-        patch.setattr(loop, "build_unet", lambda config: training.Linear())
+        patch.setattr(assembly, "build_unet", lambda config: training.Linear())
         patch.setattr(loop, "training_flops", lambda unet, image_shape: 1e6)
         yield
 
