@@ -152,6 +152,10 @@ class TrainConfig:
     """How a step is spread over the devices: jit over a mesh, or pmap."""
     fsdp: int = field(default=1, metadata=_FREE)
     """How many devices share one copy of parameters, average and optimiser, instead of each having its own."""
+    accumulate: int = field(default=1, metadata=_FREE)
+    """In how many parts the gradient of a step is computed, where the batch is too large for the devices at once."""
+    remat: bool = field(default=False, metadata=_FREE)
+    """Whether each block is computed a second time for its gradient, instead of kept in memory: less of it, slower."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -424,6 +428,7 @@ _AT_LEAST = {
     "train.grad_clip": 0,
     "train.seed": 0,
     "train.fsdp": 1,
+    "train.accumulate": 1,
     "checkpoints.every": 1,
     "checkpoints.keep": 1,
     "checkpoints.keep_every": 0,
@@ -623,6 +628,7 @@ def _unet(config: Config, *, out_channels: int) -> UNet:
         out_channels=out_channels,
         groups=model.groups,
         num_classes=model.num_classes,
+        remat=config.train.remat,
         dtype=jnp.bfloat16 if config.train.precision == "bfloat16" else jnp.float32,
     )
 

@@ -161,6 +161,8 @@ class UNet(nn.Module):
     """Classes that the network can be told of; 0: none."""
     dtype: DTypeLike = jnp.float32
     """Type of the computation; parameters, statistics, softmax and output stay float32."""
+    remat: bool = False
+    """Whether each block is computed a second time for its gradient, instead of what is in it kept."""
 
     @nn.compact
     def __call__(self, x: Array, t: Array, labels: Array | None = None, *, dropout_keys: Array | None = None) -> Array:
@@ -186,14 +188,17 @@ class UNet(nn.Module):
         check_unet(self, x.shape[1:3])
         levels = len(self.multipliers)
         block_indices = itertools.count()
+        resnet_block, attention_block = ResnetBlock, AttentionBlock
+        if self.remat:
+            resnet_block, attention_block = nn.remat(ResnetBlock), nn.remat(AttentionBlock)
 
         def resnet(h: Array, channels: int, name: str) -> Array:
             index = next(block_indices)
             keys = None if dropout_keys is None else per_image_keys.fold(dropout_keys, index)
-            return ResnetBlock(channels, self.groups, self.dropout, self.dtype, name=name)(h, embedding, keys)
+            return resnet_block(channels, self.groups, self.dropout, self.dtype, name=name)(h, embedding, keys)
 
         def attention(h: Array, name: str) -> Array:
-            return AttentionBlock(self.heads, self.groups, self.dtype, name=name)(h)
+            return attention_block(self.heads, self.groups, self.dtype, name=name)(h)
 
         embedding = time_embedding(t, self.width)
         embedding = nn.Dense(4 * self.width, kernel_init=_DEFAULT, dtype=self.dtype, name="temb_dense0")(embedding)

@@ -330,6 +330,8 @@ def test_what_shapes_no_number_of_a_step_is_free():
         "train.steps",
         "train.parallel",
         "train.fsdp",
+        "train.accumulate",
+        "train.remat",
         "checkpoints.every",
         "checkpoints.keep",
         "checkpoints.keep_every",
@@ -402,6 +404,7 @@ def test_a_good_configuration_passes():
         ("train.ema_decay", 1.0, r"must be in \[0, 1\)"),
         ("train.seed", -1, "must be at least 0"),
         ("train.fsdp", 0, "must be at least 1"),
+        ("train.accumulate", 0, "must be at least 1"),
         ("train.seed", 2**32, r"must be below 2\^32"),
         ("checkpoints.every", 0, "must be at least 1"),
         ("checkpoints.keep", 0, "must be at least 1"),
@@ -505,6 +508,10 @@ def test_the_unet_is_the_one_configured():
 
 def test_a_learned_variance_doubles_the_output():
     assert build_unet(with_value(SMALL, "diffusion.variance", "learned_range")).out_channels == 2
+
+
+def test_recomputing_is_the_networks_choice():
+    assert build_unet(with_value(SMALL, "train.remat", True)).remat
 
 
 def test_bfloat16_is_the_networks_type():

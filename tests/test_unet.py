@@ -359,6 +359,31 @@ class TestNetworkDropout:
             assert all((masks[i] != masks[j]).mean() > 0.2 for j in range(i))
 
 
+class TestRecomputing:
+    def test_changes_no_name_and_no_shape(self, small):
+        unet, *_ = small
+        shapes = [shapes_of(each, (16, 8, 3)) for each in (unet, unet.clone(remat=True))]
+        chex.assert_trees_all_equal_shapes_and_dtypes(*shapes)
+
+    def test_keeps_less_for_the_gradient_which_is_the_same(self):
+        unet = UNet(width=8, multipliers=(1,), blocks=1, attention_resolutions=(), groups=4, dropout=0.1)
+        params = draw_again(shapes_of(unet, (8, 8, 3)))
+        keys = image_keys(jax.random.key(0), jnp.arange(2))
+        x, t = jax.random.normal(jax.random.key(1), (2, 8, 8, 3)), jnp.array([3, 40], jnp.int32)
+        kept, gradients = [], []
+        for network in (unet, unet.clone(remat=True)):
+            loss = lambda params, network=network: jnp.mean(
+                network.apply({"params": params}, x, t, dropout_keys=keys) ** 2
+            )
+            backward = jax.eval_shape(lambda params, loss=loss: jax.vjp(loss, params)[1], params)
+            kept.append(sum(leaf.size for leaf in jax.tree.leaves(backward)))
+            gradients.append(jax.jit(jax.grad(loss))(params))
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+        assert kept[1] - parameters < (kept[0] - parameters) / 3
+        scale = max(float(abs(leaf).max()) for leaf in jax.tree.leaves(gradients[0]))
+        chex.assert_trees_all_close(*gradients, rtol=1e-4, atol=1e-6 * scale)
+
+
 class TestPrecision:
     @jax.numpy_dtype_promotion("standard")  # Flax's own GroupNorm promotes bfloat16 to float32
     def test_bfloat16_computes_and_float32_comes_out(self, small):

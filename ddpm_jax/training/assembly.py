@@ -86,6 +86,11 @@ def assemble(config: Config, image_shape: Sequence[int]) -> Assembly:
             config.loss, schedule, prediction=config.diffusion.prediction, variance=config.diffusion.variance
         ),
         make_time_sampler(config.loss.times, schedule.num_steps),
-        make_layout(config.train.parallel, batch_size=config.train.batch_size, fsdp=config.train.fsdp),
+        make_layout(
+            config.train.parallel,
+            batch_size=config.train.batch_size,
+            parts=config.train.accumulate,
+            fsdp=config.train.fsdp,
+        ),
         image_shape,
     )

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from ddpm_jax import keys as per_image_keys
 from ddpm_jax.data.pipeline import flip, to_float
 from ddpm_jax.times import TimeSampler
+from ddpm_jax.training.accumulation import in_parts
 from ddpm_jax.training.objective import Objective
 from ddpm_jax.training.state import Params, TrainState
 from ddpm_jax.unet import UNet
@@ -52,6 +53,17 @@ class StepKeys(typing.NamedTuple):
     noise: Array
     dropout: Array
     label: Array
+
+
+class _Rows(typing.NamedTuple):
+    """What the loss of each image is made of."""
+
+    x0: Array
+    t: Array
+    weights: Array
+    labels: Array | None
+    noise: Array
+    dropout: Array
 
 
 TrainingStep = Callable[[Array, TrainState, Batch], tuple[TrainState, StepInfo]]
@@ -135,6 +147,8 @@ def make_training_step(
     ema_decay: float,
     random_flip: bool = False,
     label_dropout: float = 0.0,
+    parts: int = 1,
+    unroll: bool = True,
     gather: Callable[[Params], Params] = lambda params: params,
     device_mean: Callable[[typing.Any], typing.Any] = lambda tree: tree,
     whole_batch: Callable[[Array], Array] = lambda shard: shard,
@@ -150,6 +164,8 @@ def make_training_step(
       ema_decay: decay of the average of the parameters, a step.
       random_flip: whether each image is mirrored left to right with probability 0.5.
       label_dropout: the probability that a conditional network is not told an image's label.
+      parts: in how many parts the gradient is computed; it changes no more than the rounding of sums.
+      unroll: whether these are written out one after the other, instead of as a loop (see `accumulation`).
       gather: brings parameters together that are shared out over devices; the identity where each has a copy.
       device_mean: the mean of a pytree over devices that each see their share of the batch; the identity where
         the step sees the whole batch.
@@ -175,17 +191,19 @@ def make_training_step(
             )
         t, weights = times.draw(lambda indices: step_keys(key, state.step, indices).time, indices, state.times)
 
-        def batch_loss(params: Params) -> tuple[Array, Array]:
+        def batch_loss(params: Params, rows: _Rows) -> tuple[Array, Array]:
             whole_params = gather(params)
 
             def predict(x_t: Array, t: Array) -> Array:
-                output = unet.apply({"params": whole_params}, x_t, t, labels, dropout_keys=keys.dropout)
+                output = unet.apply({"params": whole_params}, x_t, t, rows.labels, dropout_keys=rows.dropout)
                 return typing.cast(Array, output)
 
-            losses = objective(keys.noise, predict, x0, t)
-            return jnp.mean(weights * losses), losses
+            losses = objective(rows.noise, predict, rows.x0, rows.t)
+            return jnp.mean(rows.weights * losses), losses
 
-        (loss, losses), gradient = jax.value_and_grad(batch_loss, has_aux=True)(state.params)
+        rows = _Rows(x0, t, weights, labels, keys.noise, keys.dropout)
+        gradient_of = jax.value_and_grad(batch_loss, has_aux=True)
+        (loss, losses), gradient = in_parts(gradient_of, state.params, rows, parts=parts, unroll=unroll)
         loss, gradient = device_mean((loss, gradient))
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

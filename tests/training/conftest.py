@@ -39,15 +39,18 @@ class OneOfEach(nn.Module):
     """A block of each kind that the U-Net is made of, so that its step compiles in a fraction of the time."""
 
     num_classes: int = 0
+    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x, t, labels=None, *, dropout_keys=None):
-        embedding = nn.Dense(16, name="embedding")(time_embedding(t, 8))
-        h = nn.Conv(8, (3, 3), name="conv_in")(x)
-        h = ResnetBlock(8, 4, 0.1, jnp.float32, name="block")(h, embedding, dropout_keys)
-        h = nn.Conv(8, (3, 3), strides=2, name="downsample")(h)
-        h = AttentionBlock(1, 4, jnp.float32, name="attention")(h)
-        return nn.Conv(1, (3, 3), name="conv_out")(jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2))
+        convolve = lambda channels, name, **more: nn.Conv(channels, (3, 3), dtype=self.dtype, name=name, **more)
+        embedding = nn.Dense(16, dtype=self.dtype, name="embedding")(time_embedding(t, 8))
+        h = convolve(8, "conv_in")(x)
+        h = ResnetBlock(8, 4, 0.1, self.dtype, name="block")(h, embedding, dropout_keys)
+        h = convolve(8, "downsample", strides=2)(h)
+        h = AttentionBlock(1, 4, self.dtype, name="attention")(h)
+        h = convolve(1, "conv_out")(jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2))
+        return h.astype(jnp.float32)
 
 
 class Probe:

@@ -18,10 +18,12 @@ from ddpm_jax.training.parallel import make_layout
 from ddpm_jax.training.step import step_keys
 
 LAYOUTS = {
-    "1 device": ("jit", 1, 1),
-    "8 devices, jit": ("jit", 8, 1),
-    "8 devices, fsdp 4": ("jit", 8, 4),
-    "8 devices, pmap": ("pmap", 8, 1),
+    "1 device": ("jit", 1, {}),
+    "8 devices, jit": ("jit", 8, {}),
+    "8 devices, fsdp 4": ("jit", 8, {"fsdp": 4}),
+    "8 devices, pmap": ("pmap", 8, {}),
+    "1 device, in 4 parts": ("jit", 1, {"parts": 4}),
+    "4 devices, fsdp 2, in 2 parts": ("jit", 4, {"fsdp": 2, "parts": 2}),
 }
 OTHERS = list(LAYOUTS)[1:]
 RUN_KEY = jax.random.key(11)
@@ -29,8 +31,8 @@ STEPS = 10
 
 
 def layout_of(name):
-    parallel, number, fsdp = LAYOUTS[name]
-    return make_layout(parallel, batch_size=16, fsdp=fsdp, devices=jax.devices()[:number])
+    parallel, number, choices = LAYOUTS[name]
+    return make_layout(parallel, batch_size=16, devices=jax.devices()[:number], **choices)
 
 
 @contextlib.contextmanager
@@ -43,7 +45,7 @@ def quick_to_compile():
         jax.config.update("jax_disable_most_optimizations", False)
 
 
-def advance(training, layout, network, optimizer, state, steps, *, each=lambda state: None, **choices):
+def advance(training, layout, network, optimizer, state, steps, *, each=None, **choices):
     """Trains `steps` steps; gives the losses, what `each` says of every state, and the last state as it is saved."""
     step = layout.lift(lambda **device: training.step_of(network, optimizer, **choices, **device))
     state = layout.place_state(state)
@@ -51,7 +53,8 @@ def advance(training, layout, network, optimizer, state, steps, *, each=lambda s
     for number in range(steps):
         state, info = step(RUN_KEY, state, layout.place_batch(training.images_of(number)))
         losses.append(float(info.loss))
-        said.append(each(jax.device_get(layout.saved_state(state))))
+        if each is not None:
+            said.append(each(jax.device_get(layout.saved_state(state))))
     return np.array(losses), said, jax.device_get(layout.saved_state(state))
 
 
@@ -81,7 +84,6 @@ def runs(training):
     optimizer = training.sgd_or_adam(training.paper_optimizer(learning_rate=1e-3, warmup=5))
     start = training.drawn_state(network, optimizer)
     by_adam = dataclasses.replace(start, opt_state={**start.opt_state, "use_adam": np.array(True)})
-    each = lambda state: state.opt_state["gradient"]
     found = {}
     for name in LAYOUTS:
         layout = layout_of(name)
@@ -89,15 +91,17 @@ def runs(training):
         kept = dataclasses.replace(layout, lift=lambda make_step, step=step: step)
         with quick_to_compile():
             found[name] = {
-                what: advance(training, kept, network, optimizer, state, STEPS, each=each)
+                what: advance(training, kept, network, optimizer, state, STEPS)
                 for what, state in (("sgd", start), ("adam", by_adam))
             }
+            _, _, first = advance(training, kept, network, optimizer, start, 1)
+            found[name]["gradient"] = first.opt_state["gradient"]
     return found
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_gradient_of_the_first_step_is_the_same(runs, name):
-    here, there = runs["1 device"]["sgd"][1][0], runs[name]["sgd"][1][0]
+    here, there = runs["1 device"]["gradient"], runs[name]["gradient"]
     assert max(abs(leaf).max() for leaf in jax.tree.leaves(here)) > 1e-3
 
     def same(path, a, b):
@@ -222,4 +226,6 @@ def test_a_compiled_step_is_not_compiled_again(training, name):
 def test_a_batch_that_cannot_be_shared_out_is_refused_in_one_line(parallel):
     with pytest.raises(UserError, match=r"^train.batch_size=12 cannot .* over 8 devices: use a multiple of 8$"):
         make_layout(parallel, batch_size=12)
+    with pytest.raises(UserError, match=r"^train.batch_size=24 cannot .* 8 devices in 2 parts: use a multiple of 16$"):
+        make_layout(parallel, batch_size=24, parts=2)
     make_layout(parallel, batch_size=12, devices=jax.devices()[:4])
