@@ -61,7 +61,11 @@ class DataConfig:
     on_unreadable: OnUnreadable = "refuse"
     """What to do with files of a folder that are no readable image: refuse to train, or skip them and say how many."""
     memory_gib: float = field(default=8.0, metadata=_FREE)
-    """Sets that are larger than this when decoded are read from disk batch by batch instead of kept in memory."""
+    """Sets that are larger than this when decoded are streamed from disk instead of kept in memory."""
+    device_gib: float = field(default=1.0, metadata=_FREE)
+    """Sets of up to this size are kept on every device, where the compiled step gathers its batch; 0: none."""
+    workers: int = field(default=0, metadata=_FREE)
+    """Processes that decode a set which is streamed; 0: threads of the training process do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -416,6 +420,7 @@ def _sections() -> dict[str, Any]:
 _AT_LEAST = {
     "data.height": 1,
     "data.width": 1,
+    "data.workers": 0,
     "diffusion.num_steps": 1,
     "model.width": 4,  # The time's embedding needs two frequencies, each with its sine and cosine.
     "model.blocks": 1,
@@ -463,8 +468,9 @@ def validate(config: Config) -> None:
         raise UserError(f"name={config.name!r} must be the name of a folder, without a path before it")
     if data.channels is not None and data.channels < 1:
         raise UserError(f"data.channels={data.channels} must be at least 1, or None to take what the images have")
-    if not data.memory_gib >= 0:
-        raise UserError(f"data.memory_gib={data.memory_gib} must be at least 0")
+    for name in ("data.memory_gib", "data.device_gib"):
+        if not value_of(config, name) >= 0:
+            raise UserError(f"{name}={value_of(config, name)} must be at least 0")
     for name in ("diffusion.beta_start", "diffusion.beta_end"):
         if not 0 < value_of(config, name) < 1:
             raise UserError(f"{name}={value_of(config, name)} must be in (0, 1): it is the variance that a step adds")

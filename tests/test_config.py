@@ -327,6 +327,8 @@ def test_what_shapes_no_number_of_a_step_is_free():
     assert {name for name, leaf in leaves(Config).items() if leaf.free} == {
         "name",
         "data.memory_gib",
+        "data.device_gib",
+        "data.workers",
         "train.steps",
         "train.parallel",
         "train.fsdp",
@@ -368,6 +370,8 @@ def test_a_good_configuration_passes():
         ("data.channels", 0, "must be at least 1"),
         ("data.memory_gib", -1.0, "must be at least 0"),
         ("data.memory_gib", float("nan"), "must be at least 0"),
+        ("data.device_gib", -1.0, "must be at least 0"),
+        ("data.workers", -1, "must be at least 0"),
         ("diffusion.num_steps", 0, "must be at least 1"),
         ("diffusion.num_steps", -5, "must be at least 1"),
         ("diffusion.beta_start", 0.0, r"must be in \(0, 1\)"),

@@ -1,19 +1,11 @@
-"""Which images a step sees, and what is done to them: functions of (seed, step), with no position to lose.
-
-An epoch is a permutation of the set keyed by (seed, epoch); the epochs follow each other as one endless line of
-examples, and step s takes the next `batch_size` of it. So a run begins at any step as if it had never stopped, and
-two processes that read parts of one batch need not talk to each other.
-
->>> batch_indices(0, 0, batch_size=4, num_examples=6), batch_indices(0, 1, batch_size=4, num_examples=6)
-(array([0, 2, 1, 5]), array([4, 3, 5, 3]))
-"""
+"""The batches of a range of steps, read in the background ahead of need, and what is done to their pixels."""
 
 import collections
 import concurrent.futures
-import functools
 import time
 import types
 import typing
+from collections.abc import Callable
 
 import chex
 import jax
@@ -22,72 +14,75 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from ddpm_jax.data.order import batch_indices
 from ddpm_jax.data.source import Source
+from ddpm_jax.data.streaming import stream
 
-_LARGEST_KEY = 2**64 - 1
+Item = typing.TypeVar("Item")
+_AHEAD = 2
 
 
-@functools.lru_cache(maxsize=4)
-def epoch_permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    r"""Gives the order of the examples in one epoch.
+class Ahead(typing.Generic[Item]):
+    """Iterates over what is read for each of a range of steps, in the background and ahead of need.
 
-    .. math:: \pi = \mathrm{argsort}(u_0, \dots, u_{N-1}), \quad u = \mathrm{Philox}_{(seed, epoch)}
-
-    The raw 64-bit words of Philox are sorted, not `Generator.permutation` called: NumPy promises that the words stay
-    the same from version to version, and does not promise it of what a `Generator` makes of them.
-
-    Args:
-      seed: of the run, in [0, 2^64).
-      epoch: 0-based, in [0, 2^64).
-      num_examples: N >= 1.
-
-    Returns:
-      (N,) int64, read-only: each of 0 .. N-1 once. Other seeds and other epochs give independent orders.
-
-    Raises:
-      ValueError: an argument is out of its range.
+    Use it in a `with` block, or call `close`: it ends the background thread. An error in reading is raised by the
+    `next` whose step it befell.
     """
-    if not (0 <= seed <= _LARGEST_KEY and 0 <= epoch <= _LARGEST_KEY):
-        raise ValueError(f"seed and epoch must be in [0, 2^64), not {seed} and {epoch}")
-    if num_examples < 1:
-        raise ValueError(f"num_examples must be at least 1, not {num_examples}")
-    words = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(num_examples)
-    permutation = np.argsort(words, kind="stable").astype(np.int64)
-    permutation.flags.writeable = False
-    return permutation
 
+    def __init__(
+        self, read: Callable[[int], Item], steps: range, *, ahead: int = _AHEAD, finish: Callable[[], object] = int
+    ) -> None:
+        if ahead < 1:
+            raise ValueError(f"ahead must be at least 1, not {ahead}")
+        self.seconds_waited = 0.0
+        """How long `next` has waited, in all."""
+        self._read, self._finish = read, finish
+        self._steps = iter(steps)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._pending: collections.deque[concurrent.futures.Future[Item]] = collections.deque()
+        self._closed = False
+        for _ in range(ahead):
+            self._read_one_more()
 
-def batch_indices(seed: int, step: int, *, batch_size: int, num_examples: int) -> np.ndarray:
-    r"""Finds the examples of one step.
+    def _read_one_more(self) -> None:
+        step = next(self._steps, None)
+        if step is not None:
+            self._pending.append(self._thread.submit(self._read, step))
 
-    .. math:: p_j = s B + j, \quad i_j = \pi_{seed,\, \lfloor p_j / N \rfloor}(p_j \bmod N)
+    def __iter__(self) -> "Ahead[Item]":
+        return self
 
-    Every N examples in a row that begin at a multiple of N are one exact permutation, whether or not the batch size
-    divides N, and also where a batch holds more than the whole set.
+    def __next__(self) -> Item:
+        if self._closed or not self._pending:
+            self.close()
+            raise StopIteration
+        begun = time.perf_counter()
+        try:
+            item = self._pending.popleft().result()
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self.seconds_waited += time.perf_counter() - begun
+        self._read_one_more()
+        return item
 
-    Args:
-      seed: of the run, in [0, 2^64).
-      step: s >= 0.
-      batch_size: B >= 1, the whole (global) batch's.
-      num_examples: N >= 1.
+    def close(self) -> None:
+        """Stops reading and ends the thread; may be called more than once."""
+        if self._closed:
+            return
+        self._closed = True
+        self._pending.clear()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._finish()
 
-    Returns:
-      (B,) int64, each in [0, N).
+    def __enter__(self) -> "Ahead[Item]":
+        return self
 
-    Raises:
-      ValueError: an argument is out of its range.
-    """
-    if step < 0 or batch_size < 1 or num_examples < 1:
-        raise ValueError(
-            f"step must be at least 0, batch_size and num_examples at least 1, not {step}, {batch_size}, {num_examples}"
-        )
-    first, last = step * batch_size, (step + 1) * batch_size
-    parts = []
-    for epoch in range(first // num_examples, (last - 1) // num_examples + 1):
-        start = epoch * num_examples
-        order = epoch_permutation(seed, epoch, num_examples)
-        parts.append(order[max(first - start, 0) : last - start])
-    return np.concatenate(parts)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: types.TracebackType | None
+    ) -> None:
+        self.close()
 
 
 class Batch(typing.NamedTuple):
@@ -98,65 +93,11 @@ class Batch(typing.NamedTuple):
     images: np.ndarray
     """(B, H, W, C) uint8."""
     labels: np.ndarray | None
-    """(B,) int32, or None where the source has none."""
+    """(B,) int32, or None where the source has none, or they were not asked for."""
 
 
-class Batches:
-    """Iterates over the batches of a range of steps, read in the background ahead of need.
-
-    Use it in a `with` block, or call `close`: it ends the background thread. An error in reading is raised by the
-    `next` whose batch it befell.
-    """
-
-    def __init__(self, read: typing.Callable[[int], Batch], steps: range, ahead: int) -> None:
-        if ahead < 1:
-            raise ValueError(f"ahead must be at least 1, not {ahead}")
-        self.seconds_waited = 0.0
-        """How long `next` has waited for a batch, in all."""
-        self._read = read
-        self._steps = iter(steps)
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._pending: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
-        self._closed = False
-        for _ in range(ahead):
-            self._read_one_more()
-
-    def _read_one_more(self) -> None:
-        step = next(self._steps, None)
-        if step is not None:
-            self._pending.append(self._thread.submit(self._read, step))
-
-    def __iter__(self) -> "Batches":
-        return self
-
-    def __next__(self) -> Batch:
-        if self._closed or not self._pending:
-            self.close()
-            raise StopIteration
-        begun = time.perf_counter()
-        try:
-            batch = self._pending.popleft().result()
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            self.seconds_waited += time.perf_counter() - begun
-        self._read_one_more()
-        return batch
-
-    def close(self) -> None:
-        """Stops reading and ends the thread; may be called more than once."""
-        self._closed = True
-        self._pending.clear()
-        self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def __enter__(self) -> "Batches":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: types.TracebackType | None
-    ) -> None:
-        self.close()
+def _as_it_is(batch: Batch) -> typing.Any:
+    return batch
 
 
 def batches(
@@ -167,24 +108,30 @@ def batches(
     *,
     batch_size: int,
     rows: slice = slice(None),  # noqa: B008
-    ahead: int = 2,
-) -> Batches:
-    """Reads the batches of a range of steps, `ahead` of them in advance in a background thread.
+    labelled: bool = True,
+    workers: int = 0,
+    ahead: int = _AHEAD,
+    then: Callable[[Batch], Item] = _as_it_is,
+) -> Ahead[Item]:
+    """Reads the batches of a range of steps, `ahead` of them in advance in the background.
 
     Batch s is a function of (seed, s) alone, so a run that goes on at step s asks for `first_step=s`, and there is no
-    state to save.
+    state to save. A set that is held in memory is indexed there, one that is not is streamed.
 
     Args:
       source: the images.
-      seed: of the run, in [0, 2^64).
+      seed: of the run.
       first_step: the first step, >= 0.
       last_step: the step after the last one, as in `range`.
       batch_size: images a step, over all devices and hosts.
       rows: which rows of the batch to read; a host of many reads its own. All by default.
+      labelled: whether to read the labels, where there are any.
+      workers: processes that decode what is streamed; with 0, threads of this process do.
       ahead: how many batches are kept ready, >= 1.
+      then: what is done to each batch in the background; nothing by default.
 
     Returns:
-      An iterator over `Batch(step, images, labels)`, to be used in a `with` block; it has `close()` and
+      An iterator over `then(Batch(step, images, labels))`, to be used in a `with` block; it has `close()` and
       `seconds_waited`.
 
     Raises:
@@ -192,13 +139,23 @@ def batches(
     """
     if first_step < 0 or batch_size < 1:
         raise ValueError(f"first_step must be at least 0 and batch_size at least 1, not {first_step} and {batch_size}")
+    steps = range(first_step, last_step)
 
-    def read(step: int) -> Batch:
+    def index(step: int) -> Item:
         indices = batch_indices(seed, step, batch_size=batch_size, num_examples=source.num_examples)[rows]
-        labels = None if source.read_labels is None else source.read_labels(indices)
-        return Batch(step, source.read(indices), labels)
+        labels = source.read_labels(indices) if labelled and source.read_labels is not None else None
+        return then(Batch(step, source.read(indices), labels))
 
-    return Batches(read, range(first_step, last_step), ahead)
+    if source.images is not None or not steps:
+        return Ahead(index, steps, ahead=ahead)
+    options: dict[str, typing.Any] = {"rows": rows, "labelled": labelled, "workers": workers, "ahead": ahead}
+    streamed = stream(source, seed, steps, batch_size=batch_size, **options)
+
+    def take(step: int) -> Item:
+        images, *labels = next(streamed)
+        return then(Batch(step, images, labels[0] if labels else None))
+
+    return Ahead(take, steps, ahead=ahead, finish=streamed.close)  # type: ignore[attr-defined]
 
 
 def flip(keys: Array, images: Array) -> Array:

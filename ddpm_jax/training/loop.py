@@ -22,7 +22,7 @@ from ddpm_jax.config import (
     read_config,
     save_config,
 )
-from ddpm_jax.data.pipeline import batches, to_uint8
+from ddpm_jax.data.pipeline import to_uint8
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source
 from ddpm_jax.errors import Stopped, UserError
@@ -32,6 +32,7 @@ from ddpm_jax.samplers import sample
 from ddpm_jax.training.assembly import assemble
 from ddpm_jax.training.boards import open_boards
 from ddpm_jax.training.checkpoints import Checkpoints
+from ddpm_jax.training.feeds import fed, make_feed
 from ddpm_jax.training.metrics import StepNumbers, append_line, read_lines, rewind, summarise
 from ddpm_jax.training.speed import peak_memory_gib, peak_tflops, training_flops, utilisation
 from ddpm_jax.training.state import Params, learning_rate
@@ -73,7 +74,16 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
     parts = assemble(config, source.image_shape)
     layout, init = parts.layout, parts.init
     init_key, run_key, samples_key = parts.keys
-    training_step = layout.lift(parts.make_step)
+    feed = make_feed(
+        source,
+        layout,
+        seed=config.train.seed,
+        batch_size=config.train.batch_size,
+        labelled=config.model.num_classes > 0,
+        device_gib=config.data.device_gib,
+        workers=config.data.workers,
+    )
+    training_step = layout.lift(fed(parts.make_step, feed))
     draw = _make_draw(config, samples_key, gather=layout.gather)
     speed = _make_speed(config, parts.unet)
     metrics_file, timing_file = run / "metrics.jsonl", run / "timing.jsonl"
@@ -129,12 +139,12 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
         waited_before, stretch_first = 0.0, first
         with (
             open_boards(config, run, first=first) as boards,
-            batches(source, config.train.seed, first, config.train.steps, batch_size=config.train.batch_size) as feed,
+            feed.open(first, config.train.steps) as opened,
             Progress(config.train.steps, initial=first, unit="step", description=config.name) as progress,
         ):
-            for batch in feed:
-                state, info = training_step(run_key, state, layout.place_batch(batch.images, batch.labels))
-                step = batch.step + 1
+            for number, data in opened:
+                state, info = training_step(run_key, state, data)
+                step = number + 1
                 in_flight.append((step, info))
                 collect(_IN_FLIGHT)
                 checkpoints.poll()
@@ -153,15 +163,15 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
                 collect(0)
                 busy += time.perf_counter() - stretch
                 if logs:
-                    rate = float(learning_rate(config.train)(batch.step))
+                    rate = float(learning_rate(config.train)(number))
                     line = {"step": step, **summarise(window), "learning_rate": rate}
-                    waited = feed.seconds_waited - waited_before
+                    waited = opened.seconds_waited - waited_before
                     timing = {"step": step, **speed((step - stretch_first) * config.train.batch_size, busy, waited)}
                     append_line(metrics_file, line)
                     append_line(timing_file, timing)
                     boards.numbers({**line, **timing})
                     window.clear()
-                    busy, waited_before, stretch_first = 0.0, feed.seconds_waited, step
+                    busy, waited_before, stretch_first = 0.0, opened.seconds_waited, step
                 if draws:
                     images = draw(layout.saved_state(state).ema)
                     picture = pictures.enlarge(pictures.grid(images))

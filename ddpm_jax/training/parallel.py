@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,10 @@ class Layout:
     """From an `init(key)` and a key to the state, made where it lies."""
     place_batch: Callable[[np.ndarray, np.ndarray | None], Batch]
     """From the images of the whole batch and their labels (or None), on the host, to the batch on the devices."""
+    place_whole: Callable[[typing.Any], typing.Any] | None
+    """From arrays on the host to the same, whole on every device; None where a step takes its own share alone."""
+    share_out: Callable[[Array], Array]
+    """Tells a compiled function that each device computes its rows of an array."""
     place_state: Callable[[TrainState], TrainState]
     """From a state as it is saved to the state on the devices."""
     saved_state: Callable[[TrainState], TrainState]
@@ -90,7 +95,7 @@ def _jit_layout(mesh: jax.sharding.Mesh, steps: dict[str, Any]) -> Layout:
             nonlocal compiled
             if compiled is None:  # where the state's leaves lie is known when the first state is
                 lies = shardings(mesh, state)
-                inside, outside = (whole, lies, shared_out), (lies, whole)
+                inside, outside = (whole, lies, None), (lies, whole)  # the data lie where they were placed
                 compiled = jax.jit(step, donate_argnums=1, in_shardings=inside, out_shardings=outside)
             return compiled(key, state, batch)
 
@@ -102,6 +107,10 @@ def _jit_layout(mesh: jax.sharding.Mesh, steps: dict[str, Any]) -> Layout:
     def place_batch(images: np.ndarray, labels: np.ndarray | None = None) -> Batch:
         return jax.device_put(Batch(images, np.arange(len(images), dtype=np.int32), labels), shared_out)
 
+    def place_whole(arrays: typing.Any) -> typing.Any:
+        place = lambda array: jax.make_array_from_callback(array.shape, whole, lambda index: array[index])
+        return jax.tree.map(place, arrays)
+
     def abstract_state(init: Callable[[Array], TrainState], key: Array) -> TrainState:
         shapes = jax.eval_shape(init, key)
         return jax.tree.map(_described, shapes, shardings(mesh, shapes))
@@ -110,6 +119,8 @@ def _jit_layout(mesh: jax.sharding.Mesh, steps: dict[str, Any]) -> Layout:
         lift=lift,
         init=init_here,
         place_batch=place_batch,
+        place_whole=place_whole,
+        share_out=lambda array: jax.lax.with_sharding_constraint(array, shared_out),
         place_state=lambda state: jax.device_put(state, shardings(mesh, state)),
         saved_state=lambda state: state,
         abstract_state=abstract_state,
@@ -152,6 +163,8 @@ def _pmap_layout(devices: Sequence[jax.Device], steps: dict[str, Any]) -> Layout
         lift=lift,
         init=lambda init, key: place_state(jax.jit(init)(key)),
         place_batch=place_batch,
+        place_whole=None,
+        share_out=lambda array: array,
         place_state=place_state,
         saved_state=lambda state: jax.tree.map(lambda leaf: leaf[0], state),
         abstract_state=lambda init, key: jax.tree.map(lambda leaf: _described(leaf, alone), jax.eval_shape(init, key)),

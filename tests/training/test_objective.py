@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax.config import DataConfig, LossConfig
-from ddpm_jax.data.pipeline import batch_indices
+from ddpm_jax.data.order import batch_indices
 from ddpm_jax.data.sources import load_source
 from ddpm_jax.schedules import make_schedule
 from ddpm_jax.times import make_time_sampler
