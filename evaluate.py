@@ -16,7 +16,10 @@ from ddpm_jax.evaluation import bits
 from ddpm_jax.evaluation.figures import draw_figures
 from ddpm_jax.evaluation.own_images import inpaint_picture, interpolate_pictures, reconstruct_picture
 from ddpm_jax.evaluation.quality import config_of, judge_file, summary
-from ddpm_jax.sampling import Job, default_folder, load_job, run_job
+from ddpm_jax.progress import say
+from ddpm_jax.sampling import Job, default_folder, load_job, run_config, run_job
+from ddpm_jax.training import checkpoints
+from ddpm_jax.training.weights import save_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +220,61 @@ def inpaint(arguments: Sequence[str]) -> None:
     print(inpaint_picture(job, options.image, options.mask, out, draws=options.draws, label=options.label))
 
 
+@dataclasses.dataclass(frozen=True)
+class VerifyOptions:
+    """What to verify."""
+
+    run: tyro.conf.Positional[str]
+    """The run's folder, as train.py wrote it."""
+
+
+def verify(arguments: Sequence[str]) -> None:
+    """Holds every array of every checkpoint against its checksum; changes nothing."""
+    options = parse_options(
+        VerifyOptions,
+        arguments,
+        description="Holds every array of every checkpoint of a run against its checksum, a line a checkpoint; ends "
+        "with status 2 if one is damaged. Changes nothing; may run while the run trains.",
+    )
+    damaged: list[int] = []
+    steps: list[int] = []
+    for verdict in checkpoints.verify(Path(options.run)):
+        print(
+            f"step {verdict.step}: {verdict.arrays} arrays, {verdict.num_bytes / 1e6:.1f} MB, "
+            f"{'ok' if verdict.damage is None else f'damaged: {verdict.damage}'}",
+            flush=True,
+        )
+        (steps if verdict.damage is None else damaged).append(verdict.step)
+    if damaged:
+        use = f"step {max(steps)} is the newest that is whole" if steps else "restore the folder from a copy"
+        raise UserError(f"{options.run}: {len(damaged)} of {len(damaged) + len(steps)} checkpoints are damaged; {use}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """What to export."""
+
+    run: tyro.conf.Positional[str]
+    """The run's folder, as train.py wrote it."""
+    out: str | None = None
+    """The file; RUN/weights_STEP.safetensors if not given."""
+    step: int | None = None
+    """The checkpoint of which training step; the newest if not given."""
+
+
+def export(arguments: Sequence[str]) -> None:
+    """Writes the averaged weights alone into one .safetensors file, for other programs or --train.init-from."""
+    options = parse_options(
+        ExportOptions, arguments, description="Writes the averaged weights of a run alone into one .safetensors file."
+    )
+    run = Path(options.run)
+    config = run_config(run)
+    step, params = checkpoints.load_ema(run, step=options.step, warn=say)
+    file = run / f"weights_{step}.safetensors" if options.out is None else Path(options.out)
+    save_weights(file, params, config=config, step=step)
+    print(file)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "likelihood": likelihood,
     "quality": quality,
@@ -224,6 +282,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "reconstruct": reconstruct,
     "interpolate": interpolate,
     "inpaint": inpaint,
+    "verify": verify,
+    "export": export,
 }
 
 

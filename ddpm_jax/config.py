@@ -146,6 +146,8 @@ class TrainConfig:
     """Probability that an image's label is hidden, so that the network learns both with and without (guidance)."""
     ema_decay: float = 0.9999
     """Decay a step of the moving average of the parameters, from which samples are drawn."""
+    init_from: str = ""
+    """Weights to start from, where they fit: another run's averaged ones (its folder), or a .safetensors file."""
     seed: int = 0
     """From it come the first parameters, the order of the images and every random number of the run."""
     precision: Precision = "float32"

@@ -210,6 +210,19 @@ class Job(typing.NamedTuple):
     """Of the sampler."""
 
 
+def run_config(run: Path) -> Config:
+    """Reads the configuration of a run.
+
+    Raises:
+      UserError: the folder is not there or no run's.
+    """
+    if not run.is_dir():
+        raise UserError(f"there is no folder {run}: give the folder of a run, such as runs/digits")
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run} is not the folder of a run: it has no config.json")
+    return read_config(run / "config.json")
+
+
 def load_job(run: Path, *, seed: int, step: int | None = None, choice: Choice = _ALGORITHM_2) -> Job:
     """Loads what a job needs from a run's folder.
 
@@ -225,11 +238,7 @@ def load_job(run: Path, *, seed: int, step: int | None = None, choice: Choice = 
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed must be in [0, 2^32), not {seed}")
-    if not run.is_dir():
-        raise UserError(f"there is no folder {run}: give the folder of a run, such as runs/digits")
-    if not (run / "config.json").is_file():
-        raise UserError(f"{run} is not the folder of a run: it has no config.json")
-    config = read_config(run / "config.json")
+    config = run_config(run)
     make_chain(config, choice)  # refuses what cannot be, before the weights are read
     checkpoint, params = load_ema(run, step=step, warn=say)
     return Job(config, params, checkpoint, seed, choice)

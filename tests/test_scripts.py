@@ -13,11 +13,13 @@ import time
 from pathlib import Path
 
 import chex
+import jax
 import numpy as np
 import pytest
 
 from ddpm_jax.command import run_script
 from ddpm_jax.training.checkpoints import load_ema
+from ddpm_jax.training.weights import load_weights
 
 REPOSITORY = Path(__file__).parents[1]
 STEPS = 400
@@ -224,6 +226,44 @@ def refused(answer, *words):
     assert re.match(r"(train|sample)\.py: error: ", line), err
     for word in words:
         assert str(word) in line
+
+
+class TestCheckpoints:
+    def test_are_verified_a_line_each(self, call, never_stopped, tmp_path):
+        status, out, err = call("evaluate", "verify", never_stopped)
+        assert (status, err) == (0, "")
+        steps = checkpoints(never_stopped)
+        assert [re.fullmatch(r"step (\d+): \d+ arrays, \d+\.\d MB, ok", line)[1] for line in out.splitlines()] == [
+            str(step) for step in steps
+        ]
+        run = tmp_path / "run"
+        shutil.copytree(never_stopped, run)
+        for file in (run / "checkpoints" / str(STEPS) / "ema").rglob("d/*"):
+            os.truncate(file, file.stat().st_size // 2)
+        status, out, err = call("evaluate", "verify", run)
+        assert status == 2
+        assert re.search(rf"^step {STEPS}: \d+ arrays, .* MB, damaged: ", out, re.MULTILINE)
+        assert err == (
+            f"evaluate.py: error: {run}: 1 of {len(steps)} checkpoints are damaged; step {steps[-2]} is the newest "
+            "that is whole\n"
+        )
+
+    def test_are_exported_and_started_from(self, call, never_stopped, environment, tmp_path):
+        file, tuned = tmp_path / "digits.safetensors", tmp_path / "tuned"
+        status, out, err = call("evaluate", "export", never_stopped, "--out", file)
+        assert (status, out, err) == (0, f"{file}\n", "")
+        weights, metadata = load_weights(file)
+        chex.assert_trees_all_equal(weights, load_ema(never_stopped, warn=pytest.fail)[1])
+        assert metadata["step"] == str(STEPS)
+        words = ["--workdir", tuned, *TINY, "--train.steps", 20, "--train.init-from", file]
+        _, err = Process(environment, "train.py", *words).wait(0)
+        arrays = len(jax.tree.leaves(weights))
+        assert re.search(
+            rf"^loaded +{arrays} arrays .*^new +0 arrays .*^left out +0 arrays", err, re.MULTILINE | re.DOTALL
+        )
+        (line,) = [json.loads(line) for line in (tuned / "metrics.jsonl").open()]
+        first = json.loads((never_stopped / "metrics.jsonl").open().readline())
+        assert line["loss"] < 0.75 * first["loss"]  # it knows already what the other learned
 
 
 class TestMisuse:

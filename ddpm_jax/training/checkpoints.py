@@ -9,12 +9,14 @@ lie, so a state saved on many devices or hosts is held against it on any other n
 import contextlib
 import dataclasses
 import json
+import math
 import os
+import re
 import shutil
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import absl.logging
 import jax
@@ -361,6 +363,86 @@ def load_ema(run: Path, *, step: int | None = None, warn: Warn) -> tuple[int, Pa
     Raises:
       UserError: the folder is no run, has no (whole) checkpoint, or not that of `step`.
     """
+    with _reading(run) as (manager, steps):
+        if step is not None and step not in steps:
+            raise UserError(f"{run} has no checkpoint of step {step}: there are {', '.join(map(str, steps))}")
+        device = jax.local_devices()[0]
+        for candidate in reversed(steps) if step is None else [step]:
+            try:
+                items, _ = _restore(
+                    manager, candidate, {"ema": _abstract(manager, candidate, "ema", device)}, of=["ema"]
+                )
+            except Damage as damage:
+                warn(f"checkpoint {candidate} is damaged ({damage})")
+                continue
+            return candidate, items["ema"]
+    raise UserError(f"no checkpoint in {run / _FOLDER} is whole ({len(steps)} damaged): restore the folder from a copy")
+
+
+class Verdict(NamedTuple):
+    """What was found of one saved step."""
+
+    step: int
+    """The step."""
+    arrays: int
+    """How many arrays were saved; 0 if that cannot be read."""
+    num_bytes: int
+    """What they take in memory."""
+    damage: str | None
+    """What is wrong, or None: every array is what was saved, bit for bit."""
+
+
+def verify(run: Path) -> Iterator[Verdict]:
+    """Holds every array of every checkpoint of a run against its checksum; changes nothing, uses no accelerator.
+
+    Args:
+      run: the run's folder.
+
+    Yields:
+      a verdict a step, in rising order.
+
+    Raises:
+      UserError: the folder is no run, or has no checkpoint.
+    """
+    cpu = jax.local_devices(backend="cpu")[0]
+    with _reading(run) as (manager, steps):
+        for step in steps:
+            saved: dict[str, Any] = {}
+            try:
+                saved = _read_notes(manager, step)["leaves"]
+                _check_items(manager, step, {_tokens(name): leaf["crc32"] for name, leaf in saved.items()}, cpu)
+                damage = None
+            except Exception as error:  # damage raises half a dozen types
+                if not (run / _FOLDER / str(step)).exists():  # a run that trains has put it away meanwhile
+                    continue
+                damage = _first_line(error)
+            sizes = [math.prod(leaf["shape"]) * np.dtype(leaf["dtype"]).itemsize for leaf in saved.values()]
+            yield Verdict(step, len(saved), sum(sizes), damage)
+
+
+def _tokens(name: str) -> tuple[str, ...]:
+    """The keys in a leaf's name; without its structure Orbax gives a list for a tuple and a dict for a named one."""
+    return tuple(re.findall(r"[^\[\]'.]+", name))
+
+
+def _check_items(
+    manager: ocp.CheckpointManager, step: int, crcs: Mapping[tuple[str, ...], int], device: jax.Device
+) -> None:
+    found = set()
+    for item in dict.fromkeys(tokens[0] for tokens in crcs):  # one at a time: the average may fit where all does not
+        abstract = _abstract(manager, step, item, device)
+        restored = manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)}))
+        for name, leaf in _leaves({item: restored[item]}).items():
+            found.add(_tokens(name))
+            if crcs.get(_tokens(name)) != _crc32(_on_host(leaf)):
+                raise Damage(f"the checksum of {name} differs")
+    for missing in sorted(set(crcs) - found):
+        raise Damage(f"{'.'.join(missing)} is missing")
+
+
+@contextlib.contextmanager
+def _reading(run: Path) -> Iterator[tuple[ocp.CheckpointManager, list[int]]]:
+    """Opens the checkpoints of a run to read only; gives the steps that there are, in rising order."""
     folder = run.absolute() / _FOLDER
     if not folder.is_dir():
         raise UserError(f"no checkpoints in {run}: it is not the folder of a run, or the run has not saved yet")
@@ -370,25 +452,16 @@ def load_ema(run: Path, *, step: int | None = None, warn: Warn) -> tuple[int, Pa
         options=ocp.CheckpointManagerOptions(read_only=True),
         item_handlers={**handlers, "notes": _NotesHandler()},
     ) as manager:
-        steps = sorted(manager.all_steps(), reverse=True)
+        steps = sorted(manager.all_steps())
         if not steps:
             raise UserError(f"no checkpoints in {run}: the run has not saved yet")
-        if step is not None and step not in steps:
-            raise UserError(f"{run} has no checkpoint of step {step}: there are {', '.join(map(str, sorted(steps)))}")
-        for candidate in steps if step is None else [step]:
-            try:
-                items, _ = _restore(manager, candidate, {"ema": _abstract_ema(manager, candidate)}, of=["ema"])
-            except Damage as damage:
-                warn(f"checkpoint {candidate} is damaged ({damage})")
-                continue
-            return candidate, items["ema"]
-    raise UserError(f"no checkpoint in {folder} is whole ({len(steps)} damaged): restore the folder from a copy")
+        yield manager, steps
 
 
-def _abstract_ema(manager: ocp.CheckpointManager, step: int) -> Params:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def _abstract(manager: ocp.CheckpointManager, step: int, item: str, device: jax.Device) -> Any:
+    sharding = jax.sharding.SingleDeviceSharding(device)
     try:
-        metadata = manager.item_metadata(step)["ema"]
+        metadata = manager.item_metadata(step)[item]
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), metadata.tree)
     except Exception as error:
         raise Damage(f"its description cannot be read: {_first_line(error)}") from error

@@ -37,6 +37,7 @@ from ddpm_jax.training.metrics import StepNumbers, append_line, read_lines, rewi
 from ddpm_jax.training.speed import peak_memory_gib, peak_tflops, training_flops, utilisation
 from ddpm_jax.training.state import Params, learning_rate
 from ddpm_jax.training.step import StepInfo
+from ddpm_jax.training.weights import start_from
 from ddpm_jax.unet import UNet
 
 # Steps dispatched before the first of them is waited for: the device never waits for the host, nor runs far ahead.
@@ -44,7 +45,7 @@ _IN_FLIGHT = 2
 
 
 def train(config: Config, run: Path) -> None:
-    """Trains a run to `config.train.steps`, from its own newest checkpoint or from scratch.
+    """Trains a run to `config.train.steps`, from its own newest checkpoint, `train.init_from`, or scratch.
 
     What the run becomes is a function of its configuration alone: killed at any moment and started again, it is the
     run that was never stopped.
@@ -95,6 +96,9 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
         restored = checkpoints.restore(layout.abstract_state(init, init_key))
         if restored is None:
             state, window = layout.init(init, init_key), []
+            if config.train.init_from:
+                drawn = layout.saved_state(state)
+                state = layout.place_state(start_from(Path(config.train.init_from), drawn, run=run))
         else:
             state = layout.place_state(restored[0])
             window = [StepNumbers(*numbers) for numbers in restored[1]["window"]]

@@ -15,13 +15,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.training.checkpoints import Checkpoints, kept, load_ema
+from ddpm_jax.training.checkpoints import Checkpoints, kept, load_ema, verify
 from ddpm_jax.training.state import TrainState
 
 ITEMS = ("params", "ema", "optimizer", "times")
@@ -306,6 +307,51 @@ class TestDamaged:
         assert sorted(path.name for path in (run / "checkpoints").glob("damaged*")) == ["damaged_20_0", "damaged_20_1"]
 
 
+class TestVerified:
+    def test_every_array_of_every_step_is_looked_at(self, run):
+        found = list(verify(run))
+        arrays = jax.tree.leaves(dataclasses.replace(state_at(0), step=()))
+        size = sum(leaf.nbytes for leaf in arrays)
+        assert found == [(step, len(arrays), size, None) for step in (10, 20)]
+
+    @pytest.mark.parametrize(
+        ("leaf", "name"),
+        [
+            (lambda state: state.params["conv"]["kernel"], "params['conv']['kernel']"),
+            (lambda state: state.opt_state[0]["mu"], "optimizer[0]['mu']"),
+            (lambda state: state.times["losses"], "times['losses']"),
+        ],
+    )
+    def test_damage_is_named_and_nothing_is_changed(self, run, leaf, name):
+        flip_a_bit_of(leaf(state_at(10)), files_of(run, 10, name.partition("[")[0]))
+        before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+        assert [(found.step, found.damage) for found in verify(run)] == [
+            (10, f"the checksum of {name} differs"),
+            (20, None),
+        ]
+        assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+    @pytest.mark.parametrize("item", [*ITEMS, "notes"])
+    def test_what_is_deleted_is_missed(self, run, item):
+        shutil.rmtree(run / "checkpoints" / "20" / item)
+        whole, damaged = verify(run)
+        assert whole.damage is None
+        assert damaged.damage
+        assert len(damaged.damage.splitlines()) == 1
+
+    def test_the_optimisers_own_tuples_are_found_again(self, tmp_path):
+        params = {"a": {"k": jnp.arange(3.0)}}
+        opt_state = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)).init(params)
+        with Checkpoints(tmp_path, keep=1, warn=pytest.fail) as checkpoints:
+            checkpoints.save(1, TrainState(jnp.int32(1), params, params, opt_state), notes={})
+        (verdict,) = verify(tmp_path)
+        assert verdict == (1, 5, 12 * 4 + 4, None)
+
+    def test_no_run_is_one_line(self, tmp_path):
+        with pytest.raises(UserError, match="it is not the folder of a run"):
+            list(verify(tmp_path))
+
+
 class TestOfAnotherConfiguration:
     def refused(self, run, abstract):
         with pytest.raises(UserError) as error:
@@ -377,6 +423,7 @@ class TestAverage:
             load_ema(tmp_path, warn=pytest.fail)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 class TestFailingDisk:
     # In a process of its own: the limit cannot be taken back.
     FULL = """
