@@ -7,6 +7,7 @@ lie, so a state saved on many devices or hosts is held against it on any other n
 """
 
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -228,7 +229,8 @@ class Checkpoints:
         if loss is not None:
             self._losses[step] = loss
         saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        written = _SaveNotes(lambda: {**notes, "loss": loss, "leaves": describe()})
+        as_now = copy.deepcopy({**notes, "loss": loss})  # it goes on being written to while this is saved
+        written = _SaveNotes(lambda: {**as_now, "leaves": describe()})
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**saves, notes=written))
 

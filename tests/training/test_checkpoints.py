@@ -25,6 +25,9 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.training.checkpoints import Checkpoints, kept, load_ema, verify
 from ddpm_jax.training.state import TrainState
 
+# Of threads that Orbax leaves where it found damage.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 ITEMS = ("params", "ema", "optimizer", "times")
 
 
@@ -185,6 +188,15 @@ class TestSaved:
         assert not warnings
         same_bits(restored, state)
 
+    def test_notes_are_as_they_were_when_it_was_saved(self, tmp_path):
+        window = [[1.0, 2.0]]
+        with Checkpoints(tmp_path, keep=1, warn=pytest.fail) as checkpoints:
+            checkpoints.save(7, state_at(7, size=2_000_000), notes={"window": window})
+            window[0][0] = 9.0
+            window.append([3.0, 4.0])
+        (_, notes), _ = restore(tmp_path, abstract_of(state_at(7, size=2_000_000)))
+        assert notes == {"window": [[1.0, 2.0]]}
+
 
 class TestKept:
     @given(
@@ -230,7 +242,6 @@ class TestKept:
         assert not (run / "checkpoints" / "deleted").exists()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of threads that Orbax leaves
 class TestDamaged:
     @pytest.mark.parametrize(
         ("item", "leaf", "name"),
@@ -423,7 +434,6 @@ class TestAverage:
             load_ema(tmp_path, warn=pytest.fail)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 class TestFailingDisk:
     # In a process of its own: the limit cannot be taken back.
     FULL = """
