@@ -11,6 +11,7 @@ from ddpm_jax.config import build_unet, image_shape, validate, warnings_of
 from ddpm_jax.data.sources import resolve
 from ddpm_jax.progress import say
 from ddpm_jax.summary import summary
+from ddpm_jax.training.diagnosis import find_not_finite
 from ddpm_jax.training.loop import train
 
 
@@ -22,6 +23,8 @@ class Options:
     """The run's folder; runs/NAME if empty."""
     summary: bool = False
     """Print the network's blocks, shapes, parameters and FLOPs, and stop."""
+    debug_nans: bool = False
+    """Go on from the newest checkpoint until a step is not finite, say which layer was the first, and stop."""
 
 
 def main() -> None:
@@ -34,6 +37,9 @@ def main() -> None:
     for warning in warnings_of(config):
         say(f"warning: {warning}")
     run = Path(options.workdir or Path("runs") / config.name)
+    if options.debug_nans:
+        print(find_not_finite(config, run))
+        return
     train(config, run)
     say(f"now: python sample.py {run}")
 

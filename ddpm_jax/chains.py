@@ -13,10 +13,7 @@ from ddpm_jax.guidance import guided
 from ddpm_jax.named_samplers import SamplerName, make_sampler
 from ddpm_jax.reverse import Predict, Variance
 from ddpm_jax.samplers import Sampler
-from ddpm_jax.unet import UNet
-
-Params = typing.Any
-"""A pytree of arrays: the parameters of a network."""
+from ddpm_jax.unet import Params, UNet
 
 MakeChain = Callable[[Params, Array | None], Sampler]
 """(params, labels) to the sampler of images with these labels, (B,) int32; None for an unconditional run."""

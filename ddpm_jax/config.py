@@ -4,6 +4,7 @@ A run is a pure function of its configuration, so all that shapes its numbers is
 that sets `config`; it is loaded, checked as a whole, and kept as JSON in the run's folder.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -17,6 +18,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -622,6 +624,12 @@ def build_unet(config: Config) -> UNet:
     """
     channels = image_shape(config)[-1]
     return _unet(config, out_channels=2 * channels if config.diffusion.variance in LEARNED_VARIANCES else channels)
+
+
+def matmul_precision(config: Config) -> contextlib.AbstractContextManager[Any]:
+    """Gives the context in which float32 products have the precision that `train.matmul_precision` says."""
+    name = config.train.matmul_precision
+    return jax.default_matmul_precision(None if name == "default" else name)
 
 
 def _unet(config: Config, *, out_channels: int) -> UNet:

@@ -22,7 +22,7 @@ from PIL import Image
 
 from ddpm_jax import pictures
 from ddpm_jax.chains import Choice, MakeChain, labels_of, make_chain
-from ddpm_jax.config import Config, image_shape, read_config
+from ddpm_jax.config import Config, image_shape, matmul_precision, read_config
 from ddpm_jax.data.pipeline import to_uint8
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import check_same_job, claimed
@@ -32,7 +32,7 @@ from ddpm_jax.progress import Progress, say
 from ddpm_jax.samplers import Chain, initial_noise, run_chain
 from ddpm_jax.stored_images import Parts, StoredImages, missing_ranges
 from ddpm_jax.training.checkpoints import load_ema
-from ddpm_jax.training.state import Params
+from ddpm_jax.unet import Params
 
 Format = typing.Literal["grid", "png", "npz", "gif"]
 """How images are shown: one picture of all, a picture each, none, or the reverse process of all."""
@@ -344,8 +344,7 @@ def _draw(
     if not missing:
         return
     number = sum(stop - first for first, stop in missing)
-    precision = job.config.train.matmul_precision
-    with jax.default_matmul_precision(None if precision == "default" else precision):
+    with matmul_precision(job.config):
         chain = batch_chain(job.config, job.choice, batch_size=batch_size)
         key, params = jax.random.key(job.seed), chain.place(job.params)
         total = len(missing) * chain.num_steps

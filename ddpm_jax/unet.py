@@ -5,6 +5,7 @@ Parameters are named as in the released TensorFlow checkpoints, with `_` for the
 
 import itertools
 import math
+import typing
 from collections.abc import Sequence
 
 import chex
@@ -15,6 +16,9 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from ddpm_jax import keys as per_image_keys
+
+Params = typing.Any
+"""A pytree of arrays: the parameters of a network."""
 
 
 def _init(scale: float) -> nn.initializers.Initializer:

@@ -25,7 +25,7 @@ from jax import Array
 from ddpm_jax import pictures
 from ddpm_jax.bound import Cdf
 from ddpm_jax.chains import network
-from ddpm_jax.config import Config, build_schedule, build_unet
+from ddpm_jax.config import Config, build_schedule, build_unet, matmul_precision
 from ddpm_jax.data.pipeline import to_float
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source, resolve
@@ -39,7 +39,7 @@ from ddpm_jax.reverse import LEARNED_VARIANCES
 from ddpm_jax.sampling import Job, cut, describe_job
 from ddpm_jax.schedules import Schedule
 from ddpm_jax.stored_images import Range, missing_ranges
-from ddpm_jax.training.state import Params
+from ddpm_jax.unet import Params
 
 Sigma = typing.Literal["model", "fixed_small", "fixed_large", "optimal"]
 """The variance of the reverse steps: the model's own, a fixed one, or the one that makes the bound least."""
@@ -118,7 +118,7 @@ class BatchBound:
             )
 
         self._conditional = config.model.num_classes > 0
-        self._precision = config.train.matmul_precision
+        self._config = config
         self._mesh = mesh
         self._advance = jax.jit(advance)
         self._draw_times = jax.jit(
@@ -160,7 +160,7 @@ class BatchBound:
         key, log_variances = jax.device_put((key, log_variances), everywhere(self._mesh))
         times = self._draw_times(key, placed[0])
         parts = []
-        with jax.default_matmul_precision(None if self._precision == "default" else self._precision):
+        with matmul_precision(self._config):
             for first, length in cut(len(times), longest=_STEPS_AT_ONCE):
                 bound = self._advance(params, key, log_variances, *placed, times[first : first + length])
                 parts.append(jax.tree.map(lambda numbers: np.asarray(numbers)[..., : len(indices)], bound))

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from ddpm_jax.chains import Choice, make_chain, network
-from ddpm_jax.config import build_betas, build_unet, image_shape
+from ddpm_jax.config import build_betas, build_unet, image_shape, matmul_precision
 from ddpm_jax.data.decode import read_picture
 from ddpm_jax.data.pipeline import to_float, to_uint8
 from ddpm_jax.ddim import ddim, ddim_inversion
@@ -28,7 +28,7 @@ from ddpm_jax.respacing import choose_times, respace
 from ddpm_jax.samplers import Chain, Sampler, Trajectory, initial_noise, run_chain, sample_trajectory
 from ddpm_jax.sampling import Job, cut, whole_batch
 from ddpm_jax.schedules import Schedule
-from ddpm_jax.training.state import Params
+from ddpm_jax.unet import Params
 
 # So often the host looks at a chain: to show progress, and for the frames of the reverse process.
 _STEPS_AT_ONCE, _LOOKS = 50, 40
@@ -192,10 +192,9 @@ class Editor:
         number, size = len(start.x), self._batch_size
         first, stop = steps or (0, rule.num_steps)
         ranges = [(at, length) for at, length in rule.ranges if first < at + length and at < stop]
-        precision = self.job.config.train.matmul_precision
         whole, done = jax.tree.map(_to_host, (start, about)), []
         with (
-            jax.default_matmul_precision(None if precision == "default" else precision),
+            matmul_precision(self.job.config),
             Progress(math.ceil(number / size) * sum(length for _, length in ranges), description=doing) as progress,
         ):
             for begin in range(0, number, size):

@@ -19,6 +19,7 @@ from ddpm_jax.config import (
     Config,
     differences,
     image_shape,
+    matmul_precision,
     read_config,
     save_config,
 )
@@ -59,15 +60,11 @@ def train(config: Config, run: Path) -> None:
         a checkpoint cannot be read or written, or the loss is not finite.
       Stopped: SIGINT or SIGTERM came; the state is saved.
     """
-    with claimed(run), _signals() as received, jax.default_matmul_precision(_matmul_precision(config)):
+    with claimed(run), _signals() as received, matmul_precision(config):
         _adopt_config(config, run)
         source = load_source(config.data)
         say(source.describe())
         _train(config, run, source, received)
-
-
-def _matmul_precision(config: Config) -> str | None:
-    return None if config.train.matmul_precision == "default" else config.train.matmul_precision
 
 
 def _train(config: Config, run: Path, source: Source, received: list[int]) -> None:
@@ -133,8 +130,8 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
                     last = f"the last good checkpoint is step {max(kept)}" if kept else "no checkpoint was saved yet"
                     raise UserError(
                         f"step {step}: loss {numbers.loss}, gradient norm {numbers.grad_norm}, parameter norm "
-                        f"{numbers.param_norm}: training stopped, {last} in {run}; try a smaller "
-                        "--train.learning-rate in another --workdir"
+                        f"{numbers.param_norm}: training stopped, {last} in {run}; the same command with "
+                        "--debug-nans names the layer; or try a smaller --train.learning-rate in another --workdir"
                     )
                 window.append(numbers)
                 losses_since_save.append(numbers.loss)

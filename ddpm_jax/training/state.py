@@ -11,10 +11,7 @@ from jax import Array
 
 from ddpm_jax.config import TrainConfig
 from ddpm_jax.times import TimeSampler
-from ddpm_jax.unet import UNet
-
-Params = Any
-"""A pytree of arrays: the parameters of a network."""
+from ddpm_jax.unet import Params, UNet
 
 
 @jax.tree_util.register_dataclass
