@@ -12,7 +12,7 @@ import optax
 from jax import Array
 
 from ddpm_jax.config import Config, matmul_precision
-from ddpm_jax.data.pipeline import batches
+from ddpm_jax.data import pipeline
 from ddpm_jax.data.sources import load_source
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import claimed
@@ -22,6 +22,7 @@ from ddpm_jax.training.checkpoints import Checkpoints
 from ddpm_jax.training.metrics import StepNumbers
 from ddpm_jax.training.state import TrainState
 from ddpm_jax.training.step import Batch
+from ddpm_jax.training.weights import start_from
 
 
 def find_not_finite(config: Config, run: Path) -> str:
@@ -51,11 +52,20 @@ def find_not_finite(config: Config, run: Path) -> str:
             run, keep=rules.keep, keep_every=rules.keep_every, keep_best=rules.keep_best, warn=say
         ) as checkpoints:
             restored = checkpoints.restore(layout.abstract_state(parts.init, keys.init))
-        state = layout.init(parts.init, keys.init) if restored is None else layout.place_state(restored[0])
+        if restored is not None:
+            state = layout.place_state(restored[0])
+        else:
+            state = layout.init(parts.init, keys.init)
+            if config.train.init_from:
+                drawn = layout.saved_state(state)
+                state = layout.place_state(start_from(Path(config.train.init_from), drawn, run=run))
         first = int(jax.device_get(layout.saved_state(state).step))
         train = config.train
+        feed: pipeline.Ahead[pipeline.Batch] = pipeline.batches(
+            source, train.seed, first, train.steps, batch_size=train.batch_size
+        )
         with (
-            batches(source, train.seed, first, train.steps, batch_size=train.batch_size) as feed,
+            feed,
             Progress(train.steps, initial=first, unit="step", description="looking") as progress,
         ):
             for batch in feed:
