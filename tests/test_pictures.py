@@ -6,7 +6,16 @@ from PIL import Image
 
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import write_whole
-from ddpm_jax.pictures import enlarge, grid, plot_loss, save_gif, save_png, smooth
+from ddpm_jax.pictures import (
+    enlarge,
+    grid,
+    plot_loss,
+    plot_rate_distortion,
+    plot_terms,
+    save_gif,
+    save_png,
+    smooth,
+)
 
 
 def random_images(*shape, seed=0):
@@ -163,6 +172,40 @@ def test_plot_shows_the_losses(tmp_path):
         plot_loss(tmp_path / name, [0, 1, 2], [1.0, loss, loss])
     a, b = (np.asarray(Image.open(tmp_path / name)) for name in "ab")
     assert (a != b).any()
+
+
+# matplotlib's first colours, C0 to C4.
+C0, C1, C2, C3, C4 = (31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189)
+
+
+def shows(path, colour):
+    """Whether a line of this colour is in a plot; thin ones are a little paler."""
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    return bool((abs(pixels - colour).sum(axis=-1) < 60).any())
+
+
+def test_plot_shows_the_quarters_of_the_chain_that_were_seen(tmp_path):
+    quartiles = np.tile([0.9, 0.5, np.nan, 0.1], (3, 1))
+    plot_loss(tmp_path / "loss.png", [0, 1, 2], [1.0, 0.5, 0.4], quartiles)
+    assert [shows(tmp_path / "loss.png", colour) for colour in (C0, C1, C2, C3, C4)] == [True, True, True, False, True]
+    plot_loss(tmp_path / "plain.png", [0, 1, 2], [1.0, 0.5, 0.4])
+    assert [shows(tmp_path / "plain.png", colour) for colour in (C0, C1, C2, C3, C4)] == [True] + 4 * [False]
+
+
+def test_plot_of_terms_leaves_out_what_a_logarithm_cannot_show(tmp_path):
+    terms = np.array([2.0, 0.5, 0.0, -1.0, np.nan, 0.01])
+    plot_terms(tmp_path / "terms.png", terms, np.full(6, 0.1))
+    assert shows(tmp_path / "terms.png", C0)
+    plot_terms(tmp_path / "alone.png", terms, np.full(6, np.nan))  # a single image has no standard errors
+    assert shows(tmp_path / "alone.png", C0)
+
+
+def test_plot_of_rate_and_distortion_is_three_curves(tmp_path):
+    plot_rate_distortion(tmp_path / "curve.png", np.arange(1, 21), np.linspace(0, 2, 20), np.linspace(80, 1, 20))
+    with Image.open(tmp_path / "curve.png") as picture:
+        thirds = np.split(np.asarray(picture.convert("RGB")), 3, axis=1)
+    assert all((third == C0).all(axis=-1).sum() > 100 for third in thirds)
 
 
 def test_plot_refuses_unequal_lengths(tmp_path):
