@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ddpm_jax.command import parse_run, run_script
 from ddpm_jax.config import build_unet, image_shape, validate, warnings_of
+from ddpm_jax.data.check import check_data
 from ddpm_jax.data.sources import resolve
 from ddpm_jax.progress import say
 from ddpm_jax.summary import summary
@@ -25,6 +26,8 @@ class Options:
     """Print the network's blocks, shapes, parameters and FLOPs, and stop."""
     debug_nans: bool = False
     """Go on from the newest checkpoint until a step is not finite, say which layer was the first, and stop."""
+    check_data: bool = False
+    """Read every image, print what there is, draw 64 of them to data.png in the run's folder, and stop."""
 
 
 def main() -> None:
@@ -34,9 +37,13 @@ def main() -> None:
     if options.summary:
         print(summary(build_unet(config), image_shape(config)))
         return
+    run = Path(options.workdir or Path("runs") / config.name)
+    if options.check_data:
+        for line in check_data(config, run / "data.png"):
+            print(line, flush=True)
+        return
     for warning in warnings_of(config):
         say(f"warning: {warning}")
-    run = Path(options.workdir or Path("runs") / config.name)
     if options.debug_nans:
         print(find_not_finite(config, run))
         return

@@ -48,7 +48,7 @@ class DataConfig:
 
     source: str = "digits"
     """digits (scikit-learn's), folder, npz, npy, idx (MNIST's format), cifar10, or tfds:NAME (tensorflow-datasets)."""
-    path: str = ""
+    path: str = field(default="", metadata=_FREE)
     """The folder of images or idx files, the .npz or .npy, CIFAR-10's archive, TFDS's data_dir; none for the digits."""
     split: str = "train"
     """train, test or all; for TFDS any split that it knows."""

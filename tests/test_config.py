@@ -326,6 +326,7 @@ def test_a_field_that_differs_is_named_unless_it_is_free(name):
 def test_what_shapes_no_number_of_a_step_is_free():
     assert {name for name, leaf in leaves(Config).items() if leaf.free} == {
         "name",
+        "data.path",
         "data.memory_gib",
         "data.device_gib",
         "data.workers",

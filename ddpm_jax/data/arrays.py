@@ -178,8 +178,7 @@ def _check_images(images: _Array) -> None:
         raise UserError(
             f"data.path: {images} is {shape}, not (N, H, W, C) or (N, H, W); reshape it so and save it anew"
         )
-    channels = (1, 3, 4)
-    if len(images.shape) == 4 and images.shape[3] not in channels and images.shape[1] in channels:
+    if len(images.shape) == 4 and images.shape[1] in (1, 3, 4) and min(images.shape[2:]) > 4:
         raise UserError(
             f"data.path: {images} is {shape}, which has the channels first; save images.transpose(0, 2, 3, 1)"
         )

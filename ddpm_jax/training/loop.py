@@ -23,6 +23,8 @@ from ddpm_jax.config import (
     read_config,
     save_config,
 )
+from ddpm_jax.data.check import check_classes
+from ddpm_jax.data.fingerprint import check_same_set
 from ddpm_jax.data.pipeline import to_uint8
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source
@@ -64,11 +66,12 @@ def train(config: Config, run: Path) -> None:
         _adopt_config(config, run)
         source = load_source(config.data)
         say(source.describe())
+        check_same_set(run / "data.json", source)
         _train(config, run, source, received)
 
 
 def _train(config: Config, run: Path, source: Source, received: list[int]) -> None:
-    _check_labels(config, source)
+    check_classes(config, source)
     parts = assemble(config, source.image_shape)
     layout, init = parts.layout, parts.init
     init_key, run_key, samples_key = parts.keys
@@ -190,20 +193,6 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
         _plot(run, metrics_file)
     last_line = read_lines(metrics_file)[-1]
     say(f"{run}: {config.train.steps} steps done, loss {last_line['loss']:.4f}")
-
-
-def _check_labels(config: Config, source: Source) -> None:
-    classes = config.model.num_classes
-    if classes and source.read_labels is None:
-        raise UserError(
-            f"model.num_classes={classes}, but the images have no labels ({source.describe()}): give them labels, or "
-            "train an unconditional network with --model.num-classes 0"
-        )
-    if classes and classes != len(source.class_names):
-        raise UserError(
-            f"model.num_classes={classes}, but the images have {len(source.class_names)} classes: "
-            f"use --model.num-classes {len(source.class_names)}"
-        )
 
 
 def _make_speed(config: Config, unet: UNet) -> Callable[[int, float, float], dict[str, float | None]]:

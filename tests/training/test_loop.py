@@ -63,7 +63,7 @@ def trained(_quickly, tmp_path_factory):
 
 def test_a_run_is_one_folder(trained):
     names = {path.name for path in trained.iterdir()} - {".lock"}
-    assert names == {"config.json", "metrics.jsonl", "timing.jsonl", "checkpoints", "loss.png"}
+    assert names == {"config.json", "data.json", "metrics.jsonl", "timing.jsonl", "checkpoints", "loss.png"}
     assert read_config(trained / "config.json") == TINY
     assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["4", "6"]
     lines = lines_of(trained / "metrics.jsonl")

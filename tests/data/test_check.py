@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_jax.config import Config, DataConfig, ModelConfig
+from ddpm_jax.data.check import check_classes, check_data, histogram
+from ddpm_jax.data.sources import load_source
+from ddpm_jax.errors import UserError
+
+
+def looked_at(config, grid):
+    """The lines, and the error at their end if there is one."""
+    lines = []
+    try:
+        lines.extend(check_data(config, grid))
+    except UserError as error:
+        return lines, str(error)
+    return lines, None
+
+
+def test_the_digits_are_described(tmp_path):
+    source = load_source(DataConfig())
+    lines, error = looked_at(Config(), tmp_path / "new" / "data.png")
+    assert error is None
+    assert lines[0] == source.describe()
+    mean, deviation = source.images.mean(), source.images.std()
+    assert lines[1] == (
+        f"pixels: uint8 from 0 to 255; mean and deviation of each channel: {mean:.1f} +- {deviation:.1f}"
+    )
+    counts = np.bincount(source.labels)
+    assert lines[2].startswith(f"classes: 10 (0 {counts[0]}, 1 {counts[1]}, ")
+    assert lines[3].startswith("the first 64 images of training: ")
+    with Image.open(tmp_path / "new" / "data.png") as picture:
+        assert picture.size == (730, 730)  # 8 times 8 pixels and a line, ten times as large
+
+
+def test_levels_are_counted_channel_by_channel_from_memory_and_from_disk(sets, tmp_path):
+    pixels = sets.noise(140, 3, 3).reshape(70, 2, 3, 3)
+    np.savez(tmp_path / "a.npz", pixels)
+    for gib in (1.0, 0.0):
+        counts = histogram(load_source(sets.config("npz", tmp_path / "a.npz", (2, 3), 3, memory_gib=gib)))
+        np.testing.assert_array_equal(counts, [np.bincount(pixels[..., c].ravel(), minlength=256) for c in range(3)])
+
+
+@pytest.mark.parametrize("memory_gib", [1.0, 0.0])
+def test_a_set_of_any_number_of_channels_can_be_looked_at(sets, tmp_path, memory_gib):
+    np.save(tmp_path / "a.npy", sets.noise(5 * 4, 4, 5).reshape(5, 4, 4, 5))
+    config = Config(data=sets.config("npy", tmp_path / "a.npy", (4, 4), 5, memory_gib=memory_gib))
+    lines, error = looked_at(config, tmp_path / "data.png")
+    assert error is None
+    assert lines[1].count("+-") == 5
+    assert lines[2] == "classes: none"
+    assert lines[3].startswith("the first 5 images")
+
+
+def test_all_files_unreadable_are_all_named(sets, tmp_path):
+    for i in range(9):
+        (tmp_path / f"{i}.png").write_bytes(b"no picture")
+    lines, error = looked_at(Config(data=sets.config("folder", tmp_path, channels=3)), tmp_path / "data.png")
+    assert lines == ["unreadable: 9 files", *(f"  {tmp_path / f'{i}.png'} (no picture)" for i in range(9))]
+    assert "9 of 9 files" in error
+    assert not (tmp_path / "data.png").exists()
+
+
+def test_classes_that_do_not_go_with_the_network_are_refused_after_all_is_told(tmp_path):
+    lines, error = looked_at(Config(model=ModelConfig(num_classes=7)), tmp_path / "data.png")
+    assert len(lines) == 4
+    assert error == "model.num_classes=7, but the images have 10 classes: use --model.num-classes 10"
+    check_classes(Config(model=ModelConfig(num_classes=10)), load_source(DataConfig()))
