@@ -96,13 +96,17 @@ def _decode(config: DataConfig, i: int, image: bytes | np.ndarray) -> np.ndarray
 
 def _open_set(config: DataConfig) -> _Prepared:
     """Opens a prepared data set; of one that is not prepared it says so at once, and touches no network."""
-    import tensorflow_datasets as tfds
-
     name = config.source.removeprefix("tfds:")
     with _quiet("absl"):
         try:
+            import tensorflow_datasets as tfds
+
             builder = tfds.builder(name, data_dir=str(pathlib.Path(config.path).expanduser()) if config.path else None)
             prepared = builder.is_prepared()
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"data.source: {config.source} needs the package {error.name}: `pip install -r requirements.txt`"
+            ) from error
         except Exception as error:  # an unknown name, configuration or version: TFDS has a kind for each
             raise _unknown(name, error) from error
         features = builder.info.features
@@ -114,8 +118,8 @@ def _open_set(config: DataConfig) -> _Prepared:
             where = f" --data_dir={config.path}" if config.path else ""
             raise UserError(
                 f"data.source: {name} is not prepared in {builder.data_dir}; where there is a network do once"
-                f" `pip install tensorflow` and `tfds build {name} --file_format=array_record{where}`"
-                " (TensorFlow is not needed after that)"
+                f" `pip install -r requirements-tfds.txt` and `tfds build {name} --file_format=array_record{where}`"
+                " (TensorFlow, which the first brings, is not needed after that)"
             )
         skip = {"image": tfds.decode.SkipDecoding()} if isinstance(features["image"], tfds.features.Image) else None
         try:

@@ -85,6 +85,7 @@ def test_a_prepared_set_is_read_from_disk_resized_and_converted(sets, prepared):
     [
         ("tfds:tiny_pictures", {"split": "val"}, "no split 'val'; it has train, test"),
         ("tfds:tiny_pictures", {"channels": 2}, "must be 1, 3 or 4"),
+        ("tfds:cifar10", {}, "`pip install -r requirements-tfds.txt`"),
         ("tfds:cifar10", {}, "`tfds build cifar10 --file_format=array_record --data_dir="),
         ("tfds:cifer10", {}, "did you mean cifar10"),
         ("tfds:lsun/bedrom", {}, "no configuration 'bedrom'; it has bedroom"),
@@ -100,6 +101,15 @@ def test_a_set_that_tfds_cannot_give_is_refused_without_a_look_at_the_network(
 
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     assert said in sets.refused(sets.config(name, prepared, **others))
+
+
+def test_a_package_that_is_missing_is_named(sets, prepared, monkeypatch):
+    def missing(*arguments, **named):
+        raise ModuleNotFoundError("No module named 'importlib_resources'", name="importlib_resources")
+
+    monkeypatch.setattr(tfds, "builder", missing)
+    message = sets.refused(sets.config("tfds:tiny_pictures", prepared, (6, 8), 3))
+    assert "needs the package importlib_resources: `pip install -r requirements.txt`" in message
 
 
 def test_a_set_without_random_access_is_refused(sets, prepared, tmp_path):
