@@ -10,6 +10,7 @@ from ddpm_jax.command import parse_run, run_script
 from ddpm_jax.config import build_unet, image_shape, validate, warnings_of
 from ddpm_jax.data.check import check_data
 from ddpm_jax.data.sources import resolve
+from ddpm_jax.hosts import Hosts, join
 from ddpm_jax.progress import say
 from ddpm_jax.summary import summary
 from ddpm_jax.training.diagnosis import find_not_finite
@@ -28,6 +29,7 @@ class Options:
     """Go on from the newest checkpoint until a step is not finite, say which layer was the first, and stop."""
     check_data: bool = False
     """Read every image, print what there is, draw 64 of them to data.png in the run's folder, and stop."""
+    hosts: Hosts = Hosts()
 
 
 def main() -> None:
@@ -42,6 +44,7 @@ def main() -> None:
         for line in check_data(config, run / "data.png"):
             print(line, flush=True)
         return
+    join(options.hosts)
     for warning in warnings_of(config):
         say(f"warning: {warning}")
     if options.debug_nans:

@@ -7,6 +7,7 @@ values of them, and writes the help.
 import dataclasses
 import os
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import tyro
 
 from ddpm_jax.config import Config, Leaf, describe, leaves, load_config, members, nearest
 from ddpm_jax.errors import Stopped, UserError
+from ddpm_jax.hosts import are_joined, end_all
 
 Options = typing.TypeVar("Options")
 
@@ -119,6 +121,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     """
     program = Path(sys.argv[0]).name
     status: Any
+    line = ""
     try:
         try:
             status = main() or 0
@@ -126,7 +129,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
             status = ending.code
         sys.stdout.flush()
     except UserError as error:
-        print(f"{program}: error: {_one_line(error)}", file=sys.stderr)
+        line = _one_line(error)
+        print(f"{program}: error: {line}", file=sys.stderr)
         status = 2
     except Stopped as stop:
         print(f"{program}: {_one_line(stop)}", file=sys.stderr)
@@ -138,6 +142,13 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         # The interpreter flushes stdout once more on its way out, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
+    except Exception as error:
+        if not are_joined():
+            raise
+        traceback.print_exc()
+        line, status = f"{type(error).__name__}: {_one_line(error)}", 1
+    if status in (1, 2) and are_joined():
+        end_all(line, status)
     sys.exit(status)
 
 

@@ -52,7 +52,7 @@ class Progress:
         self._line_done = initial
         self._closed = False
         self._bar = None
-        if self._file.isatty():
+        if self._file.isatty() and not _silent:
             self._bar = tqdm(
                 total=total,
                 initial=initial,
@@ -96,6 +96,8 @@ class Progress:
         self.close()
 
     def _write_line(self) -> None:
+        if _silent:
+            return
         now = self._clock()
         # The speed of late: that of the whole would long remember the compilation. The last line has the whole's.
         since, at = (self._initial, self._start) if self._closed else (self._line_done, self._line_time)
@@ -114,6 +116,16 @@ class Progress:
         )
 
 
+_silent = False
+
+
+def be_silent() -> None:
+    """Makes `say` and `Progress` of this process say nothing from now on: of many hosts only the first one speaks."""
+    global _silent
+    _silent = True
+
+
 def say(line: str) -> None:
     """Writes a line to stderr for the person who is watching, above the bar if there is one."""
-    tqdm.write(line, file=sys.stderr)
+    if not _silent:
+        tqdm.write(line, file=sys.stderr)

@@ -107,7 +107,7 @@ def batches(
     last_step: int,
     *,
     batch_size: int,
-    rows: slice = slice(None),  # noqa: B008
+    rows: slice | np.ndarray = slice(None),  # noqa: B008
     labelled: bool = True,
     workers: int = 0,
     ahead: int = _AHEAD,

@@ -18,6 +18,7 @@ import numpy as np
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import write_whole
+from ddpm_jax.hosts import is_first
 
 
 class Board(typing.Protocol):
@@ -76,7 +77,7 @@ def open_boards(config: Config, run: Path, *, first: int) -> Iterator[Boards]:
       first: how many steps are done; what a board has of later ones is void.
 
     Yields:
-      the `Boards`.
+      the `Boards`; none on hosts but the first.
 
     Raises:
       UserError: a package is missing, or Weights & Biases cannot be reached or does not know who you are.
@@ -84,7 +85,7 @@ def open_boards(config: Config, run: Path, *, first: int) -> Iterator[Boards]:
     with contextlib.ExitStack() as opened:
         boards: list[Board] = []
         for wanted, make in ((config.log.tensorboard, _TensorBoard), (config.log.wandb, _WandB)):
-            if wanted:
+            if wanted and is_first():
                 board = make(config, run, first)
                 opened.callback(board.close)
                 boards.append(board)

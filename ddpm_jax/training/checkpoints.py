@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from ddpm_jax.errors import UserError
+from ddpm_jax.hosts import first_line, is_first, wait_for_all
 from ddpm_jax.training.state import Params, TrainState
 
 # Orbax warns of what is meant to be so (waiting for a save, opening to read only).
@@ -306,7 +307,10 @@ class Checkpoints:
         number = 0
         while (aside := folder.with_name(f"damaged_{step}_{number}")).exists():
             number += 1
-        os.rename(folder, aside)
+        wait_for_all("the name of what is set aside is chosen")
+        if is_first():
+            os.rename(folder, aside)
+        wait_for_all("what is damaged is set aside")
         self._manager.reload()
         return aside
 
@@ -323,9 +327,12 @@ def _restore(
     _check_shapes(step, saved, abstract, of=of)
     try:
         restores = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-        restored = manager.restore(step, args=ocp.args.Composite(**restores))
+        restored, damage = manager.restore(step, args=ocp.args.Composite(**restores)), ""
     except Exception as error:  # damage raises half a dozen types
-        raise Damage(_first_line(error)) from error
+        damage = _first_line(error)
+    # What is damaged for one host is so for all: they go on together.
+    if damage := first_line(damage):
+        raise Damage(damage)
     items = {name: restored[name] for name in abstract}
     for name, leaf in _leaves(items).items():
         if _crc32(_on_host(leaf)) != saved[name]["crc32"]:

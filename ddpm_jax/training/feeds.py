@@ -92,7 +92,15 @@ def make_feed(
 
     def open_on_host(first: int, last: int) -> pipeline.Ahead[Fed]:
         return pipeline.batches(
-            source, seed, first, last, batch_size=batch_size, labelled=labelled, workers=workers, then=send
+            source,
+            seed,
+            first,
+            last,
+            batch_size=batch_size,
+            rows=layout.rows,
+            labelled=labelled,
+            workers=workers,
+            then=send,
         )
 
     kept = "streamed from disk" if source.images is None else "kept in memory"

@@ -2,6 +2,8 @@
 
 import collections
 import contextlib
+import functools
+import math
 import os
 import signal
 import time
@@ -19,9 +21,11 @@ from ddpm_jax.config import (
     Config,
     differences,
     image_shape,
+    leaves,
     matmul_precision,
     read_config,
     save_config,
+    value_of,
 )
 from ddpm_jax.data.check import check_classes
 from ddpm_jax.data.fingerprint import check_same_set
@@ -30,6 +34,8 @@ from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source
 from ddpm_jax.errors import Stopped, UserError
 from ddpm_jax.files import claimed
+from ddpm_jax.hosts import Agreement, are_joined, end_all, is_first, wait_for_all
+from ddpm_jax.mesh import by_image, everywhere, gather
 from ddpm_jax.progress import Progress, say
 from ddpm_jax.samplers import sample
 from ddpm_jax.training.assembly import assemble
@@ -45,6 +51,8 @@ from ddpm_jax.unet import UNet
 
 # Steps dispatched before the first of them is waited for: the device never waits for the host, nor runs far ahead.
 _IN_FLIGHT = 2
+# A network's disk may show a file to other hosts so much later.
+_SECONDS_TO_BE_SEEN = 60
 
 
 def train(config: Config, run: Path) -> None:
@@ -62,8 +70,15 @@ def train(config: Config, run: Path) -> None:
         a checkpoint cannot be read or written, or the loss is not finite.
       Stopped: SIGINT or SIGTERM came; the state is saved.
     """
-    with claimed(run), _signals() as received, matmul_precision(config):
-        _adopt_config(config, run)
+    with contextlib.ExitStack() as held:
+        received = held.enter_context(_signals())
+        held.enter_context(matmul_precision(config))
+        if is_first():
+            held.enter_context(claimed(run))
+            _adopt_config(config, run)
+        wait_for_all("the run's folder is this run's")
+        if not is_first():
+            _check_shared(config, run)
         source = load_source(config.data)
         say(source.describe())
         check_same_set(run / "data.json", source)
@@ -85,7 +100,7 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
         workers=config.data.workers,
     )
     training_step = layout.lift(fed(parts.make_step, feed))
-    draw = _make_draw(config, samples_key, gather=layout.gather)
+    draw = _make_draw(config, samples_key, mesh=layout.mesh)
     speed = _make_speed(config, parts.unet)
     metrics_file, timing_file = run / "metrics.jsonl", run / "timing.jsonl"
 
@@ -103,7 +118,7 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
             state = layout.place_state(restored[0])
             window = [StepNumbers(*numbers) for numbers in restored[1]["window"]]
         first = int(jax.device_get(layout.saved_state(state).step))
-        for file in (metrics_file, timing_file):
+        for file in (metrics_file, timing_file) if is_first() else ():
             rewind(file, first)
         if first >= config.train.steps:
             say(f"{run} has done its {first} steps; --train.steps {2 * first} would train it further")
@@ -122,6 +137,7 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
             saved_at = time.monotonic()
 
         in_flight: collections.deque[tuple[int, StepInfo]] = collections.deque()
+        agree = Agreement(2, lag=_IN_FLIGHT)
 
         def collect(left: int) -> None:
             """Waits for all but the last `left` steps, and looks at what they said."""
@@ -157,12 +173,16 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
                 else:
                     progress.update(1)
 
+                overdue = is_first() and 0 < 60 * rules.minutes <= time.monotonic() - saved_at
+                if overdue:
+                    saved_at = time.monotonic()  # it is said once, and done when all know
+                stopped_by, due = agree((received[0] if received else 0, overdue))
+
                 last = step == config.train.steps
                 logs = step % config.log.every == 0 or last
-                overdue = 0 < 60 * rules.minutes <= time.monotonic() - saved_at
-                saves = step % rules.every == 0 or overdue or last
+                saves = step % rules.every == 0 or due or last
                 draws = config.log.samples_every > 0 and (step % config.log.samples_every == 0 or last)
-                if not (logs or saves or draws or received):
+                if not (logs or saves or draws or stopped_by):
                     continue
                 collect(0)
                 busy += time.perf_counter() - stretch
@@ -171,26 +191,30 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
                     line = {"step": step, **summarise(window), "learning_rate": rate}
                     waited = opened.seconds_waited - waited_before
                     timing = {"step": step, **speed((step - stretch_first) * config.train.batch_size, busy, waited)}
-                    append_line(metrics_file, line)
-                    append_line(timing_file, timing)
+                    if is_first():
+                        append_line(metrics_file, line)
+                        append_line(timing_file, timing)
                     boards.numbers({**line, **timing})
                     window.clear()
                     busy, waited_before, stretch_first = 0.0, opened.seconds_waited, step
                 if draws:
                     images = draw(layout.saved_state(state).ema)
-                    picture = pictures.enlarge(pictures.grid(images))
-                    pictures.save_png(run / "samples" / f"step_{step:07d}.png", picture)
-                    boards.picture(step, "samples", picture)
-                    _plot(run, metrics_file)
-                if saves or received:
+                    if is_first():
+                        picture = pictures.enlarge(pictures.grid(images))
+                        pictures.save_png(run / "samples" / f"step_{step:07d}.png", picture)
+                        boards.picture(step, "samples", picture)
+                        _plot(run, metrics_file)
+                if saves or stopped_by:
                     save(step)
-                if received and not last:
+                if stopped_by and not last:
                     checkpoints.wait()
-                    name = signal.Signals(received[0]).name
-                    raise Stopped(received[0], f"stopped by {name} at step {step}, saved: the same command goes on")
+                    name = signal.Signals(stopped_by).name
+                    raise Stopped(stopped_by, f"stopped by {name} at step {step}, saved: the same command goes on")
                 stretch = time.perf_counter()
         checkpoints.wait()
-        _plot(run, metrics_file)
+    if not is_first():
+        return
+    _plot(run, metrics_file)
     last_line = read_lines(metrics_file)[-1]
     say(f"{run}: {config.train.steps} steps done, loss {last_line['loss']:.4f}")
 
@@ -215,18 +239,20 @@ def _make_speed(config: Config, unet: UNet) -> Callable[[int, float, float], dic
     return speed
 
 
-def _make_draw(config: Config, key: Array, *, gather: Callable[[Params], Params]) -> Callable[[Params], np.ndarray]:
+def _make_draw(config: Config, key: Array, *, mesh: jax.sharding.Mesh) -> Callable[[Params], np.ndarray]:
     """Makes the function from averaged parameters to a grid's images, always of the same latents."""
     steps, number = config.log.sample_steps, config.log.num_samples
     choice = Choice(sampler="ddim", steps=steps) if steps else Choice()
     make = make_chain(config, choice)
+    drawn = math.ceil(number / mesh.size) * mesh.size
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=everywhere(mesh))
     def draw(ema: Params, key: Array) -> Array:
-        sampler = make(gather(ema), labels_of(config, choice, jnp.arange(number)))
-        return to_uint8(sample(key, sampler, (number, *image_shape(config))))
+        indices = jax.lax.with_sharding_constraint(jnp.arange(drawn), by_image(mesh))
+        sampler = make(gather(mesh, ema), labels_of(config, choice, indices))
+        return to_uint8(sample(key, sampler, (drawn, *image_shape(config)), indices=indices))
 
-    return lambda ema: np.asarray(draw(ema, key))
+    return lambda ema: np.asarray(draw(ema, key))[:number]
 
 
 def _plot(run: Path, metrics_file: Path) -> None:
@@ -250,6 +276,20 @@ def _adopt_config(config: Config, run: Path) -> None:
     save_config(config, file)
 
 
+def _check_shared(config: Config, run: Path) -> None:
+    """Checks that this host sees the folder that the first one writes to, and was started with the same command."""
+    file = run / "config.json"
+    until = time.monotonic() + _SECONDS_TO_BE_SEEN
+    while not file.exists() and time.monotonic() < until:
+        time.sleep(1)
+    if not file.exists():
+        raise UserError(f"{run} of the first host is not seen from here: it must be on a disk that all hosts share")
+    theirs = read_config(file)
+    different = [name for name in leaves(Config) if value_of(theirs, name) != value_of(config, name)]
+    if different:
+        raise UserError(f"started with another {', '.join(different)} than the first host: use the same command")
+
+
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM, so that the loop can end between two steps; a second one ends at once."""
@@ -258,6 +298,8 @@ def _signals() -> Iterator[list[int]]:
     def note(number: int, frame: object) -> None:
         del frame
         if received:
+            if are_joined():
+                end_all("stopped by a second signal, not saved", 128 + number)
             os._exit(128 + number)
         received.append(number)
         say("stopping after this step, saving; once more to stop without saving")

@@ -14,7 +14,7 @@ from jax import Array
 from ddpm_jax.config import Parallel
 from ddpm_jax.errors import UserError
 from ddpm_jax.mesh import by_image, everywhere, gather, make_mesh, shardings
-from ddpm_jax.training.state import Params, TrainState
+from ddpm_jax.training.state import TrainState
 from ddpm_jax.training.step import Batch, StepInfo, TrainingStep
 
 # Of pmap; the axes of a mesh have names of their own.
@@ -31,7 +31,7 @@ class Layout:
     init: Callable[[Callable[[Array], TrainState], Array], TrainState]
     """From an `init(key)` and a key to the state, made where it lies."""
     place_batch: Callable[[np.ndarray, np.ndarray | None], Batch]
-    """From the images of the whole batch and their labels (or None), on the host, to the batch on the devices."""
+    """From the images of this host's `rows` of the batch and their labels (or None) to the batch on the devices."""
     place_whole: Callable[[typing.Any], typing.Any] | None
     """From arrays on the host to the same, whole on every device; None where a step takes its own share alone."""
     share_out: Callable[[Array], Array]
@@ -42,8 +42,10 @@ class Layout:
     """From the state on the devices to the state as it is saved, which has no axis of devices."""
     abstract_state: Callable[[Callable[[Array], TrainState], Array], TrainState]
     """From an `init(key)` and a key to the shapes, types and shardings of the state as it is saved."""
-    gather: Callable[[Params], Params]
-    """From parameters as they are saved to the same, whole on every device; for use in a compiled function."""
+    mesh: jax.sharding.Mesh
+    """Where states lie as they are saved."""
+    rows: slice | np.ndarray
+    """Which rows of the whole batch this host reads, rising."""
 
 
 def make_layout(
@@ -80,16 +82,17 @@ def make_layout(
     # The gradient of a convolution in a loop is 20 times slower on a CPU; elsewhere a loop compiles sooner.
     steps = {"parts": parts, "unroll": devices[0].platform == "cpu"}
     if parallel == "jit":
-        return _jit_layout(make_mesh(devices, fsdp=fsdp), steps)
+        return _jit_layout(make_mesh(devices, fsdp=fsdp), batch_size, steps)
+    if jax.process_count() > 1:
+        raise UserError("train.parallel=pmap is for the devices of one host: use --train.parallel jit for many")
     return _pmap_layout(devices, steps)
 
 
-def _jit_layout(mesh: jax.sharding.Mesh, steps: dict[str, Any]) -> Layout:
+def _jit_layout(mesh: jax.sharding.Mesh, batch_size: int, steps: dict[str, Any]) -> Layout:
     whole, shared_out = everywhere(mesh), by_image(mesh)
-    gather_here = functools.partial(gather, mesh)
 
     def lift(make_step: Callable[..., TrainingStep]) -> TrainingStep:
-        step, compiled = make_step(gather=gather_here, **steps), None
+        step, compiled = make_step(gather=functools.partial(gather, mesh), **steps), None
 
         def on_mesh(key: Array, state: TrainState, batch: Batch) -> tuple[TrainState, StepInfo]:
             nonlocal compiled
@@ -104,8 +107,13 @@ def _jit_layout(mesh: jax.sharding.Mesh, steps: dict[str, Any]) -> Layout:
     def init_here(init: Callable[[Array], TrainState], key: Array) -> TrainState:
         return jax.jit(init, out_shardings=shardings(mesh, jax.eval_shape(init, key)))(key)
 
+    rows = _rows_here(shared_out, batch_size)
+
     def place_batch(images: np.ndarray, labels: np.ndarray | None = None) -> Batch:
-        return jax.device_put(Batch(images, np.arange(len(images), dtype=np.int32), labels), shared_out)
+        batch = Batch(images, np.arange(batch_size, dtype=np.int32)[rows], labels)
+        if isinstance(rows, slice):
+            return jax.device_put(batch, shared_out)
+        return jax.tree.map(lambda leaf: _from_rows(leaf, rows, batch_size, shared_out), batch)
 
     def place_whole(arrays: typing.Any) -> typing.Any:
         place = lambda array: jax.make_array_from_callback(array.shape, whole, lambda index: array[index])
@@ -124,8 +132,29 @@ def _jit_layout(mesh: jax.sharding.Mesh, steps: dict[str, Any]) -> Layout:
         place_state=lambda state: jax.device_put(state, shardings(mesh, state)),
         saved_state=lambda state: state,
         abstract_state=abstract_state,
-        gather=gather_here,
+        mesh=mesh,
+        rows=rows,
     )
+
+
+def _rows_here(sharding: jax.sharding.NamedSharding, batch_size: int) -> slice | np.ndarray:
+    """Finds the rows of a batch that lie on devices of this host."""
+    if sharding.is_fully_addressable:
+        return slice(None)
+    # Devices of a host need not be neighbours in the mesh.
+    parts = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.sort(np.concatenate([np.arange(batch_size)[index] for index in parts]))
+
+
+def _from_rows(leaf: np.ndarray, rows: np.ndarray, batch_size: int, sharding: jax.sharding.NamedSharding) -> Array:
+    """Makes an array over all hosts of the rows that each of them has."""
+
+    def part(index: typing.Any) -> np.ndarray:
+        first, stop, _ = index[0].indices(batch_size)
+        begin = int(np.searchsorted(rows, first))
+        return leaf[begin : begin + stop - first]
+
+    return jax.make_array_from_callback((batch_size, *leaf.shape[1:]), sharding, part)
 
 
 def _described(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
@@ -168,5 +197,6 @@ def _pmap_layout(devices: Sequence[jax.Device], steps: dict[str, Any]) -> Layout
         place_state=place_state,
         saved_state=lambda state: jax.tree.map(lambda leaf: leaf[0], state),
         abstract_state=lambda init, key: jax.tree.map(lambda leaf: _described(leaf, alone), jax.eval_shape(init, key)),
-        gather=lambda params: params,
+        mesh=make_mesh(devices[:1]),
+        rows=slice(None),
     )
