@@ -45,7 +45,8 @@ class LikelihoodOptions:
     """The normal distribution function of the decoder: the original's approximation, or the exact erf."""
     times: int = 0
     """Looks at so many of the T times, drawn for each image anew from ranges of about equal ratio: an unbiased estimate
-    at a part of the cost, whose standard error says what it is worth; 0: all."""
+    at a part of the cost, whose standard error says what it is worth (optimal variances are then estimated so too);
+    0: all."""
     out: str | None = None
     """The job's folder; one in RUN/likelihood if not given."""
 

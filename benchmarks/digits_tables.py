@@ -3,7 +3,8 @@
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python benchmarks/digits_tables.py
 
 Trains one run a loss (three, minutes each), then evaluates: about two hours on two CPU cores. Started again it goes on
-where it was, since every command that it calls does. Writes docs/digits_bits.csv and docs/digits_quality.csv.
+where it was, since every command that it calls does. Writes docs/digits_bits.csv, docs/digits_quality.csv
+and its plot.
 """
 
 import csv
@@ -11,6 +12,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = Path("runs") / "digits_tables"
@@ -63,6 +67,21 @@ def write(name: str, rows: list[dict[str, object]]) -> None:
         writer.writerows(rows)
 
 
+def plot(rows: list[dict[str, object]]) -> None:
+    """Draws the table of quality: the distance over the steps, a line a sampler."""
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for sampler in SAMPLERS:
+        steps, ratios = zip(*[(row["steps"], row["ratio"]) for row in rows if row["sampler"] == sampler], strict=True)
+        axes.plot(steps, ratios, marker="o", label=sampler)
+    axes.axhline(1, color="grey", linestyle="--", label="real images among themselves")
+    axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="Frechet distance, relative to real images'")
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend()
+    figure.savefig(ROOT / "docs" / "digits_quality.png")
+
+
 def main() -> None:
     for loss, words in LOSSES.items():
         call("train.py", "configs/digits.py", "--workdir", RUNS / loss, *words)
@@ -72,6 +91,7 @@ def main() -> None:
         write("digits_quality.csv", table)
     table += [quality("ancestral", 1000)]
     write("digits_quality.csv", table)
+    plot(table)
     table = []
     for variance in VARIANCES:
         for loss in LOSSES:

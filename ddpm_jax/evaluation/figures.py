@@ -84,7 +84,7 @@ def draw_figures(job: Job, run: Path, out: Path, *, num: int = 8, batch_size: in
             curve = (run / "loss.png").read_bytes()
             write_whole(out / "loss.png", lambda file: file.write(curve))
             drawn.append(Figure("loss.png", "The loss over the steps of training."))
-        text = _captions(editor, run, drawn, missing)
+        text = _captions(editor, run, drawn, missing, num=num)
         write_whole(out / "figures.md", lambda file: file.write(text.encode()))
     return out / "figures.md"
 
@@ -247,7 +247,7 @@ def _save(path: Path, picture: np.ndarray) -> None:
     pictures.save_png(path, pictures.enlarge(picture, side=_SIDE))
 
 
-def _captions(editor: Editor, run: Path, drawn: list[Figure], missing: str) -> str:
+def _captions(editor: Editor, run: Path, drawn: list[Figure], missing: str, *, num: int) -> str:
     job, data = editor.job, editor.job.config.data
     lines = [
         f"# Figures of {job.config.name}",
@@ -257,7 +257,7 @@ def _captions(editor: Editor, run: Path, drawn: list[Figure], missing: str) -> s
         f"{job.choice.sampler} in {editor.num_steps} steps, variance {job.config.diffusion.variance}, "
         f"x_0 {'clipped' if job.config.diffusion.clip_x0 else 'not clipped'}; seed {job.seed}. "
         "Figures are numbered as in Ho et al. 2020; t is the paper's, from 1 to T. "
-        f"Drawn again by `python evaluate.py figures {run} --seed {job.seed} --step {job.checkpoint}"
+        f"Drawn again by `python evaluate.py figures {run} --num {num} --seed {job.seed} --step {job.checkpoint}"
         + (f" --steps {job.choice.steps}`." if job.choice.steps else "`."),
         "",
     ]
