@@ -116,7 +116,7 @@ def test_all_figures_are_drawn_and_said_what_they_are(drawn):
     assert re.findall(r"^## (.*)$", text, re.M) == re.findall(r"\]\((.*)\)", text)
     assert set(re.findall(r"^## (.*)$", text, re.M)) == files
     assert "Checkpoint 7" in text
-    assert f"evaluate.py figures {drawn} --seed 0 --step 7`" in text
+    assert f"evaluate.py figures {drawn} --num 2 --seed 0 --step 7`" in text
     assert (folder / "loss.png").read_bytes() == (drawn / "loss.png").read_bytes()
     for name, (rows, columns) in COLUMNS.items():
         assert cells(folder / f"{name}.png", rows, columns).std() > 10
