@@ -1,9 +1,9 @@
-"""The tables of docs/results.md: the digits' bits/dim by loss and variance, and quality by sampler and steps.
+"""The tables of docs/results/digits.md: the digits' bits/dim by loss and variance, and quality by sampler and steps.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python benchmarks/digits_tables.py
 
 Trains one run a loss (three, minutes each), then evaluates: about two hours on two CPU cores. Started again it goes on
-where it was, since every command that it calls does. Writes docs/digits_bits.csv, docs/digits_quality.csv
+where it was, since every command that it calls does. Writes docs/results/digits_bits.csv, digits_quality.csv
 and its plot.
 """
 
@@ -61,7 +61,7 @@ def quality(sampler: str, steps: int) -> dict[str, object]:
 
 def write(name: str, rows: list[dict[str, object]]) -> None:
     """Writes one table."""
-    with (ROOT / "docs" / name).open("w", newline="") as file:
+    with (ROOT / "docs" / "results" / name).open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -79,7 +79,7 @@ def plot(rows: list[dict[str, object]]) -> None:
     axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="Frechet distance, relative to real images'")
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
-    figure.savefig(ROOT / "docs" / "digits_quality.png")
+    figure.savefig(ROOT / "docs" / "results" / "digits_quality.png")
 
 
 def main() -> None:

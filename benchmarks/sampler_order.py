@@ -1,6 +1,6 @@
 r"""How fast each sampler converges: its error against the number of steps, for data whose truth is known exactly.
 
-    python benchmarks/sampler_order.py            # writes docs/sampler_order.png and docs/sampler_order.csv, minutes
+    python benchmarks/sampler_order.py            # minutes; writes docs/results/sampler_order.png and .csv
 
 The data are Gaussian, with a mean and four correlated pixels of very different variance. The best network is then known
 in closed form, every step of every sampler is an affine map plus Gaussian noise, and the law of what a chain ends in
@@ -37,7 +37,7 @@ from ddpm_jax.schedules import Schedule, make_betas
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-DOCS = pathlib.Path(__file__).parent.parent / "docs"
+DOCS = pathlib.Path(__file__).parent.parent / "docs" / "results"
 IMAGE = (2, 2, 1)
 SIZE = 4
 ORDER_STEPS = (5, 10, 20, 40, 80, 160)

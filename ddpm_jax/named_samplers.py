@@ -33,8 +33,8 @@ def default_spacing(name: str) -> Spacing:
     """Names the times that suit a sampler: solvers of second order and more want steps of one length in log SNR.
 
     Even steps of time end in one that spans several units of log SNR, over which a slope of x0 is carried too far:
-    `docs/sampler_order.csv` has what each sampler loses by which spacing. In fewer than 10 steps "unipc" is better on
-    "trailing".
+    `docs/results/sampler_order.csv` has what each sampler loses by which spacing. In fewer than 10 steps "unipc" is
+    better on "trailing".
     """
     return "linspace" if name in ("ancestral", "ddim") else "log_snr"
 
