@@ -32,7 +32,7 @@ SHAPE = {"height": 32, "width": 32, "channels": 3}
 def config_of(data: DataConfig) -> Config:
     config = Config(
         data=data,
-        model=ModelConfig(width=32, multipliers=(1, 2, 2), blocks=1, attention_resolutions=(), groups=8),
+        model=ModelConfig(width=16, multipliers=(1, 2), blocks=1, attention_resolutions=(), groups=8),
         train=TrainConfig(batch_size=BATCH, warmup=1, ema_decay=0.9),
     )
     validate(config)
