@@ -36,26 +36,25 @@ def fingerprint(source: Source) -> dict[str, typing.Any]:
     }
 
 
-def check_same_set(file: Path, source: Source) -> None:
+def check_same_set(file: Path, source: Source, *, write: bool = True) -> None:
     """Writes a set's fingerprint into a run's folder, or holds it against the one that is there.
 
     Args:
       file: the fingerprint, in the run's folder.
       source: the images.
+      write: whether to write the file where it is missing or damaged; of many hosts one does.
 
     Raises:
       UserError: the run was begun on another set, and in what they differ.
     """
     here = fingerprint(source)
-    if not file.exists():
-        text = json.dumps(here, indent=2) + "\n"
-        write_whole(file, lambda opened: opened.write(text.encode()))
-        return
     try:
         there = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError):
-        there = {}  # a damaged note of what the images were is no reason not to go on
-        write_whole(file, lambda opened: opened.write((json.dumps(here, indent=2) + "\n").encode()))
+    except (ValueError, TypeError, OSError):  # missing, or damaged: no reason not to go on
+        there = {}
+    if write and not there:
+        text = json.dumps(here, indent=2) + "\n"
+        write_whole(file, lambda opened: opened.write(text.encode()))
     different = [
         "other pixels or labels" if name == "crc32" else f"{name} {there[name]} there, {here[name]} here"
         for name in here

@@ -75,6 +75,8 @@ class Ahead(typing.Generic[Item]):
         self._pending.clear()
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._finish()
+        # What they hold goes now: Grain's iterators complain if they are still there when Python ends.
+        del self._read, self._finish
 
     def __enter__(self) -> "Ahead[Item]":
         return self

@@ -5,6 +5,7 @@ import difflib
 import io
 import logging
 import pathlib
+import textwrap
 import typing
 from collections.abc import Iterator
 
@@ -119,7 +120,7 @@ def _open_set(config: DataConfig) -> _Prepared:
             raise UserError(
                 f"data.source: {name} is not prepared in {builder.data_dir}; where there is a network do once"
                 f" `pip install -r requirements-tfds.txt` and `tfds build {name} --file_format=array_record{where}`"
-                " (TensorFlow, which the first brings, is not needed after that)"
+                f" (TensorFlow, which the first brings, is not needed after that){_by_hand(builder, config)}"
             )
         skip = {"image": tfds.decode.SkipDecoding()} if isinstance(features["image"], tfds.features.Image) else None
         try:
@@ -134,6 +135,15 @@ def _open_set(config: DataConfig) -> _Prepared:
                 f"data.split: {config.source} has no split {config.split!r}; it has {', '.join(builder.info.splits)},"
                 " and parts such as train[:90%]"
             ) from error
+
+
+def _by_hand(builder: typing.Any, config: DataConfig) -> str:
+    """What must be downloaded by hand before a set can be prepared, and where to put it."""
+    told = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
+    if not told:
+        return ""
+    where = pathlib.Path(config.path or "~/tensorflow_datasets", "downloads", "manual")
+    return f"; its files are to be downloaded by hand, into {where}: {textwrap.shorten(told, 400)}"
 
 
 def _unknown(name: str, error: Exception) -> UserError:

@@ -81,7 +81,11 @@ def train(config: Config, run: Path) -> None:
             _check_shared(config, run)
         source = load_source(config.data)
         say(source.describe())
-        check_same_set(run / "data.json", source)
+        if is_first():
+            check_same_set(run / "data.json", source)
+        wait_for_all("the images are this run's")
+        if not is_first():
+            check_same_set(run / "data.json", source, write=False)
         _train(config, run, source, received)
 
 
@@ -125,6 +129,7 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
             return
         if first:
             say(f"{run}: going on from step {first}")
+        say(f"the images are {feed.kept}")
 
         losses_since_save: list[float] = []
         saved_at = time.monotonic()

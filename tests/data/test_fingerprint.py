@@ -59,6 +59,11 @@ def test_labels_that_change_places_are_another_set(sets, folder):
     assert fingerprint(source) != fingerprint(turned)
 
 
+def test_of_many_hosts_one_writes(sets, folder, tmp_path):
+    check_same_set(tmp_path / "data.json", loaded(sets, folder), write=False)
+    assert not (tmp_path / "data.json").exists()
+
+
 def test_a_damaged_note_is_written_anew(sets, folder, tmp_path):
     file = tmp_path / "data.json"
     file.write_text('{"images": 6, "sha')

@@ -87,6 +87,8 @@ def test_a_prepared_set_is_read_from_disk_resized_and_converted(sets, prepared):
         ("tfds:tiny_pictures", {"channels": 2}, "must be 1, 3 or 4"),
         ("tfds:cifar10", {}, "`pip install -r requirements-tfds.txt`"),
         ("tfds:cifar10", {}, "`tfds build cifar10 --file_format=array_record --data_dir="),
+        ("tfds:celeb_a_hq/256", {}, "files are to be downloaded by hand, into "),
+        ("tfds:celeb_a_hq/256", {}, "downloads/manual: manual_dir should contain"),
         ("tfds:cifer10", {}, "did you mean cifar10"),
         ("tfds:lsun/bedrom", {}, "no configuration 'bedrom'; it has bedroom"),
         ("tfds:cifar10:9.9.9", {}, "cannot be loaded at version 9.9.9"),
