@@ -1,6 +1,6 @@
 """How long training waits for data: 50,000 images of CIFAR-10's shape, from each place where a set may be kept.
 
-    python benchmarks/data_wait.py [STEPS]                # 30 steps from each place, some minutes on two CPU cores
+    python benchmarks/data_wait.py [STEPS]                # 30 steps from each place, minutes on two CPU cores
 
 The images are noise, made for the purpose. Each feed is measured twice: alone, as fast as it can be taken from, and
 before a real training step of a small U-Net, as the loop has it. The share of time waited is that of `timing.jsonl`:
@@ -32,7 +32,7 @@ SHAPE = {"height": 32, "width": 32, "channels": 3}
 def config_of(data: DataConfig) -> Config:
     config = Config(
         data=data,
-        model=ModelConfig(width=16, multipliers=(1, 2), blocks=1, attention_resolutions=(), groups=8),
+        model=ModelConfig(width=16, multipliers=(1,), blocks=1, attention_resolutions=(), groups=8),
         train=TrainConfig(batch_size=BATCH, warmup=1, ema_decay=0.9),
     )
     validate(config)
