@@ -66,6 +66,7 @@ def damage(folder):
 def train(folder, tmp_path, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location("train_script", Path(__file__).parents[1] / "train.py")
     script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)  # where the options' docstrings are read from
     spec.loader.exec_module(script)
 
     def run(*words, workdir="run"):
