@@ -14,7 +14,7 @@ config = Config(
     data=DataConfig(source="idx", height=28, width=28, channels=1, flip=False),
     diffusion=DiffusionConfig(schedule="linear", num_steps=1000, variance="fixed_large"),
     model=ModelConfig(width=32, multipliers=(1, 2, 2), blocks=1, attention_resolutions=(7,), groups=8, dropout=0.0),
-    train=TrainConfig(steps=18_000, batch_size=32, learning_rate=1e-3, warmup=500, ema_decay=0.999),
+    train=TrainConfig(steps=10_000, batch_size=32, learning_rate=1e-3, warmup=500, ema_decay=0.999),
     checkpoints=CheckpointConfig(every=500),
     log=LogConfig(every=100, samples_every=2000, num_samples=64, sample_steps=50),
 )
