@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow lint types clean
+.PHONY: demo test test-slow faults lint types clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/installed: requirements.txt pyproject.toml
@@ -32,6 +32,9 @@ test: $(VENV)/installed-test      ## all tests and doctests
 
 test-slow: $(VENV)/installed-test ## the long tests
 	$(BIN)/python -m pytest -m slow
+
+faults: $(VENV)/installed-test    ## kills, starves and damages training runs, dozens of times: about 15 minutes
+	$(BIN)/python tests/faults/program.py
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -9,11 +9,13 @@ lie, so a state saved on many devices or hosts is held against it on any other n
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
 import re
 import shutil
+import sys
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,8 +31,8 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.hosts import first_line, is_first, wait_for_all
 from ddpm_jax.training.state import Params, TrainState
 
-# Orbax warns of what is meant to be so (waiting for a save, opening to read only).
-absl.logging.set_verbosity(absl.logging.ERROR)
+# Orbax warns of what is meant to be so (waiting for a save, opening to read only), and what fails is told by us.
+absl.logging.set_verbosity(absl.logging.FATAL)
 
 _FOLDER = "checkpoints"
 # Where old steps go in one move before they are deleted: a kill leaves none half deleted under its number.
@@ -38,6 +40,18 @@ _DELETED = "deleted"
 _ITEMS = ("params", "ema", "optimizer", "times")
 
 Warn = Callable[[str], None]
+
+
+@functools.cache
+def _hush_closed_loops() -> None:
+    """Keeps from the screen what TensorStore's threads say to Orbax's event loops that have ended with a failure."""
+    tell = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+            tell(unraisable)
+
+    sys.unraisablehook = hook
 
 
 class Damage(Exception):
@@ -150,7 +164,11 @@ class _Preservation:
 
 
 def _first_line(error: BaseException) -> str:
-    """Says an exception in one short line; those of Orbax go on for a page."""
+    """Says an exception in one short line; those of Orbax go on for a page, with what matters at the end of a line."""
+    if code := re.search(r"\[os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200]
 
@@ -183,6 +201,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
+        _hush_closed_loops()
         try:
             self._sweep()
             self._manager = ocp.CheckpointManager(
@@ -456,6 +475,7 @@ def _reading(run: Path) -> Iterator[tuple[ocp.CheckpointManager, list[int]]]:
     if not folder.is_dir():
         raise UserError(f"no checkpoints in {run}: it is not the folder of a run, or the run has not saved yet")
     handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
+    _hush_closed_loops()
     with ocp.CheckpointManager(
         folder,
         options=ocp.CheckpointManagerOptions(read_only=True),

@@ -1,0 +1,27 @@
+"""Trains as train.py does, with a network of one product: a process that starts in half the time."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import flax.linen as nn
+
+from ddpm_jax.training import assembly, loop
+
+
+class Linear(nn.Module):
+    """eps = scale x_t + offset, each pixel with its own scale."""
+
+    num_classes: int = 0
+
+    @nn.compact
+    def __call__(self, x, t, labels=None, *, dropout_keys=None):
+        scale = self.param("scale", nn.initializers.constant(0.3), x.shape[1:])
+        return scale * x + self.param("offset", nn.initializers.constant(-0.1), (1,))
+
+
+if __name__ == "__main__":
+    assembly.build_unet = lambda config: Linear()
+    loop.training_flops = lambda unet, image_shape: 1.0
+    sys.argv[0] = "train.py"
+    runpy.run_path(str(Path(__file__).parents[2] / "train.py"), run_name="__main__")
