@@ -17,7 +17,7 @@ import tyro
 
 from ddpm_jax.config import Config, Leaf, describe, leaves, load_config, members, nearest
 from ddpm_jax.errors import Stopped, UserError
-from ddpm_jax.hosts import are_joined, end_all
+from ddpm_jax.hosts import LOST, are_joined, end_all, is_loss_of_a_host
 
 Options = typing.TypeVar("Options")
 
@@ -129,7 +129,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
             status = ending.code
         sys.stdout.flush()
     except UserError as error:
-        line = _one_line(error)
+        line = LOST if are_joined() and is_loss_of_a_host(error) else _one_line(error)
         print(f"{program}: error: {line}", file=sys.stderr)
         status = 2
     except Stopped as stop:
@@ -145,8 +145,12 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     except Exception as error:
         if not are_joined():
             raise
-        traceback.print_exc()
-        line, status = f"{type(error).__name__}: {_one_line(error)}", 1
+        if is_loss_of_a_host(error):
+            line, status = LOST, 2
+            print(f"{program}: error: {line}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+            line, status = f"{type(error).__name__}: {_one_line(error)}", 1
     if status in (1, 2) and are_joined():
         end_all(line, status)
     sys.exit(status)

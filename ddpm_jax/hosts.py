@@ -10,8 +10,10 @@ import dataclasses
 import functools
 import importlib.util
 import os
+import re
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -27,6 +29,7 @@ from ddpm_jax.progress import be_silent
 
 # Where a host says why it ends, and how often the others look.
 _LAST_WORDS = "ddpm_jax/last_words"
+_SIGNS_OF_LIFE = "ddpm_jax/alive"
 _LONGEST_LINE = 1000
 _LISTENING_MS = 1000
 _SECONDS_TO_BE_READ = 2.0
@@ -44,6 +47,8 @@ class Hosts:
     """Which of them this one is, 0 to count - 1."""
     timeout: int = 300
     """Seconds to wait for all hosts to come together."""
+    silence: int = 60
+    """Seconds without a sign of life after which a host counts as gone, and the others end."""
 
 
 def check(hosts: Hosts) -> None:
@@ -54,6 +59,8 @@ def check(hosts: Hosts) -> None:
     """
     if hosts.timeout < 1:
         raise UserError(f"--hosts.timeout must be at least 1 second, not {hosts.timeout}")
+    if hosts.silence < 5:
+        raise UserError(f"--hosts.silence must be at least 5 seconds, not {hosts.silence}")
     if hosts.count < 0:
         raise UserError(f"--hosts.count must be at least 1, not {hosts.count}")
     if hosts.count in (0, 1) and not hosts.coordinator and hosts.index is None:
@@ -100,13 +107,17 @@ def join(hosts: Hosts) -> None:
     number = hosts.count or "all"
 
     def give_up() -> None:
-        # jaxlib would end the process as well, with a page of addresses.
         _leave(f"not all of {number} hosts came to {where} within {hosts.timeout} s: start each with its own index", 2)
 
     watch = threading.Timer(hosts.timeout, give_up)
     watch.daemon = True
     watch.start()
-    initialize = functools.partial(jax.distributed.initialize, initialization_timeout=hosts.timeout + 60)
+    # Later than we do the library ends a process as well, with a page of addresses.
+    initialize = functools.partial(
+        jax.distributed.initialize,
+        initialization_timeout=hosts.timeout + 60,
+        heartbeat_timeout_seconds=hosts.silence + 60,
+    )
     try:
         if hosts.coordinator:
             # What is given counts, not what a launcher says.
@@ -123,7 +134,7 @@ def join(hosts: Hosts) -> None:
     if jax.process_count() > 1:
         if not is_first():
             be_silent()
-        listener = threading.Thread(target=_listen, daemon=True)
+        listener = threading.Thread(target=_listen, args=(hosts.silence,), daemon=True)
         listener.start()
 
         @atexit.register
@@ -216,18 +227,42 @@ def end_all(line: str, status: int) -> NoReturn:
     _leave("", status, after=_SECONDS_TO_BE_READ)
 
 
-def _listen() -> None:
-    """Waits for the last words of another host, says them, and ends this process."""
+def _listen(silence: int) -> None:
+    """Gives signs of life, and ends this process when another host has said its last words, or nothing for long."""
+    here = jax.process_index()
+    heard = {each: ("", time.monotonic()) for each in range(jax.process_count()) if each != here}
     while not _ended.is_set():
+        with contextlib.suppress(Exception):  # host 0, which answers, may be gone
+            _client().key_value_increment(f"{_SIGNS_OF_LIFE}/{here}", 1)
+        for each, (sign, _) in heard.items():
+            with contextlib.suppress(Exception):  # none was given yet
+                if (new := _client().key_value_try_get(f"{_SIGNS_OF_LIFE}/{each}")) != sign:
+                    heard[each] = new, time.monotonic()
         try:
             status, _, line = _client().blocking_key_value_get(_LAST_WORDS, _LISTENING_MS).partition(" ")
         except Exception:  # nothing was said yet
+            gone = [each for each, (_, last) in heard.items() if time.monotonic() - last > silence]
+            if gone:
+                _leave(f"nothing was heard of host {gone[0]} for {silence} s: {_GO_ON}", 2)
             _ended.wait(0.1)
             continue
-        if not line.startswith(f"host {jax.process_index()}:"):
+        if not line.startswith(f"host {here}:"):
             _leave(line, int(status), after=_SECONDS_TO_BE_READ if is_first() else 0.0)
         return
 
+
+def is_loss_of_a_host(error: BaseException | None) -> bool:
+    """Says whether an error, or what caused it, is that another host cannot be reached any more."""
+    while error is not None:
+        if re.search(r"Gloo .*(closed|reset|timed out)|UNAVAILABLE|coordination service", str(error), re.IGNORECASE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+_GO_ON = "start all hosts again, they go on from the last checkpoint"
+LOST = f"another host is gone: {_GO_ON}"
+"""What is said where `is_loss_of_a_host`."""
 
 _ended = threading.Event()
 _leaving = threading.Lock()

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 import json
+import logging
 import math
 import os
 import re
@@ -33,6 +34,7 @@ from ddpm_jax.training.state import Params, TrainState
 
 # Orbax warns of what is meant to be so (waiting for a save, opening to read only), and what fails is told by us.
 absl.logging.set_verbosity(absl.logging.FATAL)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 _FOLDER = "checkpoints"
 # Where old steps go in one move before they are deleted: a kill leaves none half deleted under its number.

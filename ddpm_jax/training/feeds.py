@@ -11,6 +11,7 @@ import math
 import typing
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -158,7 +159,8 @@ def fed(make_step: Callable[..., TrainingStep], feed: Feed) -> Callable[..., Tra
         step = make_step(**over_devices)
 
         def fed_step(key: Array, state: TrainState, data: typing.Any) -> tuple[TrainState, StepInfo]:
-            return step(key, state, feed.take(state.step, data))
+            # A barrier, so that the rest of the program is the same, and rounds the same, for every feed.
+            return step(key, state, jax.lax.optimization_barrier(feed.take(state.step, data)))
 
         return fed_step
 

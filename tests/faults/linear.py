@@ -17,7 +17,8 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x, t, labels=None, *, dropout_keys=None):
         scale = self.param("scale", nn.initializers.constant(0.3), x.shape[1:])
-        return scale * x + self.param("offset", nn.initializers.constant(-0.1), (1,))
+        offset = self.param("offset", nn.initializers.constant(-0.1), (1,))
+        return scale[None] * x + offset[None, None, None]
 
 
 if __name__ == "__main__":
