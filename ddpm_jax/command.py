@@ -4,6 +4,7 @@ The words are checked here, so that a slip is one line that names the nearest ri
 values of them, and writes the help.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -117,7 +118,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
       main: the whole script; it reads `sys.argv` itself.
 
     Raises:
-      SystemExit: always.
+      SystemExit: always, but for an error of a script that is the process itself, which ends at once.
     """
     program = Path(sys.argv[0]).name
     status: Any
@@ -153,6 +154,12 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
             line, status = f"{type(error).__name__}: {_one_line(error)}", 1
     if status in (1, 2) and are_joined():
         end_all(line, status)
+    if status == 2 and main.__module__ == "__main__":
+        # Threads of Orbax whose save has failed were seen to keep the interpreter from ending.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 
