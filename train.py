@@ -6,7 +6,7 @@ Starting the same command again goes on where the run was.
 import dataclasses
 from pathlib import Path
 
-from ddpm_jax.command import parse_run, run_script
+from ddpm_jax.command import exit_at_once, parse_run, run_script
 from ddpm_jax.config import build_unet, image_shape, validate, warnings_of
 from ddpm_jax.data.check import check_data
 from ddpm_jax.data.sources import resolve
@@ -55,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, give_up=exit_at_once)

@@ -100,7 +100,18 @@ def parse_run(
     return read.options, read.config
 
 
-def run_script(main: Callable[[], int | None]) -> NoReturn:
+def exit_at_once(status: int) -> NoReturn:
+    """Ends the process as `sys.exit` does, but waits for no thread.
+
+    For a script that trains: threads of Orbax whose save has failed were seen to keep the interpreter from ending.
+    """
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
+
+
+def run_script(main: Callable[[], int | None], *, give_up: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
     """Runs a script's `main` and ends the process.
 
     ========================  ======================================================  ================
@@ -116,9 +127,10 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
 
     Args:
       main: the whole script; it reads `sys.argv` itself.
+      give_up: ends the process after an error of the user's (status 2); `sys.exit` or `exit_at_once`.
 
     Raises:
-      SystemExit: always, but for an error of a script that is the process itself, which ends at once.
+      SystemExit: always, where `give_up` is `sys.exit`.
     """
     program = Path(sys.argv[0]).name
     status: Any
@@ -154,12 +166,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
             line, status = f"{type(error).__name__}: {_one_line(error)}", 1
     if status in (1, 2) and are_joined():
         end_all(line, status)
-    if status == 2 and main.__module__ == "__main__":
-        # Threads of Orbax whose save has failed were seen to keep the interpreter from ending.
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)
+    if status == 2:
+        give_up(status)
     sys.exit(status)
 
 

@@ -367,6 +367,21 @@ def test_a_defect_keeps_its_traceback():
         run_script(lambda: 1 // 0)
 
 
+def test_an_error_of_a_script_that_trains_waits_for_no_thread(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import threading\n"
+        "from ddpm_jax.command import exit_at_once, run_script\n"
+        "from ddpm_jax.errors import UserError\n"
+        "def main():\n"
+        "    threading.Thread(target=threading.Event().wait).start()\n"
+        "    raise UserError('cannot save')\n"
+        "run_script(main, give_up=exit_at_once)\n"
+    )
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (2, "train.py: error: cannot save\n")
+
+
 SCRIPT = """
 import dataclasses, sys
 from ddpm_jax.command import parse_run, run_script
