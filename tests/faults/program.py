@@ -21,6 +21,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -118,8 +120,19 @@ class Process:
         return line
 
 
+class Whole(NamedTuple):
+    """A run without a fault: what others are held against."""
+
+    saved: dict[int, tuple[object, object]]
+    """What `Bench.bits` gives, by step."""
+    metrics: bytes
+    """All of metrics.jsonl."""
+
+
 class Bench:
     """The run without a fault, and what others are held against."""
+
+    KEEP_ALL = ("--checkpoints.keep", str(STEPS))
 
     def __init__(self, folder: Path, seed: int, *, script: str = "train.py"):
         """Makes images and trains the whole run, which keeps all that it saves.
@@ -146,10 +159,8 @@ class Bench:
             "OMP_NUM_THREADS": "1",
         }
         whole = folder / "whole"
-        self.start(whole, "--checkpoints.keep", str(STEPS)).wait(0)
-        self.saved = {step: self.bits(whole, step) for step in self.steps(whole)}
-        hold(list(self.saved) == list(range(10, STEPS + 1, 10)), "the whole run did not save every tenth step")
-        self.metrics = (whole / "metrics.jsonl").read_bytes()
+        self.start(whole, *self.KEEP_ALL).wait(0)
+        self.whole = self._read_whole(whole)
         self.checkpoint_bytes = sum(
             file.stat().st_size for file in (whole / "checkpoints" / str(STEPS)).rglob("*") if file.is_file()
         )
@@ -158,6 +169,27 @@ class Bench:
         """Starts the command of a run."""
         command = [sys.executable, self.script, "--workdir", str(run), "--data.path", str(self.images)]
         return Process([*command, *WORDS, *KEPT, *words], self.environment, before)
+
+    def start_hosts(self, run: Path, *words: str) -> list[Process]:
+        """Starts the command of a run on two hosts that train it together."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            where = f"127.0.0.1:{free.getsockname()[1]}"
+        joined = ["--hosts.coordinator", where, "--hosts.count", "2", "--hosts.silence", "10", "--hosts.index"]
+        return [self.start(run, *words, *joined, str(index)) for index in range(2)]
+
+    @functools.cached_property
+    def whole_of_hosts(self) -> Whole:
+        """The run of two hosts without a fault: its sums are in another order than those of one."""
+        run = self.folder / "whole_of_hosts"
+        for process in self.start_hosts(run, *self.KEEP_ALL):
+            process.wait(0)
+        return self._read_whole(run)
+
+    def _read_whole(self, run: Path) -> Whole:
+        saved = {step: self.bits(run, step) for step in self.steps(run)}
+        hold(list(saved) == list(range(10, STEPS + 1, 10)), f"{run} did not save every tenth step")
+        return Whole(saved, (run / "metrics.jsonl").read_bytes())
 
     @staticmethod
     def steps(run: Path) -> list[int]:
@@ -171,20 +203,25 @@ class Bench:
         notes = json.loads((run / "checkpoints" / str(step) / "notes" / "metadata").read_text())
         return notes["leaves"], notes["window"]
 
-    def check(self, run: Path) -> None:
-        """Holds what a run has on disk against the whole run."""
-        for step in set(self.steps(run)) & set(self.saved):  # others were saved when it was told to stop
-            hold(self.bits(run, step) == self.saved[step], f"step {step} is not that of the whole run")
+    def check(self, run: Path, whole: Whole | None = None) -> None:
+        """Holds what a run has on disk against the whole run, of one process if not given."""
+        whole = whole or self.whole
+        for step in set(self.steps(run)) & set(whole.saved):  # others were saved when it was told to stop
+            hold(self.bits(run, step) == whole.saved[step], f"step {step} is not that of the whole run")
         file = run / "metrics.jsonl"
         written = file.read_bytes() if file.exists() else b""
-        hold(self.metrics.startswith(written[: written.rfind(b"\n") + 1]), f"{file} is not a part of the whole run's")
+        hold(whole.metrics.startswith(written[: written.rfind(b"\n") + 1]), f"{file} is not a part of the whole run's")
 
     def finish(self, run: Path) -> None:
         """Trains a run to its end, and holds every array and the metrics against the whole run."""
         self.start(run).wait(0)
-        self.check(run)
+        self.check_end(run)
+
+    def check_end(self, run: Path, whole: Whole | None = None) -> None:
+        """Holds the end of a run against that of the whole run, of one process if not given."""
+        self.check(run, whole)
         hold(self.steps(run)[-1] == STEPS, f"the last checkpoint is step {self.steps(run)[-1]}")
-        hold((run / "metrics.jsonl").read_bytes() == self.metrics, "metrics.jsonl differs")
+        hold((run / "metrics.jsonl").read_bytes() == (whole or self.whole).metrics, "metrics.jsonl differs")
 
     def advance(self, run: Path, *words: str) -> Process:
         """Goes on until another checkpoint is there, and stops in order, which saves one more."""
@@ -362,6 +399,33 @@ def second_process(bench: Bench, run: Path) -> str:
     return "one line; the first goes on"
 
 
+def kill_host(bench: Bench, run: Path, *, first: bool) -> str:
+    """Kills one of two hosts that train a run of their own together, which then goes on to its end."""
+    del run  # is of one process
+    whole, run = bench.whole_of_hosts, bench.folder / "run_of_hosts"
+    if STEPS in bench.steps(run):
+        shutil.rmtree(run)
+    hosts, before = bench.start_hosts(run), set(bench.steps(run))
+    killed, other = hosts if first else hosts[::-1]
+    killed.wait_until(lambda: bool(set(bench.steps(run)) - before))
+    time.sleep(bench.random.uniform(0, 0.3))
+    killed.send(signal.SIGKILL)
+    if killed.wait(-signal.SIGKILL, 0) == 0:
+        other.wait(0)
+        return "done before"
+    # The library of jax may end the other by an abort before we do.
+    if other.wait(2, -signal.SIGABRT) == 2:
+        hold(other.said.count("train.py: error: ") == 1, f"not one error line:\n{other.said}")
+        ending = "the other ends with one line"
+    else:
+        ending = "jax ends the other, with its own words"
+    bench.check(run, whole)
+    for process in bench.start_hosts(run):
+        process.wait(0)
+    bench.check_end(run, whole)
+    return f"{ending}; both go on"
+
+
 @contextlib.contextmanager
 def _corrupted(bench: Bench) -> Iterator[list[str]]:
     files = sorted(bench.images.glob("*.png"))
@@ -415,6 +479,8 @@ FAULTS = [
     Fault("read-only folder", functools.partial(read_only, when="before"), 2),
     Fault("folder made read-only while training", functools.partial(read_only, when="while"), 3),
     Fault("a second process on the folder", second_process, 2),
+    Fault("host 0 of two killed", functools.partial(kill_host, first=True), 2),
+    Fault("host 1 of two killed", functools.partial(kill_host, first=False), 3),
     Fault("5 % of the images corrupted", functools.partial(corrupt_images, when="before"), 2),
     Fault("5 % of the images corrupted while streamed", functools.partial(corrupt_images, when="while"), 3),
 ]

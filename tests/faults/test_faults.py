@@ -48,8 +48,8 @@ def test_what_is_other_than_it_was_would_be_seen(program, bench):
     notes = run / "checkpoints" / str(program.STEPS) / "notes" / "metadata"
     before = notes.read_text()
     try:
-        name = next(iter(bench.saved[program.STEPS][0]))
-        crc = bench.saved[program.STEPS][0][name]["crc32"]
+        name = next(iter(bench.whole.saved[program.STEPS][0]))
+        crc = bench.whole.saved[program.STEPS][0][name]["crc32"]
         notes.write_text(before.replace(str(crc), str(crc ^ 1)))
         with pytest.raises(program.Lost, match=f"step {program.STEPS} is not that of the whole run"):
             bench.check(run)
