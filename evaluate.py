@@ -1,23 +1,20 @@
 """Measures a trained run: `python evaluate.py likelihood runs/digits`, `python evaluate.py quality runs/digits`."""
 
 import dataclasses
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
 
 from ddpm_jax.bound import Cdf
 from ddpm_jax.chains import Choice
-from ddpm_jax.command import parse_options, run_script
-from ddpm_jax.config import nearest
+from ddpm_jax.command import Command, parse_options, run_command, run_script
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import bits
 from ddpm_jax.evaluation.figures import draw_figures
-from ddpm_jax.evaluation.own_images import inpaint_picture, interpolate_pictures, reconstruct_picture
 from ddpm_jax.evaluation.quality import config_of, judge_file, summary
 from ddpm_jax.progress import say
-from ddpm_jax.sampling import Job, default_folder, load_job, run_config, run_job
+from ddpm_jax.sampling import default_folder, load_job, run_config, run_job
 from ddpm_jax.training import checkpoints
 from ddpm_jax.training.weights import save_weights
 
@@ -138,89 +135,6 @@ def figures(arguments: Sequence[str]) -> None:
     print(draw_figures(job, run, out, num=options.num, batch_size=options.batch_size))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OwnImageOptions:
-    """What is the same for all commands on pictures of one's own."""
-
-    run: tyro.conf.Positional[str]
-    """The run's folder, as train.py wrote it."""
-    out: str | None = None
-    """The folder of the results; RUN/edits/COMMAND if not given. What is in it is written over."""
-    steps: int | None = None
-    """Steps of the chain; all T if not given."""
-    seed: int = 0
-    """From it comes all that is drawn."""
-    step: int | None = None
-    """The checkpoint of which training step; the newest if not given."""
-
-    def load(self) -> Job:
-        return load_job(Path(self.run), seed=self.seed, step=self.step, choice=Choice(steps=self.steps))
-
-    def folder(self, command: str) -> Path:
-        return Path(self.run) / "edits" / command if self.out is None else Path(self.out)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReconstructOptions(OwnImageOptions):
-    """What to reconstruct."""
-
-    image: str
-    """A picture; cropped in the middle and resized as the run's images are."""
-    t: int
-    """How far to diffuse it: the paper's t, 0 (it comes back as it is) to T (nothing of it is left)."""
-    draws: int = 8
-    """How many times to take it back."""
-    label: int | None = None
-    """Its class, for a conditional run; not told if not given."""
-
-
-def reconstruct(arguments: Sequence[str]) -> None:
-    """Diffuses a picture of your own to t and takes it back."""
-    options = parse_options(ReconstructOptions, arguments, description="Diffuses a picture to t and takes it back.")
-    job, out = options.load(), options.folder("reconstruct")
-    print(reconstruct_picture(job, options.image, out, time=options.t, draws=options.draws, label=options.label))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class InterpolateOptions(OwnImageOptions):
-    """What to interpolate between."""
-
-    images: tuple[str, ...]
-    """Two pictures; cropped in the middle and resized as the run's images are."""
-    t: int | None = None
-    """Where to mix them: the paper's t, 0 (pixels) to T; if not given by DDIM, on the great circle of their noises."""
-    num: int = 11
-    """How many steps from the one to the other, both ends counted."""
-
-
-def interpolate(arguments: Sequence[str]) -> None:
-    """Interpolates between two pictures of your own."""
-    options = parse_options(InterpolateOptions, arguments, description="Interpolates between two pictures.")
-    out = options.folder("interpolate")
-    print(interpolate_pictures(options.load(), options.images, out, time=options.t, num=options.num))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class InpaintOptions(OwnImageOptions):
-    """What to fill in."""
-
-    image: str
-    """A picture; cropped in the middle and resized as the run's images are."""
-    mask: str
-    """A picture of the same aspect ratio: white is kept, black is drawn anew."""
-    draws: int = 8
-    """How many results."""
-    label: int | None = None
-    """Its class, for a conditional run; not told if not given."""
-
-
-def inpaint(arguments: Sequence[str]) -> None:
-    """Draws a part of a picture of your own anew, the black one of a mask."""
-    options = parse_options(InpaintOptions, arguments, description="Draws the black part of a mask anew in a picture.")
-    job, out = options.load(), options.folder("inpaint")
-    print(inpaint_picture(job, options.image, options.mask, out, draws=options.draws, label=options.label))
-
-
 @dataclasses.dataclass(frozen=True)
 class VerifyOptions:
     """What to verify."""
@@ -276,13 +190,10 @@ def export(arguments: Sequence[str]) -> None:
     print(file)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+COMMANDS: dict[str, Command] = {
     "likelihood": likelihood,
     "quality": quality,
     "figures": figures,
-    "reconstruct": reconstruct,
-    "interpolate": interpolate,
-    "inpaint": inpaint,
     "verify": verify,
     "export": export,
 }
@@ -290,16 +201,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 def main() -> None:
     """Runs the command that the first word names."""
-    name, *arguments = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
-        print("usage: evaluate.py COMMAND RUN [options]      (evaluate.py COMMAND --help lists them)\n")
-        for known, command in COMMANDS.items():
-            print(f"  {known:13}{command.__doc__}")
-        return
-    if name not in COMMANDS:
-        hint = nearest(name, COMMANDS) or f": choose {', '.join(COMMANDS)}"
-        raise UserError(f"there is no command {name!r}{hint}")
-    COMMANDS[name](arguments)
+    run_command(COMMANDS)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Draws images from a trained run: `python sample.py runs/digits`."""
+"""Draws images from a trained run: `python sample.py runs/digits`, `python sample.py progressive runs/digits`, .."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
 
+from ddpm_jax import modes
 from ddpm_jax.chains import Choice
-from ddpm_jax.command import parse_options, run_script
-from ddpm_jax.sampling import Format, default_folder, load_job, run_job
+from ddpm_jax.command import Command, parse_options, run_command, run_script
+from ddpm_jax.sampling import Format, Job, default_folder, load_job, run_job
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,9 +35,11 @@ class Options(Choice):
     """Images a row of the grid."""
 
 
-def main() -> None:
-    """Draws what the command line asks for."""
-    options = parse_options(Options, description="Draws images from a trained run; started again, it goes on.")
+def draw(arguments: Sequence[str]) -> None:
+    """Draws samples."""
+    options = parse_options(
+        Options, arguments, description="Draws images from a trained run; started again, it goes on."
+    )
     run = Path(options.run)
     choice = Choice(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Choice)})
     job = load_job(run, seed=options.seed, step=options.step, choice=choice)
@@ -49,6 +53,147 @@ def main() -> None:
         columns=options.columns,
     )
     print(f"{options.num} images of checkpoint {job.checkpoint}: {shown}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModeOptions:
+    """What is the same for all commands."""
+
+    run: tyro.conf.Positional[str]
+    """The run's folder, as train.py wrote it."""
+    out: str | None = None
+    """The folder of the results; RUN/samples/COMMAND if not given. What is in it is written over."""
+    sampler: modes.SamplerName = "ancestral"
+    """Algorithm 2 of the paper, or DDIM (eta = 0)."""
+    steps: int | None = None
+    """Steps of the chain; all T if not given."""
+    guidance: float = 0.0
+    """w of classifier-free guidance, for a conditional run; 0: none."""
+    seed: int = 0
+    """From it comes all that is drawn."""
+    step: int | None = None
+    """The checkpoint of which training step; the newest if not given."""
+
+    def load(self, *, labels: tuple[int, ...] = ()) -> Job:
+        choice = Choice(sampler=self.sampler, steps=self.steps, guidance=self.guidance, labels=labels)
+        return load_job(Path(self.run), seed=self.seed, step=self.step, choice=choice)
+
+    def folder(self, command: str) -> Path:
+        return Path(self.run) / "samples" / command if self.out is None else Path(self.out)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProgressiveOptions(ModeOptions):
+    """What to draw."""
+
+    num: int = 8
+    """How many images, a row each."""
+    columns: int = 10
+    """At how many times, evenly over the chain."""
+    labels: tuple[int, ...] = ()
+    """Labels of the images of a conditional run; all classes if none."""
+
+
+def progressive(arguments: Sequence[str]) -> None:
+    """Draws the chain over time: x_t and the image predicted from it, a sample a row (Fig. 6)."""
+    options = parse_options(ProgressiveOptions, arguments, description="Draws a grid of the chain over time.")
+    job, out = options.load(labels=options.labels), options.folder("progressive")
+    print(modes.draw_progressive(job, out, num=options.num, columns=options.columns))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShareOptions(ModeOptions):
+    """What to draw."""
+
+    t: tuple[int, ...] = ()
+    """Where the chains part, a row each: the paper's t, 0 to T; T, 3/4, 1/2 and 1/4 of it if none."""
+    draws: int = 8
+    """How many images from each."""
+    label: int | None = None
+    """Their class, for a conditional run; not told if not given."""
+
+
+def share(arguments: Sequence[str]) -> None:
+    """Draws images that share x_t of one chain, and go their own ways from there (Fig. 7)."""
+    options = parse_options(ShareOptions, arguments, description="Draws images that share x_t of one chain.")
+    out = options.folder("share")
+    print(modes.share_latents(options.load(), out, times=options.t, draws=options.draws, label=options.label))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReconstructOptions(ModeOptions):
+    """What to reconstruct."""
+
+    image: str
+    """A picture, cropped in the middle and resized as the run's images are; or a number: that of the run's test images
+    (of its own, where there are none)."""
+    t: int
+    """How far to diffuse it: the paper's t, 0 (it comes back as it is) to T (nothing of it is left)."""
+    draws: int = 8
+    """How many times to take it back."""
+    label: int | None = None
+    """Its class, for a conditional run; not told if not given."""
+
+
+def reconstruct(arguments: Sequence[str]) -> None:
+    """Diffuses a picture to t and takes it back."""
+    options = parse_options(ReconstructOptions, arguments, description="Diffuses a picture to t and takes it back.")
+    job, out = options.load(), options.folder("reconstruct")
+    print(modes.reconstruct_picture(job, options.image, out, time=options.t, draws=options.draws, label=options.label))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InterpolateOptions(ModeOptions):
+    """What to interpolate between."""
+
+    images: tuple[str, ...]
+    """Two pictures, cropped in the middle and resized as the run's images are; or numbers of the run's test images."""
+    t: int | None = None
+    """Where to mix them: the paper's t, 0 (pixels) to T; if not given by DDIM, on the great circle of their noises."""
+    num: int = 11
+    """How many steps from the one to the other, both ends counted."""
+
+
+def interpolate(arguments: Sequence[str]) -> None:
+    """Interpolates between two pictures, at a time t or along the noises of DDIM (Fig. 8)."""
+    options = parse_options(InterpolateOptions, arguments, description="Interpolates between two pictures.")
+    out = options.folder("interpolate")
+    print(modes.interpolate_pictures(options.load(), options.images, out, time=options.t, num=options.num))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InpaintOptions(ModeOptions):
+    """What to fill in."""
+
+    image: str
+    """A picture, cropped in the middle and resized as the run's images are; or a number of the run's test images."""
+    mask: str
+    """A picture of the same aspect ratio: white is kept, black is drawn anew."""
+    draws: int = 8
+    """How many results."""
+    label: int | None = None
+    """Its class, for a conditional run; not told if not given."""
+
+
+def inpaint(arguments: Sequence[str]) -> None:
+    """Draws a part of a picture anew, the black one of a mask (RePaint)."""
+    options = parse_options(InpaintOptions, arguments, description="Draws the black part of a mask anew in a picture.")
+    job, out = options.load(), options.folder("inpaint")
+    print(modes.inpaint_picture(job, options.image, options.mask, out, draws=options.draws, label=options.label))
+
+
+COMMANDS: dict[str, Command] = {
+    "progressive": progressive,
+    "share": share,
+    "reconstruct": reconstruct,
+    "interpolate": interpolate,
+    "inpaint": inpaint,
+}
+
+
+def main() -> None:
+    """Draws what the command line asks for."""
+    run_command(COMMANDS, otherwise=draw)
 
 
 if __name__ == "__main__":

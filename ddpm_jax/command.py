@@ -100,6 +100,42 @@ def parse_run(
     return read.options, read.config
 
 
+Command = Callable[[Sequence[str]], None]
+"""One of a script's commands: does what the words after its name say; the first line of its docstring says what."""
+
+
+def run_command(
+    commands: Mapping[str, Command], arguments: Sequence[str] | None = None, *, otherwise: Command | None = None
+) -> None:
+    """Runs the command that the first word names; prints the list of them for `--help`.
+
+    Args:
+      commands: by name.
+      arguments: the words after the script's name; those of this process if not given.
+      otherwise: what is done where the first word names no command; there must be one if not given.
+
+    Raises:
+      UserError: there is no such command; the nearest is named.
+    """
+    program = Path(sys.argv[0]).name
+    name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ([""] if otherwise else ["--help"])
+    if name in commands:
+        commands[name](rest)
+        return
+    if name in ("-h", "--help"):
+        print(f"usage: {program} COMMAND RUN [options]      ({program} COMMAND --help lists them)\n")
+        for known, command in commands.items():
+            print(f"  {known:13}{(command.__doc__ or '').splitlines()[0]}")
+        if otherwise is None:
+            return
+        print("\nWithout a COMMAND:\n", flush=True)
+    # Two words in front: the first of them was to be a command.
+    elif otherwise is None or (rest and not name.startswith("-") and not rest[0].startswith("-")):
+        hint = nearest(name, commands) or f": choose {', '.join(commands)}"
+        raise UserError(f"there is no command {name!r}{hint}")
+    otherwise([name, *rest] if name else [])
+
+
 def exit_at_once(status: int) -> NoReturn:
     """Ends the process as `sys.exit` does, but waits for no thread.
 

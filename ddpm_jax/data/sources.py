@@ -43,6 +43,18 @@ def load_source(config: DataConfig) -> Source:
     return _kind(config).load(resolve(config))
 
 
+def load_held_out(config: DataConfig) -> Source:
+    """Opens the test part of the images that a configuration names; where there is none, those themselves.
+
+    Raises:
+      UserError: as `load_source`.
+    """
+    try:
+        return load_source(dataclasses.replace(config, split="test"))
+    except UserError:
+        return load_source(config)
+
+
 def resolve(config: DataConfig) -> DataConfig:
     """Fills in what a configuration leaves to the files: the number of channels.
 

@@ -1,6 +1,5 @@
 """The paper's figures for a run, drawn into one folder with their captions: what `evaluate.py figures` does."""
 
-import dataclasses
 import math
 import typing
 from pathlib import Path
@@ -9,12 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import pictures
-from ddpm_jax.chains import labels_of
-from ddpm_jax.data.pipeline import to_uint8
-from ddpm_jax.data.sources import load_source
+from ddpm_jax import modes, pictures
+from ddpm_jax.data.sources import load_held_out
+from ddpm_jax.editor import Editor
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation.edits import Editor
 from ddpm_jax.files import claimed, write_whole
 from ddpm_jax.keys import image_keys
 from ddpm_jax.progress import say
@@ -22,11 +19,9 @@ from ddpm_jax.samplers import initial_noise
 from ddpm_jax.sampling import Job
 
 LAMBDAS = np.linspace(0, 1, 11)
-_SIDE = 1024  # pixels that a small figure is enlarged to
 _MOST = 32
 _TIMES = 10
 _GIF_SECONDS, _GIF_PAUSE, _GIF_SIDE = 0.08, 2.0, 512
-_UNKNOWN = 128  # the level that is shown where a mask hides an image
 # The index of no image: what is drawn for the figures of given images is apart from the samples.
 _GIVEN = 2**32 - 1
 
@@ -102,11 +97,7 @@ def real_images(job: Job, number: int) -> Real:
     Raises:
       UserError: the data cannot be read.
     """
-    data = job.config.data
-    try:
-        source = load_source(dataclasses.replace(data, split="test"))
-    except UserError:
-        source = load_source(data)
+    source = load_held_out(job.config.data)
     order = np.random.default_rng(job.seed).permutation(source.num_examples)
     chosen = np.resize(order, number)
     labels: list[int | None] = [None] * number
@@ -117,40 +108,33 @@ def real_images(job: Job, number: int) -> Real:
 
 def _of_noise(editor: Editor, out: Path, num: int) -> typing.Iterator[Figure]:
     """Draws the figures for which nothing is needed but the run's weights."""
-    job, whole = editor.job, editor.num_steps
-
-    def cycle(number: int) -> np.ndarray | None:
-        labels = labels_of(job.config, job.choice, jnp.arange(number))
-        return None if labels is None else np.asarray(labels)
-
     number, watched = num**2, min(num**2, 16)
-    images, frames = editor.sample(number, cycle(number), watched=watched)
-    _save(out / "samples.png", pictures.grid(images, columns=num))
-    yield Figure("samples.png", f"{number} samples, the first of the job of seed {job.seed} (Fig. 1, 11-19).")
+    images, frames = editor.sample(number, editor.labels_in_turn(number), watched=watched)
+    _save(out / "samples.png", images.reshape(num, num, *editor.shape))
+    yield Figure("samples.png", f"{number} samples, the first of the job of seed {editor.job.seed} (Fig. 1, 11-19).")
 
     grids = np.stack([pictures.grid(frame) for frame in frames])
     seconds = [_GIF_SECONDS] * (len(grids) - 1) + [_GIF_PAUSE]
     pictures.save_gif(out / "reverse.gif", pictures.enlarge(grids, side=_GIF_SIDE), seconds)
     yield Figure("reverse.gif", f"The reverse process of the first {watched} of them: x_t from t = T to 0.")
 
-    depths = sorted({math.ceil(whole * j / _TIMES) for j in range(1, _TIMES + 1)}, reverse=True)
-    frames_at = editor.trajectory(num, cycle(num), depths=depths)
+    depths = editor.depths(_TIMES)
+    _, frames_at = editor.trajectory(num, editor.labels_in_turn(num), depths=depths)
     times = ", ".join(str(editor.paper_time(depth)) for depth in depths)
-    for file, over_time, what in (
+    for file, frames_of, what in (
         ("progressive_x0.png", frames_at.x0, "the predicted x_0"),
         ("progressive_x_t.png", frames_at.x_t, "x_t"),
     ):
-        rows = np.concatenate([np.asarray(to_uint8(over_time)).swapaxes(0, 1), images[:num, None]], axis=1)
-        _save(out / file, _rows(rows))
+        _save(out / file, modes.over_time(frames_of, images[:num]))
         yield Figure(
             file, f"Progressive generation: {what} at t = {times}, and the image at last; a sample a row (Fig. 6)."
         )
 
-    depths = sorted({math.ceil(whole * j / 4) for j in range(1, 5)}, reverse=True)
-    key = jax.random.fold_in(jax.random.key(job.seed), _GIVEN)
+    depths = editor.depths(4)
+    key = jax.random.fold_in(jax.random.key(editor.job.seed), _GIVEN)
     latent_key, slerp_key = jax.random.split(key)
-    latents, drawn = editor.share_latents(latent_key, cycle(1), depths=depths, draws=num)
-    _save(out / "shared_latents.png", _rows(np.concatenate([latents[:, None], drawn], axis=1)))
+    latents, drawn = editor.share_latents(latent_key, editor.labels_in_turn(1), depths=depths, draws=num)
+    _save(out / "shared_latents.png", np.concatenate([latents[:, None], drawn], axis=1))
     times = ", ".join(str(editor.paper_time(depth)) for depth in depths)
     yield Figure(
         "shared_latents.png",
@@ -159,7 +143,7 @@ def _of_noise(editor: Editor, out: Path, num: int) -> typing.Iterator[Figure]:
     )
 
     x_a, x_b = (initial_noise(image_keys(each, jnp.arange(num)), editor.shape) for each in jax.random.split(slerp_key))
-    _save(out / "slerp_of_noise.png", _rows(editor.ddim_between(x_a, x_b, LAMBDAS)))
+    _save(out / "slerp_of_noise.png", editor.ddim_between(x_a, x_b, LAMBDAS))
     yield Figure(
         "slerp_of_noise.png",
         f"Between pairs of noises along the great circle, 11 steps; {editor.settings['ddim']} (DDIM, Fig. 6).",
@@ -175,13 +159,13 @@ def _of_images(editor: Editor, out: Path, real: Real) -> typing.Iterator[Figure]
     labels = editor.labels(real.labels[:num])
     pairs = "first and last the images, between them lambda = 0, 0.1, .., 1"
 
-    depths = np.array(sorted({math.ceil(whole * j / 8) for j in range(9)}))
+    depths = np.array([0, *editor.depths(8)[::-1]])
     times = ", ".join(str(editor.paper_time(depth)) for depth in depths)
     each = None if labels is None else np.repeat(labels, len(depths) - 1)
     back = editor.reconstruct(
         reconstruction_key, a.repeat(len(depths) - 1, axis=0), each, np.tile(depths[1:], num)
     ).reshape(num, len(depths) - 1, *editor.shape)
-    _save(out / "reconstruction.png", _rows(np.concatenate([a[:, None], back], axis=1)))
+    _save(out / "reconstruction.png", np.concatenate([a[:, None], back], axis=1))
     yield Figure(
         "reconstruction.png",
         f"An image a row, first as it is, then diffused to t and taken back: t = {times} (stochastic encoding and "
@@ -190,7 +174,7 @@ def _of_images(editor: Editor, out: Path, real: Real) -> typing.Iterator[Figure]
 
     half = np.full(num, math.ceil(whole / 2))
     between = editor.interpolate(pair_key, a, b, LAMBDAS, half)
-    _save(out / "interpolation.png", _rows(np.concatenate([a[:, None], between, b[:, None]], axis=1)))
+    _save(out / "interpolation.png", np.concatenate([a[:, None], between, b[:, None]], axis=1))
     yield Figure(
         "interpolation.png",
         f"Interpolation at t = {editor.paper_time(int(half[0]))}, a pair a row: {pairs}; the noise of a row is fixed "
@@ -200,7 +184,7 @@ def _of_images(editor: Editor, out: Path, real: Real) -> typing.Iterator[Figure]
     number = len(depths)
     a0, b0 = a[:1].repeat(number, axis=0), b[:1].repeat(number, axis=0)
     between = editor.interpolate(depth_key, a0, b0, LAMBDAS, depths, indices=np.zeros(number, int))
-    _save(out / "interpolation_over_t.png", _rows(np.concatenate([a0[:, None], between, b0[:, None]], axis=1)))
+    _save(out / "interpolation_over_t.png", np.concatenate([a0[:, None], between, b0[:, None]], axis=1))
     yield Figure(
         "interpolation_over_t.png",
         f"One pair, a row for each of t = {times}: {pairs}; at t = 0 pixels are mixed, at t = T the images are new "
@@ -208,7 +192,7 @@ def _of_images(editor: Editor, out: Path, real: Real) -> typing.Iterator[Figure]
     )
 
     between = editor.ddim_interpolate(a, b, LAMBDAS)
-    _save(out / "slerp.png", _rows(np.concatenate([a[:, None], between, b[:, None]], axis=1)))
+    _save(out / "slerp.png", np.concatenate([a[:, None], between, b[:, None]], axis=1))
     yield Figure(
         "slerp.png",
         f"Interpolation along the great circle of the noises that DDIM draws the images from, a pair a row: {pairs}; "
@@ -220,8 +204,8 @@ def _of_images(editor: Editor, out: Path, real: Real) -> typing.Iterator[Figure]
     twice = a.repeat(len(masks), axis=0)
     each = None if labels is None else np.repeat(labels, len(masks))
     filled = editor.inpaint(hole_key, twice, known, each, draws=4)
-    hidden = np.where(known[..., None], twice, np.uint8(_UNKNOWN))
-    _save(out / "inpainting.png", _rows(np.concatenate([twice[:, None], hidden[:, None], filled], axis=1)))
+    hidden = modes.hide(twice, known)
+    _save(out / "inpainting.png", np.concatenate([twice[:, None], hidden[:, None], filled], axis=1))
     yield Figure(
         "inpainting.png",
         "An image as it is, what is known of it (the right half or a box in the middle is not), and four ways to fill "
@@ -238,13 +222,8 @@ def _masks(shape: tuple[int, int, int]) -> np.ndarray:
     return known
 
 
-def _rows(images: np.ndarray) -> np.ndarray:
-    """Lays out (rows, columns, H, W, C)."""
-    return pictures.grid(images.reshape(-1, *images.shape[2:]), columns=images.shape[1])
-
-
-def _save(path: Path, picture: np.ndarray) -> None:
-    pictures.save_png(path, pictures.enlarge(picture, side=_SIDE))
+def _save(path: Path, rows: np.ndarray) -> None:
+    pictures.save_png(path, modes.lay_out(rows))
 
 
 def _captions(editor: Editor, run: Path, drawn: list[Figure], missing: str, *, num: int) -> str:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ddpm_jax.chains import Choice, make_chain, network
+from ddpm_jax.chains import Choice, labels_of, make_chain, network
 from ddpm_jax.config import build_betas, build_unet, image_shape, matmul_precision
 from ddpm_jax.data.decode import read_picture
 from ddpm_jax.data.pipeline import to_float, to_uint8
@@ -130,7 +130,7 @@ class Editor:
 
         can_skip = can_skip and diffusion.variance != "learned"
         repaint_steps = min(_REPAINT_STEPS, self.num_steps) if can_skip else None
-        filled_by = Choice(steps=repaint_steps)
+        filled_by = Choice(steps=repaint_steps, guidance=job.choice.guidance)
         filling, make_filling = self._schedule(filled_by), make_chain(config, filled_by)
         self.jump = max(1, min(_JUMP, filling.num_steps // 4))
 
@@ -160,6 +160,10 @@ class Editor:
         """Gives the paper's t, 0 to T, of a depth of the chain."""
         return int(self.schedule.times[depth - 1]) + 1 if depth else 0
 
+    def depths(self, parts: int) -> list[int]:
+        """Cuts the chain into equal parts, as far as it has the steps: the depth that each begins at, deepest first."""
+        return sorted({math.ceil(self.num_steps * part / parts) for part in range(1, parts + 1)}, reverse=True)
+
     def depth_of(self, time: int) -> int:
         """Gives the depth of the chain that is next to the paper's t."""
         times = np.append(0, np.asarray(self.schedule.times) + 1)
@@ -177,6 +181,11 @@ class Editor:
             return None
         told = [classes if label is None else label for label in labels]
         return np.repeat(np.asarray(told, np.int32), each)
+
+    def labels_in_turn(self, number: int) -> np.ndarray | None:
+        """Gives the labels of the images 0 .. number-1 of the sampling job; None for an unconditional run."""
+        labels = labels_of(self.job.config, self.job.choice, jnp.arange(number))
+        return None if labels is None else np.asarray(labels)
 
     def _run(
         self,
@@ -260,15 +269,18 @@ class Editor:
         frames = np.concatenate([np.stack(looks) for looks in seen.values()], axis=1)[:, :watched]
         return pixels, np.concatenate([frames, pixels[None, :watched]])
 
-    def trajectory(self, number: int, labels: np.ndarray | None, *, depths: typing.Sequence[int]) -> Trajectory:
+    def trajectory(
+        self, number: int, labels: np.ndarray | None, *, depths: typing.Sequence[int]
+    ) -> tuple[Array, Trajectory]:
         """Draws the images 0 .. number-1 of the sampling job, with x_t and the predicted x_0 at some depths."""
 
         @jax.jit
-        def draw(params: Params, labels: Array | None) -> Trajectory:
+        def draw(params: Params, labels: Array | None) -> tuple[Array, Trajectory]:
             chain, at = self._make(params, labels), [depth - 1 for depth in depths]
-            return sample_trajectory(jax.random.key(self.job.seed), chain, (number, *self.shape), at=at)[1]
+            return sample_trajectory(jax.random.key(self.job.seed), chain, (number, *self.shape), at=at)
 
-        return draw(self._params, labels)
+        with matmul_precision(self.job.config):
+            return draw(self._params, labels)
 
     def share_latents(
         self, key: Array, labels: np.ndarray | None, *, depths: typing.Sequence[int], draws: int

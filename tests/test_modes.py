@@ -1,0 +1,196 @@
+"""What sample.py draws beside samples: of its own, and of pictures that are given."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_jax import chains
+from ddpm_jax.chains import Choice, network
+from ddpm_jax.config import DataConfig
+from ddpm_jax.data.decode import read_picture
+from ddpm_jax.data.sources import load_held_out
+from ddpm_jax.editor import Editor, read_mask
+from ddpm_jax.errors import UserError
+from ddpm_jax.modes import (
+    draw_progressive,
+    hide,
+    inpaint_picture,
+    interpolate_pictures,
+    lay_out,
+    reconstruct_picture,
+    share_latents,
+)
+
+
+def load(path):
+    return np.asarray(Image.open(path))
+
+
+@pytest.fixture(scope="module")
+def job(drawing):
+    return drawing.make_job(num_classes=10)
+
+
+def test_the_chain_over_time_ends_in_the_samples_and_begins_in_noise(job, tmp_path):
+    assert draw_progressive(job, tmp_path, num=3, columns=4) == tmp_path / "x0.png"
+    editor = Editor(job, batch_size=8)
+    images, _ = editor.sample(3, editor.labels_in_turn(3), watched=1)
+    shown = {name: load(tmp_path / f"{name}.png") for name in ("x0", "x_t")}
+    factor = shown["x0"].shape[0] // (3 * 9 + 1)
+    for picture in shown.values():
+        assert picture.shape == (factor * (3 * 9 + 1), factor * (5 * 9 + 1))
+        for row, image in enumerate(images):
+            last = picture[::factor, ::factor][1 + 9 * row : 9 * (row + 1), 1 + 9 * 4 : 9 * 5]
+            assert abs(last.astype(int) - image[..., 0]).max() <= 1
+    # At the first time x_t is noise; what is predicted of it is not.
+    first = {name: picture[::factor, ::factor][1:9, 1:9].astype(int) for name, picture in shown.items()}
+    assert abs(first["x_t"] - first["x0"]).max() > 50
+
+
+def test_images_that_share_a_late_x_t_are_more_alike(job, tmp_path):
+    few = job._replace(choice=Choice(steps=6, labels=(3,)))
+    share_latents(few, tmp_path / "all", times=(), draws=6, label=3)
+    picture = load(tmp_path / "all" / "share.png")
+    factor = picture.shape[0] // (4 * 9 + 1)
+    rows = picture[::factor, ::factor][1:, 1:].reshape(4, 9, 7, 9)[:, :8, :, :8].swapaxes(1, 2).astype(float)
+    spread = rows[:, 1:].std(axis=1).mean(axis=(1, 2))
+    assert (np.diff(spread) < 0).all()
+    # At t = 0 nothing is left to be drawn: the latent is the image.
+    share_latents(few, tmp_path / "one", times=[0], draws=2)
+    row = load(tmp_path / "one" / "share.png")
+    factor = row.shape[0] // 10
+    latent, *images = row[::factor, ::factor][1:9, 1:].reshape(8, 3, 9)[..., :8].swapaxes(0, 1)
+    for image in images:
+        np.testing.assert_array_equal(image, latent)
+
+
+def test_guidance_is_told_to_the_network_of_every_mode(job, tmp_path, monkeypatch):
+    seen, known = set(), chains.network
+
+    def watched(unet, params, labels, *, guidance=0.0, **choice):
+        seen.add(guidance)
+        return known(unet, params, labels, **choice)
+
+    monkeypatch.setattr(chains, "network", watched)
+    share_latents(job._replace(choice=Choice(steps=2, guidance=4.0)), tmp_path, times=[5], draws=1, label=3)
+    assert 4.0 in seen
+
+
+def test_a_number_is_an_image_of_the_test_part(job, tmp_path):
+    reconstruct_picture(job, "17", tmp_path, time=0, draws=1)
+    held_out = load_held_out(job.config.data).read(np.array([17]))
+    np.testing.assert_array_equal(load(tmp_path / "00.png"), held_out[0, ..., 0])
+
+
+def test_what_is_small_is_laid_out_large_and_what_is_unknown_is_grey():
+    images = np.zeros((2, 3, 4, 5, 1), np.uint8)
+    assert lay_out(images).shape[:2] == (11 * (1024 // 19), 19 * (1024 // 19))
+    known = np.zeros((4, 5), bool)
+    known[0] = True
+    assert hide(images[0, 0], known)[..., 0].tolist() == [[0] * 5, *[[128] * 5] * 3]
+
+
+@pytest.fixture(scope="module")
+def colour_job(drawing):
+    return drawing.make_job(data=DataConfig(source="folder", path="gone", height=4, width=6, channels=3))
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own")
+    random = np.random.default_rng(0)
+    for name in ("a", "b"):
+        Image.fromarray(random.integers(0, 255, (40, 60, 3), np.uint8)).save(folder / f"{name}.png")
+    mask = np.full((40, 60), 255, np.uint8)
+    mask[:20, :30] = 0
+    Image.fromarray(mask).save(folder / "mask.png")
+    Image.fromarray(np.full((4, 6), 255, np.uint8)).save(folder / "white.png")
+    (folder / "no.png").write_text("no picture")
+    return folder
+
+
+def test_own_pictures_are_reconstructed_interpolated_and_filled_in(colour_job, own, tmp_path):
+    a, b = (read_picture(str(own / f"{name}.png"), (4, 6, 3)) for name in "ab")
+    load = lambda path: np.asarray(Image.open(path))
+
+    row = reconstruct_picture(colour_job, str(own / "a.png"), tmp_path / "same", time=0, draws=2)
+    assert row == tmp_path / "same" / "row.png"
+    np.testing.assert_array_equal(load(tmp_path / "same" / "01.png"), a)
+
+    files = [str(own / "a.png"), str(own / "b.png")]
+    interpolate_pictures(colour_job, files, tmp_path / "mixed", time=0, num=3)
+    for number, expected in ((0, a), (1, (a.astype(float) + b) / 2), (2, b)):
+        assert abs(load(tmp_path / "mixed" / f"{number:02d}.png") - expected).max() <= 0.5 + 1e-3
+    interpolate_pictures(colour_job, files, tmp_path / "slerp", time=None, num=3)
+    assert len([*(tmp_path / "slerp").glob("0?.png")]) == 3
+
+    inpaint_picture(colour_job, str(own / "a.png"), str(own / "mask.png"), tmp_path / "filled", draws=2)
+    filled = [load(tmp_path / "filled" / f"{number:02d}.png") for number in range(2)]
+    known = read_mask(str(own / "mask.png"), (4, 6, 3))
+    assert known.sum() == 24 - 6
+    for image in filled:
+        np.testing.assert_array_equal(image[known], a[known])
+    assert (filled[0][~known] != filled[1][~known]).any()
+
+
+def test_what_cannot_be_done_with_own_pictures_is_one_line(colour_job, job, own, tmp_path):
+    a, out = str(own / "a.png"), tmp_path / "out"
+    for call, message in [
+        (lambda: reconstruct_picture(colour_job, a, out, time=13, draws=1), "--t 13 must be 0 to 12"),
+        (lambda: reconstruct_picture(colour_job, a, out, time=1, draws=0), "--draws must be 1 to 64, not 0"),
+        (
+            lambda: reconstruct_picture(colour_job, a, out, time=1, draws=1, label=3),
+            "--label 3: .* it is unconditional",
+        ),
+        (lambda: reconstruct_picture(job, a, out, time=1, draws=1, label=10), "--label 10: .* classes are 0 to 9"),
+        (lambda: reconstruct_picture(job, str(own / "c.png"), out, time=1, draws=1), "c.png .*there is no such file"),
+        (lambda: reconstruct_picture(job, str(own / "no.png"), out, time=1, draws=1), "no.png .*no picture"),
+        (lambda: reconstruct_picture(job, "359", out, time=1, draws=1), "no image 359: .* has 359, numbered from 0"),
+        (lambda: draw_progressive(job, out, num=65, columns=3), "--num must be 1 to 64, not 65"),
+        (lambda: draw_progressive(job, out, num=1, columns=0), "--columns must be 1 to 64, not 0"),
+        (lambda: share_latents(job, out, times=[5, 13], draws=1), "--t 13 must be 0 to 12"),
+        (lambda: share_latents(job, out, times=[], draws=1, label=10), "--label 10: .* classes are 0 to 9"),
+        (lambda: interpolate_pictures(job, [a], out, time=1, num=3), "--images needs two pictures .* not 1"),
+        (lambda: interpolate_pictures(job, [a, a], out, time=1, num=1), "--num must be at least 2"),
+        (lambda: inpaint_picture(colour_job, a, str(own / "white.png"), out, draws=1), "white all over: paint black"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            call()
+    assert not out.exists()
+
+
+def test_the_script_reads_the_run_s_folder_alone(drawing, colour_job, own, tmp_path, monkeypatch, run_script):
+    monkeypatch.setattr(chains, "network", network)
+    run = drawing.save_run(colour_job, tmp_path / "run")
+    pair = ["--images", own / "a.png", own / "b.png"]
+    status, said, error = run_script("sample.py", "interpolate", run, *pair, "--t", 9, "--num", 2)
+    assert status == 0, error
+    assert said.strip() == str(run / "samples" / "interpolate" / "row.png")
+    few = ["--sampler", "ddim", "--steps", 3, "--out", tmp_path / "out"]
+    status, said, error = run_script("sample.py", "progressive", run, "--num", 2, "--columns", 3, *few)
+    assert status == 0, error
+    assert load(tmp_path / "out" / "x0.png").shape[2] == 3
+    status, said, error = run_script("sample.py", "share", run, "--t", 12, 3, "--draws", 2, *few)
+    assert status == 0, error
+    assert said.strip() == str(tmp_path / "out" / "share.png")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["inpaint", "x", "--image", "a.png"], "--mask is missing: see --help"),
+        (["interpolat", "x"], "there is no command 'interpolat': did you mean interpolate?"),
+        (["reconstruct", "x", "--image", "a.png", "--t", "far"], "--t needs an integer, not 'far'"),
+        (["share", "x", "--sampler", "unipc"], "--sampler needs one of ancestral, ddim, not 'unipc'"),
+        (["progressive"], "RUN is missing: see --help"),
+    ],
+)
+def test_slips_are_one_line(run_script, words, line):
+    assert run_script("sample.py", *words) == (2, "", f"sample.py: error: {line}\n")
+
+
+def test_the_help_names_the_modes_and_the_options_of_samples(run_script):
+    status, said, _ = run_script("sample.py", "--help")
+    assert status == 0
+    for word in ("progressive", "share", "reconstruct", "interpolate", "inpaint", "--num", "--sampler"):
+        assert word in said
