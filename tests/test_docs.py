@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ddpm_jax import command
+from ddpm_jax.chains import Choice
 from ddpm_jax.config import validate
 from ddpm_jax.errors import UserError
 from ddpm_jax.named_samplers import make_sampler
@@ -204,8 +205,8 @@ def read_command(monkeypatch, tmp_path):
         if name == "train":
             _, config = end.value.args[0]
             validate(config)
-        if name == "sample":
-            asked = end.value.args[0]
+        asked = end.value.args[0]
+        if isinstance(asked, Choice):
             betas, predict = make_betas("linear", 1000), lambda x_t, t: x_t
             make_sampler(asked.sampler, betas, predict, num_steps=asked.steps, spacing=asked.spacing, eta=asked.eta)
 
