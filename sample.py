@@ -32,7 +32,7 @@ class Options(Choice):
     step: int | None = None
     """The checkpoint of which training step; the newest if not given."""
     columns: int | None = None
-    """Images a row of the grid."""
+    """Images a row of the grid; if not given about a square, or one of each class where all are drawn in turn."""
 
 
 def draw(arguments: Sequence[str]) -> None:

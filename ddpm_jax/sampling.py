@@ -44,6 +44,7 @@ _GIF_FRAMES = 50
 _GIF_SECONDS, _GIF_PAUSE = 0.06, 2.0
 # What Pillow and most viewers open without complaint, and what fifty frames fit into memory of.
 _GRID_PIXELS, _GIF_PIXELS = 89_000_000, 8_000_000
+_MOST_COLUMNS = 32
 
 
 def cut(num_steps: int, *, longest: int) -> list[tuple[int, int]]:
@@ -280,6 +281,17 @@ def check_request(job: Job, *, number: int, batch_size: int, format: Format, col
             )
 
 
+def default_columns(job: Job, number: int) -> int:
+    """Says how many images stand in a row: one of each class where all classes are drawn in turn, else about a square.
+
+    Args:
+      job: of a conditional run or not.
+      number: how many images.
+    """
+    classes = 0 if job.choice.labels else job.config.model.num_classes
+    return classes if 1 < classes <= min(number, _MOST_COLUMNS) else math.ceil(math.sqrt(number))
+
+
 def run_job(job: Job, out: Path, *, number: int, batch_size: int, format: Format, columns: int | None = None) -> Path:
     """Draws the images 0 .. number-1 of a job that its folder does not have yet, and shows them.
 
@@ -292,7 +304,7 @@ def run_job(job: Job, out: Path, *, number: int, batch_size: int, format: Format
       number: how many images, >= 1.
       batch_size: images at a time, >= 1; rounded up to a multiple of the devices.
       format: how they are shown. `samples.npz` is written for each.
-      columns: images a row in a grid.
+      columns: images a row in a grid; see `default_columns` if not given.
 
     Returns:
       the file or folder to look at.
@@ -304,6 +316,7 @@ def run_job(job: Job, out: Path, *, number: int, batch_size: int, format: Format
     check_request(job, number=number, batch_size=batch_size, format=format, columns=columns)
     if out.exists() and not (out / "job.json").exists() and (not out.is_dir() or {*out.iterdir()} - {out / ".lock"}):
         raise UserError(f"{out} is not empty and holds no sampling job: give another --out")
+    columns = default_columns(job, number) if columns is None else columns
     # Not cut to what is missing: the same batches give the same bits, also after an interruption.
     batch_size = whole_batch(min(batch_size, number))
     with claimed(out):
@@ -373,9 +386,8 @@ def _show_each(folder: Path, stored: StoredImages, number: int) -> Path:
     return folder
 
 
-def _show_gif(job: Job, out: Path, stored: StoredImages, *, number: int, batch_size: int, columns: int | None) -> Path:
+def _show_gif(job: Job, out: Path, stored: StoredImages, *, number: int, batch_size: int, columns: int) -> Path:
     path = out / "reverse.gif"
-    columns = math.ceil(math.sqrt(number)) if columns is None else columns
     comment = f"{number} images, {columns} columns"
     if path.exists() and _comment(path) == comment:
         say(f"the reverse process of the {number} images was there already")

@@ -1,6 +1,6 @@
+import dataclasses
 import json
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +20,7 @@ from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, bu
 from ddpm_jax.data.pipeline import to_uint8
 from ddpm_jax.errors import UserError
 from ddpm_jax.samplers import ancestral, sample
-from ddpm_jax.sampling import BatchChain, Job, cut, load_job, run_job
+from ddpm_jax.sampling import BatchChain, Job, cut, default_columns, load_job, run_job
 from ddpm_jax.schedules import make_schedule
 from ddpm_jax.stored_images import StoredImages
 from ddpm_jax.training.checkpoints import Checkpoints
@@ -236,6 +236,15 @@ def test_a_finished_job_is_shown_otherwise_and_made_longer_without_drawing_anew(
     assert len(npz(out)) == 14
 
 
+def test_all_classes_in_turn_stand_in_columns(job):
+    classes = job._replace(config=dataclasses.replace(job.config, model=ModelConfig(num_classes=10)))
+    assert [default_columns(classes, number) for number in (80, 10, 9)] == [10, 10, 3]
+    assert default_columns(classes._replace(choice=Choice(labels=(3, 5, 5))), 64) == 8
+    assert default_columns(job, 64) == 8
+    many = job._replace(config=dataclasses.replace(job.config, model=ModelConfig(num_classes=1000)))
+    assert default_columns(many, 2000) == 45
+
+
 def test_the_grid_is_the_images_row_by_row(job, expected, tmp_path):
     path = run_job(job, tmp_path / "out", number=7, batch_size=16, format="grid", columns=3)
     shown = pictures.enlarge(pictures.grid(npz(tmp_path / "out"), columns=3))
@@ -348,24 +357,17 @@ def run(job, tmp_path_factory):
     return folder
 
 
-def run_script(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, words)])
-    with pytest.raises(SystemExit) as ending:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    return ending.value.code
-
-
-def test_the_script_draws_from_the_newest_average_and_says_where(run, job, expected, tmp_path, monkeypatch, capsys):
-    assert run_script(monkeypatch, run, "--num", 9, "--batch-size", 16, "--seed", 3) == 0
+def test_the_script_draws_from_the_newest_average_and_says_where(run, job, expected, tmp_path, run_script):
+    status, said, _ = run_script("sample.py", run, "--num", 9, "--batch-size", 16, "--seed", 3)
     out = run / "samples" / "checkpoint_7_seed_3"
-    assert capsys.readouterr().out == f"9 images of checkpoint 7: {out / 'grid.png'}\n"
+    assert (status, said) == (0, f"9 images of checkpoint 7: {out / 'grid.png'}\n")
     assert_same(npz(out), expected[:9])
     assert json.loads((out / "job.json").read_text())["checkpoint"] == 7
 
     # Of an older checkpoint, elsewhere.
     words = ("--num=3", "--seed=3", "--step=5", "--out", tmp_path / "o", "--format=npz")
-    assert run_script(monkeypatch, run, *words) == 0
-    assert capsys.readouterr().out == f"3 images of checkpoint 5: {tmp_path / 'o' / 'samples.npz'}\n"
+    status, said, _ = run_script("sample.py", run, *words)
+    assert (status, said) == (0, f"3 images of checkpoint 5: {tmp_path / 'o' / 'samples.npz'}\n")
     assert abs(npz(tmp_path / "o").astype(int) - expected[:3]).max() > 10
 
 
@@ -385,14 +387,13 @@ def test_the_script_draws_from_the_newest_average_and_says_where(run, job, expec
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )
-def test_the_script_refuses_in_one_line_with_status_2(run, job, tmp_path, monkeypatch, capsys, words, line):
+def test_the_script_refuses_in_one_line_with_status_2(run, job, tmp_path, run_script, words, line):
     (tmp_path / "empty").mkdir()
     (tmp_path / "unsaved").mkdir()
     save_config(job.config, tmp_path / "unsaved" / "config.json")
     places = {"run": run, "empty": tmp_path / "empty", "unsaved": tmp_path / "unsaved"}
-    assert run_script(monkeypatch, *(word.format(**places) for word in words)) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
+    status, out, err = run_script("sample.py", *(word.format(**places) for word in words))
+    assert (status, out) == (2, "")
     chex.assert_equal(err.count("\n"), 1)
     assert err.startswith("sample.py: error: ")
     assert re.search(line, err)

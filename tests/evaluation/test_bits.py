@@ -2,8 +2,6 @@ import csv
 import dataclasses
 import itertools
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import jax
@@ -26,7 +24,6 @@ from ddpm_jax.training.checkpoints import Checkpoints
 from ddpm_jax.training.state import TrainState, init_params
 
 T = 10
-SCRIPT = Path(__file__).parents[2] / "evaluate.py"
 WHOLE = Request("test", 0, "model", "tanh")
 EVERY_TIME = strata(T, T)
 FILES = ("likelihood.json", "terms.csv", "rate_distortion.csv")
@@ -375,17 +372,10 @@ def run(job, tmp_path_factory):
     return folder
 
 
-def run_script(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
-    with pytest.raises(SystemExit) as ending:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    return ending.value.code
-
-
-def test_the_script_counts_bits_and_says_where(run, whole, monkeypatch, capsys):
+def test_the_script_counts_bits_and_says_where(run, whole, run_script):
     likelihood, _ = whole
-    assert run_script(monkeypatch, "likelihood", run, "--seed", 3) == 0
-    printed = capsys.readouterr().out
+    status, printed, _ = run_script("evaluate.py", "likelihood", run, "--seed", 3)
+    assert status == 0
     out = run / "likelihood" / "checkpoint_7_test_model_seed_3"
     assert printed.startswith(f"{likelihood.bits_per_dim:.4f} +- {likelihood.standard_error:.4f} bits/dim over 359")
     assert str(out) in printed
@@ -395,9 +385,10 @@ def test_the_script_counts_bits_and_says_where(run, whole, monkeypatch, capsys):
     )
 
 
-def test_the_script_draws_and_judges(run, monkeypatch, capsys):
-    assert run_script(monkeypatch, "quality", run, "--num", 40, "--seed", 3) == 0
-    assert "FD-own" in capsys.readouterr().out
+def test_the_script_draws_and_judges(run, run_script):
+    status, printed, _ = run_script("evaluate.py", "quality", run, "--num", 40, "--seed", 3)
+    assert status == 0
+    assert "FD-own" in printed
     (file,) = run.glob("samples/*/quality.json")
     quality = json.loads(file.read_text())
     assert quality["images"] == sum(quality["counts"].values()) == 40
@@ -418,15 +409,16 @@ def test_the_script_draws_and_judges(run, monkeypatch, capsys):
         (["quality", "nowhere.npz", "--config", "digits"], "there is no file nowhere.npz"),
     ],
 )
-def test_slips_on_the_command_line_are_one_line(monkeypatch, capsys, words, line):
-    assert run_script(monkeypatch, *words) == 2
-    assert capsys.readouterr().err == f"evaluate.py: error: {line}\n"
+def test_slips_on_the_command_line_are_one_line(run_script, words, line):
+    status, _, error = run_script("evaluate.py", *words)
+    assert (status, error) == (2, f"evaluate.py: error: {line}\n")
 
 
-def test_the_help_names_the_commands(monkeypatch, capsys):
-    assert run_script(monkeypatch) == 0
-    printed = capsys.readouterr().out
+def test_the_help_names_the_commands(run_script):
+    status, printed, _ = run_script("evaluate.py")
+    assert status == 0
     assert "likelihood" in printed
     assert "quality" in printed
-    assert run_script(monkeypatch, "likelihood", "--help") == 0
-    assert "17" in capsys.readouterr().out  # the levels of the digits
+    status, printed, _ = run_script("evaluate.py", "likelihood", "--help")
+    assert status == 0
+    assert "17" in printed  # the levels of the digits
