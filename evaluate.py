@@ -65,8 +65,8 @@ def likelihood(arguments: Sequence[str]) -> None:
     print(f"{out}: likelihood.json, terms.csv, rate_distortion.csv and their plots")
 
 
-@dataclasses.dataclass(frozen=True)
-class QualityOptions:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QualityOptions(Choice):
     """What to judge."""
 
     run: tyro.conf.Positional[str]
@@ -92,9 +92,11 @@ def quality(arguments: Sequence[str]) -> None:
     )
     given = Path(options.run)
     if given.suffix == ".npz":
+        if options.alone() != Choice():
+            raise UserError(f"{given} holds images that are drawn already: a sampler goes with the folder of a run")
         file, config = given, config_of(given, options.config)
     else:
-        job = load_job(given, seed=options.seed, step=options.step)
+        job = load_job(given, seed=options.seed, step=options.step, choice=options.alone())
         out = default_folder(given, job)
         file = run_job(job, out, number=options.num, batch_size=options.batch_size, format="npz")
         config = job.config

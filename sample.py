@@ -41,8 +41,7 @@ def draw(arguments: Sequence[str]) -> None:
         Options, arguments, description="Draws images from a trained run; started again, it goes on."
     )
     run = Path(options.run)
-    choice = Choice(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Choice)})
-    job = load_job(run, seed=options.seed, step=options.step, choice=choice)
+    job = load_job(run, seed=options.seed, step=options.step, choice=options.alone())
     out = default_folder(run, job) if options.out is None else Path(options.out)
     shown = run_job(
         job,

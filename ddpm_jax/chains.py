@@ -37,6 +37,10 @@ class Choice:
     labels: tuple[int, ...] = ()
     """Labels of the images of a conditional run, one after the other and again from the first; all classes if none."""
 
+    def alone(self) -> "Choice":
+        """Takes the choice out of a script's options, which are one with more fields."""
+        return Choice(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Choice)})
+
 
 def labels_of(config: Config, choice: Choice, indices: Array) -> Array | None:
     """Gives the labels of a job's images by their indices, (B,) to (B,) int32; None for an unconditional run."""

@@ -394,6 +394,14 @@ def test_the_script_draws_and_judges(run, run_script):
     assert quality["images"] == sum(quality["counts"].values()) == 40
     # Of random weights nothing good is drawn.
     assert quality["ratio"] > 5
+    few = ["--sampler", "ddim", "--steps", 2, "--num", 16]
+    status, printed, _ = run_script("evaluate.py", "quality", run, "--seed", 3, *few)
+    assert status == 0
+    assert "checkpoint_7_seed_3_sampler_ddim_steps_2" in printed
+    samples = file.with_name("samples.npz")
+    status, _, error = run_script("evaluate.py", "quality", samples, *few)
+    assert status == 2
+    assert error.endswith("drawn already: a sampler goes with the folder of a run\n")
 
 
 @pytest.mark.parametrize(
