@@ -2,6 +2,11 @@
 
 import contextlib
 import dataclasses
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import chex
 import jax
@@ -77,6 +82,32 @@ def test_what_is_random_is_the_same_bit_by_bit(training):
             np.testing.assert_array_equal(here, there, err_msg=f"{what}: 1 device and {name}")
 
 
+def test_what_is_random_is_the_same_on_two_hosts(training, tmp_path):
+    """Two real processes with four devices each are given, together, what one device is, bit by bit."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
+    }
+    command = [sys.executable, str(Path(__file__).with_name("host.py")), where]
+    hosts = [
+        subprocess.Popen([*command, str(index), str(tmp_path / f"{index}.npz")], env=environment) for index in range(2)
+    ]
+    assert [host.wait(timeout=240) for host in hosts] == [0, 0]
+
+    probe = training.Probe()
+    start = training.state_of(jax.random.key(5), probe.network, optax.sgd(0.1))
+    advance(training, layout_of("1 device"), probe, optax.sgd(0.1), start, 3)
+    together = training.Probe()
+    for index in range(2):
+        with np.load(tmp_path / f"{index}.npz") as seen:
+            together.rows += zip(*(seen[name] for name in seen.files), strict=True)
+    for here, there, what in zip(probe.take(), together.take(), ("keys", "x_t", "times", "masks"), strict=True):
+        np.testing.assert_array_equal(here, there, err_msg=what)
+
+
 @pytest.fixture(scope="module")
 def runs(training):
     """Ten steps of SGD and ten of Adam on each layout, from one state; compiled once a layout."""
@@ -100,8 +131,10 @@ def runs(training):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_gradient_of_the_first_step_is_the_same(runs, name):
+def test_gradient_of_the_first_step_is_the_same(runs, name, record_property):
     here, there = runs["1 device"]["gradient"], runs[name]["gradient"]
+    difference = float(optax.tree.norm(jax.tree.map(jnp.subtract, here, there)) / optax.tree.norm(here))
+    record_property("difference of the gradient, as a share of its norm", difference)
     assert max(abs(leaf).max() for leaf in jax.tree.leaves(here)) > 1e-3
 
     def same(path, a, b):
