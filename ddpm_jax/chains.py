@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ddpm_jax.config import Config, build_betas, build_unet
+from ddpm_jax.ddim import EpsOf
 from ddpm_jax.errors import UserError
 from ddpm_jax.guidance import guided
 from ddpm_jax.named_samplers import SamplerName, make_sampler
@@ -32,6 +33,11 @@ class Choice:
     what suits the sampler if not given."""
     eta: float | None = None
     """Share of the noise in DDIM, 0 to 1; 0 if not given."""
+    clip: typing.Literal["on", "off"] | None = None
+    """Whether the predicted clean image is clipped to [-1, 1] at every step; as the run says if not given."""
+    eps_of: EpsOf | None = None
+    """Where a clipped image leaves the noise in DDIM: x0, taken anew from it, or network, as it was said; x0 if not
+    given."""
     guidance: float = 0.0
     """w of classifier-free guidance: (1 + w) eps(x, label) - w eps(x); 0: none."""
     labels: tuple[int, ...] = ()
@@ -83,9 +89,10 @@ def make_chain(config: Config, choice: Choice) -> MakeChain:
             num_steps=choice.steps,
             spacing=choice.spacing,
             eta=choice.eta,
+            eps_of=choice.eps_of,
             prediction=diffusion.prediction,
             variance=diffusion.variance,
-            clip_x0=diffusion.clip_x0,
+            clip_x0=diffusion.clip_x0 if choice.clip is None else choice.clip == "on",
         )
 
     try:

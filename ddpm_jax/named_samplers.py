@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import ArrayLike
 
-from ddpm_jax.ddim import ddim
+from ddpm_jax.ddim import EpsOf, ddim
 from ddpm_jax.respacing import Spacing, choose_times, respace
 from ddpm_jax.reverse import Predict, Prediction, Variance, predict_x0, split_output
 from ddpm_jax.samplers import Sampler, ancestral
@@ -24,7 +24,7 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "dpm++2m_sde": dpm_solver_pp_2m_sde,
     "unipc": unipc,
 }
-"""(schedule, predict, *, prediction, variance, clip_x0) to a sampler; "ddim" takes `eta` too."""
+"""(schedule, predict, *, prediction, variance, clip_x0) to a sampler; "ddim" takes `eta` and `eps_of` too."""
 
 SamplerName = typing.Literal["ancestral", "ddim", "dpm++2m", "dpm++2m_sde", "unipc"]
 
@@ -47,6 +47,7 @@ def make_sampler(
     num_steps: int | None = None,
     spacing: str | None = None,
     eta: float | None = None,
+    eps_of: EpsOf | None = None,
     prediction: Prediction = "eps",
     variance: Variance = "fixed_large",
     clip_x0: bool = True,
@@ -68,6 +69,7 @@ def make_sampler(
       num_steps: N, in [1, T]; all T, or as many as `spacing` says, if None.
       spacing: which times are visited, see `respacing.choose_times`; `default_spacing` if None.
       eta: the share of the noise, in [0, 1], for "ddim" alone; 0 if None.
+      eps_of: where a clipped image leaves the noise, for "ddim" alone (see there); "x0" if None.
       prediction: what the network's output means.
       variance: the variance of p(x_{t-1} | x_t), for "ancestral"; the others only drop a learned one's half.
       clip_x0: whether the predicted clean image is clipped to [-1, 1] at every step.
@@ -76,8 +78,9 @@ def make_sampler(
       a `Sampler` of N steps.
 
     Raises:
-      ValueError: the name or the spacing is unknown, N is outside [1, T], `eta` is outside [0, 1] or given to a
-        sampler that has none, or "ancestral" is to skip steps with a "learned" variance, which is of single steps.
+      ValueError: the name or the spacing is unknown, N is outside [1, T], `eta` is outside [0, 1], it or `eps_of` is
+        given to a sampler that has none, or "ancestral" is to skip steps with a "learned" variance, which is of single
+        steps.
 
     >>> betas = np.linspace(1e-4, 0.02, 1000)
     >>> make_sampler("unipc", betas, lambda x_t, t: x_t, num_steps=8).num_steps
@@ -86,8 +89,10 @@ def make_sampler(
     if name not in SAMPLERS:
         near = difflib.get_close_matches(name, SAMPLERS, n=1, cutoff=0)[0]
         raise ValueError(f"unknown sampler {name!r}: did you mean {near!r}? There are {', '.join(SAMPLERS)}")
-    if eta is not None and name != "ddim":
-        raise ValueError(f"eta={eta} is of the sampler 'ddim': {name!r} has no such choice")
+    options = {key: value for key, value in (("eta", eta), ("eps_of", eps_of)) if value is not None}
+    if options and name != "ddim":
+        given = ", ".join(f"{key}={value}" for key, value in options.items())
+        raise ValueError(f"{given} is of the sampler 'ddim': {name!r} has no such choice")
     betas = np.asarray(betas, np.float64)
     times = choose_times(betas, num_steps=num_steps, spacing=default_spacing(name) if spacing is None else spacing)
     if len(times) < len(betas):
@@ -98,7 +103,6 @@ def make_sampler(
         if prediction == "mean":
             predict, prediction = _x0_of_mean(betas, predict, variance=variance), "x0"
     schedule = respace(betas, times)
-    options = {} if eta is None else {"eta": eta}
     return SAMPLERS[name](schedule, predict, prediction=prediction, variance=variance, clip_x0=clip_x0, **options)
 
 

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddpm_jax import chains
 from ddpm_jax.chains import Choice, labels_of, make_chain, network
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, build_unet
 from ddpm_jax.errors import UserError
+from ddpm_jax.samplers import sample
 
 CONFIG = Config(
     data=DataConfig(height=4, width=4, channels=1),
@@ -36,6 +38,7 @@ def test_labels_go_round():
         (CONFIG, Choice(guidance=float("nan")), "--guidance nan must be at least 0"),
         (CONFIG, Choice(steps=21), "can be run in 1 to 20 steps, not in 21"),
         (CONFIG, Choice(eta=0.5), "eta=0.5 is of the sampler 'ddim'"),
+        (CONFIG, Choice(sampler="unipc", eps_of="network"), "eps_of=network is of the sampler 'ddim'"),
         (CONFIG, Choice(sampler="ddim", eta=1.5), "eta=1.5 is outside"),
     ],
 )
@@ -48,6 +51,23 @@ def test_what_cannot_be_is_one_line(config, choice, line):
 @pytest.mark.parametrize(("choice", "steps"), [(Choice(), 20), (Choice(sampler="unipc", steps=7), 7)])
 def test_a_chain_is_as_long_as_asked(choice, steps):
     assert make_chain(CONFIG, choice)(None, jnp.zeros(1, jnp.int32)).num_steps == steps
+
+
+def test_clipping_is_a_choice(monkeypatch):
+    """A network that sees no noise predicts images beyond [-1, 1]."""
+    monkeypatch.setattr(chains, "network", lambda *arguments, **choice: lambda x_t, t: 0.5 * jnp.tanh(x_t))
+
+    def drawn(**choice):
+        make = make_chain(UNCONDITIONAL, Choice(sampler="ddim", steps=5, **choice))
+        return sample(jax.random.key(0), make(None, None), (8, 4, 4, 1))
+
+    as_the_run, on, off = drawn(), drawn(clip="on"), drawn(clip="off")
+    network_s, anew = drawn(clip="on", eps_of="network"), drawn(clip="on", eps_of="x0")
+    np.testing.assert_array_equal(as_the_run, on)
+    np.testing.assert_array_equal(anew, on)
+    assert abs(on).max() <= 1 < abs(off).max()
+    assert abs(network_s - anew).max() > 0.01
+    np.testing.assert_array_equal(drawn(clip="off", eps_of="network"), off)
 
 
 def test_the_network_is_told_its_labels_and_guidance_pushes():
