@@ -45,6 +45,7 @@ WORDS = (
 ).split()
 KEPT = [f"--checkpoints.{rule}" for rule in ("every=10", "keep=2", "keep-every=20", "keep-best=1")]
 STREAMED = ["--data.memory-gib", "0", "--data.device-gib", "0"]
+ARRAYS = "*/d/*"  # in a checkpoint: what Orbax reads the arrays from; it keeps more files than it reads
 TWICE_TERMINATED = 128 + signal.SIGTERM
 # Of Linux: the capability by which root writes where it may not, and the call that gives it up.
 _CAP_DAC_OVERRIDE, _PR_CAPBSET_DROP = 1, 24
@@ -276,11 +277,12 @@ def sigterm_twice(bench: Bench, run: Path) -> str:
     return "saved in time" if "saved: the same command goes on" in process.said else "ended at once"
 
 
-def damage(bench: Bench, run: Path, how: str) -> str:
-    """Cuts off or flips a byte of a random file of the newest checkpoint."""
+def damage(bench: Bench, run: Path, how: str, files: str = "**/*") -> str:
+    """Cuts off a random file of the newest checkpoint, or flips a bit of it; not all of them are read again."""
     newest = bench.steps(run)[-1]
-    files = [path for path in (run / "checkpoints" / str(newest)).rglob("*") if path.is_file() and path.stat().st_size]
-    file = bench.random.choice(sorted(files))
+    found = (run / "checkpoints" / str(newest)).glob(files)
+    candidates = [path for path in found if path.is_file() and path.stat().st_size]
+    file = bench.random.choice(sorted(candidates))
     content = bytearray(file.read_bytes())
     at = bench.random.randrange(len(content))
     if how == "truncated":
@@ -472,7 +474,9 @@ FAULTS = [
     ),
     Fault("SIGTERM twice", sigterm_twice, 5),
     Fault("a checkpoint's file cut off", functools.partial(damage, how="truncated"), 8),
+    Fault("a file of arrays cut off", functools.partial(damage, how="truncated", files=ARRAYS), 5),
     Fault("a checkpoint's bit flipped", functools.partial(damage, how="flipped"), 8),
+    Fault("a bit of a file of arrays flipped", functools.partial(damage, how="flipped", files=ARRAYS), 5),
     Fault("all checkpoints damaged", damage_all, 2),
     Fault("full disk", full_disk, 5),
     Fault("files limited in size", too_large, 3),

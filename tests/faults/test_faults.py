@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 SHORT = [
     "kill -9 while training",
     "SIGTERM twice",
-    "a checkpoint's bit flipped",
+    "a bit of a file of arrays flipped",
     "kill -9 while saving",
     "full disk",
     "folder made read-only while training",
