@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from ddpm_jax import keys as per_image_keys
 from ddpm_jax.bound import Cdf, prior_bits, reverse_bits
-from ddpm_jax.forward import per_image, q_sample
+from ddpm_jax.forward import per_image, q_posterior, q_sample
 from ddpm_jax.losses import mean_squared_error
 from ddpm_jax.reverse import Predict, Prediction, Variance, p_mean_variance, predict_eps, split_output
 from ddpm_jax.schedules import Schedule
@@ -35,6 +35,8 @@ class Bound(typing.NamedTuple):
     r"""(K, B) :math:`|x_0 - \hat x_0|^2` / dim, of the clean image that the mean was made from, clipped or not."""
     eps_mse: Array
     r"""(K, B) :math:`|\epsilon - \epsilon_\theta|^2` / dim, never clipped: its mean over times is L_simple."""
+    mean_mse: Array
+    r"""(K, B) :math:`|\tilde\mu_t - \mu_\theta|^2` / dim, of the means of x_{t-1}: what the variance makes up for."""
 
 
 def bound_terms(
@@ -132,7 +134,7 @@ def bound_at(
     if log_variances is not None:
         chex.assert_shape(log_variances, (schedule.num_steps,))
 
-    def body(carry: None, t: Array) -> tuple[None, tuple[Array, Array, Array]]:
+    def body(carry: None, t: Array) -> tuple[None, tuple[Array, ...]]:
         eps = per_image_keys.normal(per_image_keys.fold(keys, t), x0.shape[1:])
         x_t = q_sample(schedule, x0, t, eps)
         output = predict(x_t, schedule.times[t])
@@ -142,10 +144,12 @@ def bound_at(
         mean_output, _ = split_output(output, variance=variance)
         predicted_eps = predict_eps(schedule, mean_output, x_t, t, prediction=prediction)
         bits = reverse_bits(schedule, reverse, x0, x_t, t, cdf=cdf)
-        return carry, (bits, mean_squared_error(reverse.x0, x0), mean_squared_error(predicted_eps, eps))
+        mean = q_posterior(schedule, x0, x_t, t).mean
+        errors = ((reverse.x0, x0), (predicted_eps, eps), (reverse.mean, mean))
+        return carry, (bits, *(mean_squared_error(predicted, true) for predicted, true in errors))
 
-    _, (terms, x0_mse, eps_mse) = jax.lax.scan(body, None, times)
-    return Bound(terms, prior_bits(schedule, x0), x0_mse, eps_mse)
+    _, (terms, *errors) = jax.lax.scan(body, None, times)
+    return Bound(terms, prior_bits(schedule, x0), *errors)
 
 
 def strata(num_steps: int, number: int) -> np.ndarray:
@@ -258,18 +262,39 @@ def rate_distortion(terms: ArrayLike, prior: ArrayLike, x0_mse: ArrayLike) -> Ra
     return RateDistortion(np.arange(1, len(bits) + 1), rate, 127.5 * np.sqrt(mse[::-1]))
 
 
-def optimal_log_variances(schedule: Schedule, x0_mse: ArrayLike) -> Array:
+def spread(means: ArrayLike, edges: ArrayLike, like: ArrayLike) -> np.ndarray:
+    r"""Spreads means over ranges of times over the times of each range, in proportion to what they are about like.
+
+    .. math:: m_t = \bar m_k \frac{w_t}{\bar w_k}, \quad t \text{ in range } k
+
+    Args:
+      means: (T,), the same at all times of a range.
+      edges: (K + 1,) of the ranges.
+      like: (T,) w, positive but where all of its range is 0.
+
+    Returns:
+      (T,), with the same means over each range; `means` itself where each range is one time.
+
+    >>> spread([1.0, 4.0, 4.0], [0, 1, 3], [5.0, 1.0, 3.0]).tolist()
+    [1.0, 2.0, 6.0]
+    """
+    means, like, widths = np.asarray(means, np.float64), np.asarray(like, np.float64), np.diff(np.asarray(edges))
+    of_range = np.repeat(np.add.reduceat(like, np.asarray(edges)[:-1]) / widths, widths)
+    return means * np.divide(like, of_range, out=np.ones_like(like), where=of_range > 0)
+
+
+def optimal_log_variances(schedule: Schedule, mean_mse: ArrayLike) -> Array:
     r"""Finds the variance of each step that makes the bound least, given how well the network predicts.
 
-    .. math:: \sigma_t^2 = \tilde\beta_t + c_t^2\, E |x_0 - \hat x_0|^2 / \mathrm{dim}, \quad
-              c_t = \frac{\sqrt{\bar\alpha_{t-1}}\,\beta_t}{1 - \bar\alpha_t}
+    .. math:: \sigma_t^2 = \tilde\beta_t + E |\tilde\mu_t - \mu_\theta|^2 / \mathrm{dim}
 
-    The KL term of a step is, element by element, :math:`\frac12(\log\sigma^2 + (\tilde\beta + c^2 (x_0 - \hat x_0)^2)
-    / \sigma^2)` and what does not depend on :math:`\sigma`; its mean over images and elements is least where
-    :math:`\sigma^2` is the mean of the bracket. It also is the true variance of x_{t-1} given x_t, averaged.
+    The KL term of a step is, element by element, :math:`\frac12(\log\sigma^2 + (\tilde\beta + (\tilde\mu -
+    \mu_\theta)^2) / \sigma^2)` and what does not depend on :math:`\sigma`; its mean over images and elements is least
+    where :math:`\sigma^2` is the mean of the bracket. It also is the true variance of x_{t-1} given x_t, averaged.
 
-    For the exact predictor :math:`\hat x_0 = E[x_0 | x_t]` this is Analytic-DPM's formula with
-    :math:`\lambda_t^2 = \tilde\beta_t`,
+    The error of the mean is :math:`c_t = \sqrt{\bar\alpha_{t-1}}\,\beta_t / (1 - \bar\alpha_t)` times that of the
+    predicted :math:`\hat x_0`. For the exact predictor :math:`\hat x_0 = E[x_0 | x_t]` this is Analytic-DPM's formula
+    with :math:`\lambda_t^2 = \tilde\beta_t`,
 
     .. math:: \sigma_t^2 = \lambda_t^2 + \left(\sqrt{\tfrac{1 - \bar\alpha_t}{\alpha_t}}
               - \sqrt{1 - \bar\alpha_{t-1} - \lambda_t^2}\right)^2
@@ -277,8 +302,8 @@ def optimal_log_variances(schedule: Schedule, x0_mse: ArrayLike) -> Array:
 
     for then :math:`E|\epsilon - \hat\epsilon|^2 = E|\epsilon|^2 - E|\hat\epsilon|^2`, the error of x_0 is that of
     :math:`\epsilon` times :math:`(1 - \bar\alpha_t) / \bar\alpha_t`, and the bracket is
-    :math:`\beta_t / \sqrt{\alpha_t (1 - \bar\alpha_t)}`. The form with x_0 is the one that stays optimal for a network
-    that is not exact, and for a clipped x_0.
+    :math:`\beta_t / \sqrt{\alpha_t (1 - \bar\alpha_t)}`. The form with the means is the one that stays optimal for a
+    network that is not exact, and for a clipped x_0.
 
     At t = 0 there is no KL term but the decoder's, whose optimum no mean squared error tells: its bins have a width
     of the errors' size, and those of black and white have no end. Both fixed variances have one entry there, chosen
@@ -286,14 +311,31 @@ def optimal_log_variances(schedule: Schedule, x0_mse: ArrayLike) -> Array:
 
     Args:
       schedule: tables of T steps.
-      x0_mse: (T,) mean over images and elements of the squared error of the x_0 that the mean is made from.
+      mean_mse: (T,) mean over images and elements of the squared error of the mean of x_{t-1}.
 
     Returns:
       (T,) float32 log-variances, for `bound_terms`.
 
     Bao et al. 2022 (Analytic-DPM), eq. 8 and theorem 1; Ho et al. 2020, sec. 3.2 for the two extremes.
     """
-    x0_mse = jnp.asarray(x0_mse, jnp.float32)
-    chex.assert_shape(x0_mse, (schedule.num_steps,))
-    variances = schedule.posterior_variance + schedule.posterior_mean_coef_x0**2 * x0_mse
-    return jnp.log(variances).at[0].set(schedule.fixed_large_log_variance[0])
+    mean_mse = jnp.asarray(mean_mse, jnp.float32)
+    chex.assert_shape(mean_mse, (schedule.num_steps,))
+    return jnp.log(schedule.posterior_variance + mean_mse).at[0].set(schedule.fixed_large_log_variance[0])
+
+
+def estimated_log_variances(schedule: Schedule, mean_mse: ArrayLike, edges: ArrayLike) -> Array:
+    r"""Finds the optimal variances from errors that are known over ranges of times alone.
+
+    Within a range the error is taken to vary as that of the exact predictor of N(0, I),
+    :math:`c_t^2 (1 - \bar\alpha_t)`, which falls by orders of magnitude over the first times.
+
+    Args:
+      schedule: tables of T steps.
+      mean_mse: (T,) as in `optimal_log_variances`, the same at all times of a range.
+      edges: (K + 1,) of the ranges.
+
+    Returns:
+      (T,) float32 log-variances; those of `optimal_log_variances` where each range is one time.
+    """
+    like = np.asarray(schedule.posterior_mean_coef_x0, np.float64) ** 2 * np.asarray(schedule.one_minus_alphas_bar)
+    return optimal_log_variances(schedule, spread(mean_mse, edges, like))

@@ -17,6 +17,7 @@ from ddpm_jax.likelihood import (
     bound_at,
     bound_terms,
     draw_times,
+    estimated_log_variances,
     optimal_log_variances,
     rate_distortion,
     strata,
@@ -215,18 +216,32 @@ def test_optimal_variances_are_those_of_analytic_dpm_for_the_exact_predictor(sch
     smallest = tables.posterior_variance
     bracket = np.sqrt((1 - alphas_bar) / tables.alphas) - np.sqrt(np.maximum(1 - before - smallest, 0))
     analytic = smallest + bracket**2 * (1 - eps_hat)
-    ours = np.asarray(optimal_log_variances(schedule, data.x0_mse(alphas_bar)), np.float64)
+    ours = np.asarray(optimal_log_variances(schedule, tables.coef_x0**2 * data.x0_mse(alphas_bar)), np.float64)
     np.testing.assert_allclose(np.exp(ours[1:]), analytic[1:], rtol=1e-4)
     assert ours[0] == schedule.fixed_large_log_variance[0] == schedule.posterior_log_variance_clipped[0]
 
 
 def test_optimal_variances_are_the_true_ones_of_standard_normal_data():
     # sec. 3.2 of the paper: beta_t is optimal for N(0, I), the posterior's for a point.
-    ours = np.exp(np.asarray(optimal_log_variances(PAPER, 1 - float64(PAPER).alphas_bar)))
+    tables = float64(PAPER)
+    ours = np.exp(np.asarray(optimal_log_variances(PAPER, tables.coef_x0**2 * (1 - tables.alphas_bar))))
     np.testing.assert_allclose(ours[1:], PAPER.betas[1:], rtol=1e-4)
     np.testing.assert_allclose(
         np.exp(optimal_log_variances(PAPER, np.zeros(1000)))[1:], PAPER.posterior_variance[1:], rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("number", [2, 3, 5, 20, 1000])
+def test_variances_from_a_few_ranges_of_times_are_nearly_the_best(scale, number):
+    """The bound of N(0, scale^2 I) under its exact predictor: what a rough estimate of the variances costs of it."""
+    tables, edges = float64(PAPER), strata(1000, number)
+    x0_mse = 1 / (1 / scale**2 + tables.alphas_bar / (1 - tables.alphas_bar))
+    known = np.repeat(np.add.reduceat(tables.coef_x0**2 * x0_mse, edges[:-1]) / np.diff(edges), np.diff(edges))
+    estimated = np.exp(np.asarray(estimated_log_variances(PAPER, known, edges), np.float64))
+    best = np.exp(np.asarray(optimal_log_variances(PAPER, tables.coef_x0**2 * x0_mse), np.float64))
+    bits, least = (expected_terms(PAPER, x0_mse, variances).sum() for variances in (estimated, best))
+    assert least - 1e-6 < bits < least * (1.001 if number >= 20 or scale == 1 else 1.12)
 
 
 def test_with_optimal_variances_the_rate_nears_the_information_in_x_1():
@@ -241,7 +256,8 @@ def test_with_optimal_variances_the_rate_nears_the_information_in_x_1():
         alphas_bar = 1 / (1 + np.exp(-np.linspace(*ends, steps)))
         schedule = schedule_from_betas(1 - alphas_bar / np.append(1, alphas_bar[:-1]))
         x0_mse = data.x0_mse(alphas_bar)
-        variances = np.exp(np.asarray(optimal_log_variances(schedule, x0_mse), np.float64))
+        mean_mse = float64(schedule).coef_x0 ** 2 * x0_mse
+        variances = np.exp(np.asarray(optimal_log_variances(schedule, mean_mse), np.float64))
         last = alphas_bar[-1]
         prior = 0.5 * (last * np.trace(data.covariance) / DIM - last - np.log1p(-last)) / np.log(2)
         gaps.append(expected_terms(schedule, x0_mse, variances).sum() + prior - information)
@@ -282,7 +298,7 @@ def test_no_variance_is_better_than_the_optimal_one_on_its_own_data(strength, se
         bits_of(strength, x0, key, log_variances, clip_x0=clip_x0).terms, np.float64
     ).mean(axis=1)
     fixed = bits_of(strength, x0, key, SHORT.log_betas, clip_x0=clip_x0)
-    optimal = optimal_log_variances(SHORT, fixed.x0_mse.mean(axis=1))
+    optimal = optimal_log_variances(SHORT, fixed.mean_mse.mean(axis=1))
     best = bits(optimal)
     others = [SHORT.fixed_large_log_variance, SHORT.posterior_log_variance_clipped, optimal + 0.1, optimal - 0.1]
     for other in others:

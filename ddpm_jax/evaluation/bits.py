@@ -32,7 +32,7 @@ from ddpm_jax.data.sources import load_source, resolve
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import check_same_job, claimed, write_whole
 from ddpm_jax.keys import image_keys
-from ddpm_jax.likelihood import Bound, bound_at, draw_times, optimal_log_variances, rate_distortion, strata
+from ddpm_jax.likelihood import Bound, bound_at, draw_times, estimated_log_variances, rate_distortion, strata
 from ddpm_jax.mesh import by_image, everywhere, gather, shardings, widest_mesh
 from ddpm_jax.progress import Progress, say
 from ddpm_jax.reverse import LEARNED_VARIANCES
@@ -185,15 +185,15 @@ class Sums(typing.NamedTuple):
     decoder: np.ndarray
     """(B,) its part at t = 0."""
     first_moments: np.ndarray
-    """(3, T) sums over the images: of the terms, the squared errors of x_0, those of eps; a range of times that one
-    draw stands for has the same at each of them."""
+    """(4, T) sums over the images: of the terms, the squared errors of x_0, those of eps, those of the mean of x_{t-1};
+    a range of times that one draw stands for has the same at each of them."""
     second_moments: np.ndarray
-    """(3, T) sums of their squares."""
+    """(4, T) sums of their squares."""
 
 
 def sums_of(bound: Bound, edges: np.ndarray) -> Sums:
     """Reduces a batch's bound, at one time of each range between the edges, to what is kept of it."""
-    stacked = np.asarray([bound.terms, bound.x0_mse, bound.eps_mse], np.float64)
+    stacked = np.asarray([bound.terms, bound.x0_mse, bound.eps_mse, bound.mean_mse], np.float64)
     prior, widths = np.asarray(bound.prior, np.float64), np.diff(edges)
     each_time = lambda moments: np.repeat(moments.sum(axis=2), widths, axis=1)
     return Sums(prior + widths @ stacked[0], prior, stacked[0, 0], each_time(stacked), each_time(stacked**2))
@@ -213,7 +213,7 @@ class _Batches:
             if name is None:
                 continue
             first, stop = int(name[1]), int(name[2])
-            size, moments = (stop - first,), (3, self._num_steps)
+            size, moments = (stop - first,), (4, self._num_steps)
             try:
                 with np.load(path) as arrays:
                     sums = Sums(**{field: arrays[field] for field in Sums._fields})
@@ -253,10 +253,10 @@ class Likelihood:
 
 
 class PerTime(typing.NamedTuple):
-    """Means over the images at each time, and their standard errors (nan for a single image), each (3, T)."""
+    """Means over the images at each time, and their standard errors (nan for a single image), each (4, T)."""
 
     means: np.ndarray
-    """Terms in bits/dim, squared errors of x_0, squared errors of eps."""
+    """Terms in bits/dim, squared errors of x_0, of eps, and of the mean of x_{t-1}."""
     errors: np.ndarray
     """The standard errors of these."""
 
@@ -283,7 +283,7 @@ def conclude(batches: Sequence[Sums], *, dimensions: int) -> tuple[Likelihood, P
     second_moments = np.sum([sums.second_moments for sums in batches], axis=0)
     number = len(totals)
     per_time = PerTime(first_moments / number, _standard_error(first_moments, second_moments, number))
-    terms, x0_mse, eps_mse = per_time.means
+    terms, x0_mse, eps_mse, _ = per_time.means
     curve = rate_distortion(terms, priors.mean(), x0_mse)
     return (
         Likelihood(
@@ -458,13 +458,12 @@ def _log_variances(
         jax.random.fold_in(jax.random.key(job.seed), _ESTIMATION),
         estimated,
         _Batches(out / "estimation", schedule.num_steps),
-        # Any variances do: the same program then serves the evaluation. Where it looks at a part of the times, a range
-        # of them shares one mean: what that costs is of second order, since the bound is flat around its least.
+        # Any variances do: the same program then serves the evaluation.
         log_variances=schedule.fixed_large_log_variance,
         description=f"estimating variances from {len(estimated.indices)} images",
     )
     _, per_time = conclude(done, dimensions=math.prod(estimated.source.image_shape))
-    return optimal_log_variances(schedule, mse_of_mean(job.config, per_time.means))
+    return estimated_log_variances(schedule, per_time.means[3], bound_of.edges)
 
 
 def _count(
@@ -490,23 +489,6 @@ def _count(
     return list(done.values())
 
 
-def mse_of_mean(config: Config, means: np.ndarray) -> np.ndarray:
-    """Gives the mean squared error of the x_0 that the mean of x_{t-1} is made from.
-
-    Args:
-      config: of the run.
-      means: (3, T) as in `PerTime`.
-
-    Returns:
-      (T,).
-    """
-    _, x0_mse, eps_mse = means
-    if config.diffusion.prediction != "mean":
-        return x0_mse
-    # A predicted mean is used as it is; clipped is only the x_0 that is reported.
-    return eps_mse * np.asarray(build_schedule(config).sqrt_recip_alphas_bar_minus_one, np.float64) ** 2
-
-
 def _describe(job: Job, request: Request, images: Images, estimated: Images | None) -> dict[str, Any]:
     """Says all that the numbers of a job depend on."""
     of_sampling = dataclasses.asdict(job.choice)
@@ -529,7 +511,7 @@ def _write(
 ) -> None:
     text = json.dumps({**dataclasses.asdict(likelihood), "job": description}, indent=2) + "\n"
     write_whole(out / "likelihood.json", lambda file: file.write(text.encode()))
-    (terms, x0_mse, eps_mse), (terms_error, x0_error, eps_error) = per_time.means, per_time.errors
+    (terms, x0_mse, eps_mse, _), (terms_error, x0_error, eps_error, _) = per_time.means, per_time.errors
     rmse = 127.5 * np.sqrt(x0_mse)
     # sqrt(m) varies by half as much as m, relatively.
     rmse_error = 127.5 * x0_error / (2 * np.sqrt(np.maximum(x0_mse, np.finfo(np.float64).tiny)))

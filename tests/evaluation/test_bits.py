@@ -212,7 +212,7 @@ def test_optimal_variances_come_from_training_images_that_are_not_counted(job, t
     train = load_source(job.config.data)
     estimated = np.arange(512) * 1438 // 512
     bound = plain_bound(job, train, estimated, use=1)
-    expected = np.asarray(optimal_log_variances(build_schedule(job.config), bound.x0_mse.mean(axis=1)))
+    expected = np.asarray(optimal_log_variances(build_schedule(job.config), bound.mean_mse.mean(axis=1)))
     counted = np.setdiff1d(np.arange(1438), estimated)
     for split, images in (("test", 359), ("train", len(counted))):
         request = WHOLE._replace(split=split, sigma="optimal", number=40)
@@ -249,8 +249,8 @@ def test_the_error_of_a_predicted_mean_is_that_of_an_unclipped_x0(test_set):
     clipped, unclipped = bound_of(True), bound_of(False)
     # The mean is used as it is, clipped or not; the x_0 that is reported is not.
     np.testing.assert_allclose(clipped.terms, unclipped.terms, rtol=1e-5)
-    _, per_time = conclude([sums_of(clipped, EVERY_TIME)], dimensions=64)
-    np.testing.assert_allclose(bits.mse_of_mean(config, per_time.means), unclipped.x0_mse.mean(axis=1), rtol=1e-3)
+    coef_x0 = np.asarray(build_schedule(config).posterior_mean_coef_x0)[:, None]
+    np.testing.assert_allclose(clipped.mean_mse, coef_x0**2 * unclipped.x0_mse, rtol=1e-3)
     assert (clipped.x0_mse < 0.9 * unclipped.x0_mse).any()
 
 
