@@ -140,14 +140,14 @@ def evenly_spaced(num_times: int, num_steps: int) -> np.ndarray:
 
 
 def leading(num_times: int, num_steps: int) -> np.ndarray:
-    r"""Takes times a whole stride apart, from the first: :math:`S_k = k \lfloor T / N \rfloor`.
+    r"""Spaces times evenly from the first: :math:`S_k = \lfloor k\, T / N \rfloor`.
 
-    The last time is not visited, which costs quality in few steps. Equal to improved-diffusion's "ddimN" and to the
-    uniform times of DDIM where N divides T, and there for any other N too.
+    A whole stride apart where N divides T, and then equal to improved-diffusion's "ddimN". The last time is visited
+    only if all are, which costs quality in few steps.
 
     Args:
       num_times: T.
-      num_steps: N, in [1, T].
+      num_steps: N, in [1, T]; a single step is at T-1, for a chain starts from pure noise.
 
     Returns:
       (N,) int64, rising.
@@ -155,13 +155,15 @@ def leading(num_times: int, num_steps: int) -> np.ndarray:
     Raises:
       ValueError: N is outside [1, T].
 
-    Song et al. 2021 (DDIM), app. D.2 (linear); Lin et al. 2024, table 2.
+    Song et al. 2021 (DDIM), app. D.2 (linear); Lin et al. 2024, table 2, where N divides T.
 
-    >>> leading(1000, 4)
-    array([  0, 250, 500, 750])
+    >>> leading(1000, 4), leading(1000, 3)
+    (array([  0, 250, 500, 750]), array([  0, 333, 666]))
     """
     _check_count(num_times, num_steps)
-    return np.arange(num_steps) * (num_times // num_steps)
+    if num_steps == 1:
+        return np.array([num_times - 1])
+    return np.arange(num_steps) * num_times // num_steps
 
 
 def trailing(num_times: int, num_steps: int) -> np.ndarray:
@@ -196,7 +198,7 @@ def quadratic(num_times: int, num_steps: int) -> np.ndarray:
 
     Args:
       num_times: T.
-      num_steps: N, in [1, T].
+      num_steps: N, in [1, T]; a single step is at T-1, for a chain starts from pure noise.
 
     Returns:
       (N,) int64, rising.
@@ -210,6 +212,8 @@ def quadratic(num_times: int, num_steps: int) -> np.ndarray:
     array([  0,   9,  39,  88, 158, 246, 355, 483, 632, 800])
     """
     _check_count(num_times, num_steps)
+    if num_steps == 1:
+        return np.array([num_times - 1])
     times = (np.linspace(0, math.sqrt(0.8 * num_times), num_steps) ** 2).astype(np.int64)
     return _spread(times, num_times)
 

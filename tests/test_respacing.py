@@ -95,7 +95,7 @@ class TestTimes:
             assert times[0] >= 0, spacing
             assert times[-1] < num_times, spacing
             assert (np.diff(times) > 0).all(), spacing
-            if spacing in ("linspace", "trailing", "log_snr"):
+            if spacing in ("linspace", "trailing", "log_snr") or num_steps == 1:
                 assert times[-1] == num_times - 1, spacing
 
     @pytest.mark.parametrize("spacing", SPACINGS)
@@ -143,6 +143,15 @@ class TestTimes:
         if stride > 1 and num_steps > 1:
             num_times = stride * num_steps
             assert leading(num_times, num_steps).tolist() == list(range(0, num_times, stride))
+
+    @given(some_steps)
+    def test_leading_is_even_where_that_does_not_divide(self, counts):
+        num_times, num_steps = counts
+        times = leading(num_times, num_steps)
+        if num_steps > 1:
+            assert times.tolist() == [k * num_times // num_steps for k in range(num_steps)]
+        # The jump from pure noise to the last time is no longer than the others.
+        assert max(np.diff(np.append(times, num_times))) <= -(-num_times // num_steps)
 
     @given(some_steps)
     def test_linspace_has_steps_of_two_lengths(self, counts):

@@ -88,6 +88,13 @@ class TestLaw:
         }
         assert errors["unipc"] < errors["dpm++2m"] < errors["ddim"]
 
+    def test_on_leading_times_is_as_on_even_ones_in_many_steps(self):
+        leading, even = (
+            sampler_order.chain_errors(SAMPLERS["ddim"], (334, 501), spacing=spacing)
+            for spacing in ("leading", "linspace")
+        )
+        np.testing.assert_allclose(leading, even, rtol=0.1)
+
 
 class TestDdim:
     @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
