@@ -189,13 +189,16 @@ def main() -> None:
         print(f"{name:12s} order {order:.2f}", flush=True)
         order_axes.loglog(ORDER_STEPS, errors, "o-", color=f"C{i}", label=f"{name}: order {order:.2f}")
         rows += [("order", name, "even log SNR", *row) for row in zip(ORDER_STEPS, errors, strict=True)]
-        for spacing in CHAIN_SPACINGS:
-            errors = chain_errors(make, CHAIN_STEPS, spacing=spacing)
+        by_spacing = {spacing: chain_errors(make, CHAIN_STEPS, spacing=spacing) for spacing in CHAIN_SPACINGS}
+        for spacing, errors in by_spacing.items():
             rows += [("chain", name, spacing, *row) for row in zip(CHAIN_STEPS, errors, strict=True)]
-            if spacing == default_spacing(name):
-                chain_axes.loglog(CHAIN_STEPS, errors, "o-", color=f"C{i}", label=f"{name} ({spacing})")
-            elif spacing == "linspace":
-                chain_axes.loglog(CHAIN_STEPS, errors, ":", color=f"C{i}", label=f"{name} ({spacing})")
+        chosen = [default_spacing(name, count) for count in CHAIN_STEPS]
+        errors = [by_spacing[spacing][k] for k, spacing in enumerate(chosen)]
+        label = f"{name} ({', '.join(dict.fromkeys(chosen))})"
+        chain_axes.loglog(CHAIN_STEPS, errors, "o-", color=f"C{i}", label=label)
+        if "linspace" not in chosen:
+            label = f"{name} (linspace)"
+            chain_axes.loglog(CHAIN_STEPS, by_spacing["linspace"], ":", color=f"C{i}", label=label)
     order_axes.set(title="order: steps of one length in log SNR", xlabel="steps", ylabel="error of mean and covariance")
     chain_axes.set(title="chain: linear, T = 1000, noise to images", xlabel="steps", ylim=(1e-3, 3))
     for axes in (order_axes, chain_axes):

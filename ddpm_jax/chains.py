@@ -30,7 +30,7 @@ class Choice:
     """Steps of the chain; all T of the schedule if not given."""
     spacing: str | None = None
     """Which times a shorter chain visits: linspace, leading, trailing, quadratic, log_snr, or sections ("10,20,30");
-    what suits the sampler if not given."""
+    what suits the sampler and the number of steps if not given."""
     eta: float | None = None
     """Share of the noise in DDIM, 0 to 1; 0 if not given."""
     clip: typing.Literal["on", "off"] | None = None

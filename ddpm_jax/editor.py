@@ -148,7 +148,7 @@ class Editor:
     def _schedule(self, choice: Choice) -> Schedule:
         """Makes the tables of the chain of `make_chain`."""
         betas = build_betas(self.job.config)
-        spacing = default_spacing(choice.sampler) if choice.spacing is None else choice.spacing
+        spacing = default_spacing(choice.sampler, choice.steps) if choice.spacing is None else choice.spacing
         return respace(betas, choose_times(betas, num_steps=choice.steps, spacing=spacing))
 
     @property

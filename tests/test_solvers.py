@@ -77,16 +77,29 @@ class TestOrder:
 class TestLaw:
     @pytest.mark.parametrize("name", NAMES)
     def test_comes_to_the_data_as_steps_grow(self, name):
-        few, many = sampler_order.chain_errors(SAMPLERS[name], (10, 100), spacing=default_spacing(name))
+        few, many = (
+            sampler_order.chain_errors(SAMPLERS[name], (count,), spacing=default_spacing(name, count))[0]
+            for count in (10, 100)
+        )
         assert many < 0.25 * few
         assert many < {"ancestral": 0.02, "ddim": 0.06}.get(name, 0.01)
 
     def test_of_a_few_steps_is_best_by_the_solvers(self):
         errors = {
-            name: sampler_order.chain_errors(SAMPLERS[name], (15,), spacing=default_spacing(name))[0]
+            name: sampler_order.chain_errors(SAMPLERS[name], (15,), spacing=default_spacing(name, 15))[0]
             for name in ("ddim", "dpm++2m", "unipc")
         }
         assert errors["unipc"] < errors["dpm++2m"] < errors["ddim"]
+
+    def test_of_unipc_is_best_with_its_own_spacing_in_any_number_of_steps(self):
+        steps = (5, 8, 10, 12, 15)
+        errors = {
+            spacing: sampler_order.chain_errors(unipc, steps, spacing=spacing)
+            for spacing in ("linspace", "trailing", "log_snr")
+        }
+        best = [min(errors, key=lambda spacing, k=k: errors[spacing][k]) for k in range(len(steps))]
+        assert [default_spacing("unipc", count) for count in steps] == best
+        assert default_spacing("unipc", None) == "log_snr"
 
     def test_on_leading_times_is_as_on_even_ones_in_many_steps(self):
         leading, even = (
