@@ -123,7 +123,7 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
             window = [StepNumbers(*numbers) for numbers in restored[1]["window"]]
         first = int(jax.device_get(layout.saved_state(state).step))
         for file in (metrics_file, timing_file) if is_first() else ():
-            rewind(file, first)
+            rewind(file, first, warn=say)
         if first >= config.train.steps:
             say(f"{run} has done its {first} steps; --train.steps {2 * first} would train it further")
             return

@@ -4,10 +4,11 @@
 stopped writes. What depends on the machine and the hour (speed) goes to `timing.jsonl`.
 """
 
+import itertools
 import json
 import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +56,40 @@ def summarise(window: Sequence[StepNumbers]) -> dict[str, Any]:
     }
 
 
+class _Content(typing.NamedTuple):
+    """What is in a file of metrics."""
+
+    whole: bytes
+    lines: list[tuple[bytes, dict[str, Any]]]
+    """Every line that can be read, as its bytes without the line's end, and what they say."""
+    damaged: list[int]
+    """The numbers, from 1, of the lines that cannot be read; a last one cut off by a crash is not one of them."""
+
+
+def _read(path: Path) -> _Content:
+    try:
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    *ended, last = content.split(b"\n")
+    lines, damaged = [], []
+    for number, line in enumerate([*ended, last] if last else ended, 1):
+        try:
+            # What is no text becomes signs that no number and no name has.
+            values = json.loads(line.decode(errors="replace"))
+            readable = isinstance(values, dict) and isinstance(values.get("step"), int)
+        except ValueError:
+            readable = False
+        if readable:
+            lines.append((line, values))
+        elif number <= len(ended):
+            damaged.append(number)
+    return _Content(content, lines, damaged)
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads the whole lines of a file of metrics; a last line cut off by a crash is left out; [] if there is none."""
-    lines = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return lines
+    """Reads the lines of a file of metrics; those that cannot be read are left out; [] if there is none."""
+    return [values for _, values in _read(path).lines]
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
@@ -80,8 +105,27 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def rewind(path: Path, step: int) -> None:
-    """Drops the lines after `step`, which a run resumed from there will write again."""
-    kept = [line for line in read_lines(path) if line["step"] <= step]
-    text = "".join(json.dumps(line) + "\n" for line in kept)
-    write_whole(path, lambda file: file.write(text.encode()))
+def rewind(path: Path, step: int, *, warn: Callable[[str], None]) -> None:
+    """Drops the lines after `step`, which a run resumed from there will write again; the others stay as they are.
+
+    A last line cut off by a crash goes without a word. Any other that cannot be read is left out too, but said, and
+    the whole file as it was is kept beside it.
+
+    Args:
+      path: of the file; it is there afterwards, even if it was not.
+      step: the last one that is kept.
+      warn: tells the user one line.
+
+    Raises:
+      UserError: the file cannot be read or written.
+    """
+    content = _read(path)
+    if content.damaged:
+        names = (f"{path.name}.damaged{number or ''}" for number in itertools.count())
+        copy = next(file for file in map(path.with_name, names) if not file.exists())
+        write_whole(copy, lambda file: file.write(content.whole))
+        word = "lines" if len(content.damaged) > 1 else "line"
+        numbers = ", ".join(map(str, content.damaged))
+        warn(f"{path}: {word} {numbers} cannot be read, left out; the file as it was is kept in {copy.name}")
+    kept = b"".join(line + b"\n" for line, values in content.lines if values["step"] <= step)
+    write_whole(path, lambda file: file.write(kept))

@@ -6,9 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ddpm_jax.errors import UserError
 from ddpm_jax.training.metrics import StepNumbers, append_line, read_lines, rewind, summarise
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
+
+
+def must_not_warn(line):
+    raise AssertionError(line)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +46,7 @@ def test_a_line_cut_off_is_left_out_and_the_next_is_whole(file, losses, data):
     cut = data.draw(st.integers(2, last))  # more than the line's end is lost
     file.write_bytes(whole[: len(whole) - cut])
     assert read_lines(file) == lines[:-1]
-    rewind(file, lines[-1]["step"])
+    rewind(file, lines[-1]["step"], warn=must_not_warn)
     append_line(file, lines[-1])
     assert file.read_bytes() == whole
 
@@ -49,7 +54,7 @@ def test_a_line_cut_off_is_left_out_and_the_next_is_whole(file, losses, data):
 @given(losses=st.lists(numbers, max_size=6), step=st.integers(0, 70))
 def test_rewound_is_as_if_never_gone_further(file, losses, step):
     lines = fill(file, losses)
-    rewind(file, step)
+    rewind(file, step, warn=must_not_warn)
     kept = [line for line in lines if line["step"] <= step]
     assert read_lines(file) == kept
     fill_again = file.read_bytes()
@@ -58,9 +63,48 @@ def test_rewound_is_as_if_never_gone_further(file, losses, step):
 
 
 def test_rewinding_nothing_makes_an_empty_file(tmp_path):
-    rewind(tmp_path / "metrics.jsonl", 5)
+    rewind(tmp_path / "metrics.jsonl", 5, warn=must_not_warn)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b'{"step": 20, "lo',
+        b"\xff\xfe\x80\x00",
+        b'{"step": 20, "loss": 0.\xb5}',
+        b"",
+        b"20",
+        b'{"stfp": 20}',
+        b'{"a": 1}}',
+    ],
+)
+def test_a_damaged_line_goes_alone_and_is_said(tmp_path, damaged):
+    file, said = tmp_path / "metrics.jsonl", []
+    # Bytes that JSON would be written in otherwise today stay what they are.
+    good = [b'{"step": 10, "loss": 1.50}', b'{"step":30,"loss":1e0}', b'{"step": 40, "loss": 1.0, "new": "\xc3\xa9"}']
+    whole = b"\n".join([good[0], damaged, *good[1:], b'{"step": 50, "loss": 0.1}']) + b"\n"
+    file.write_bytes(whole + b'{"step": 60, "lo')
+    assert [line["step"] for line in read_lines(file)] == [10, 30, 40, 50]
+    rewind(file, 40, warn=said.append)
+    assert file.read_bytes() == b"\n".join(good) + b"\n"
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == whole + b'{"step": 60, "lo'
+    assert said == [f"{file}: line 2 cannot be read, left out; the file as it was is kept in metrics.jsonl.damaged"]
+    rewind(file, 40, warn=must_not_warn)  # it is whole now
+
+    file.write_bytes(damaged + b"\n" + whole)  # again, and the first copy stays
+    rewind(file, 40, warn=said.append)
+    assert "lines 1, 3 cannot" in said[-1]
+    assert (tmp_path / "metrics.jsonl.damaged1").read_bytes() == damaged + b"\n" + whole
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() != (tmp_path / "metrics.jsonl.damaged1").read_bytes()
+    assert file.read_bytes() == b"\n".join(good) + b"\n"
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="^cannot read .*metrics.jsonl: Is a directory$"):
+        read_lines(tmp_path / "metrics.jsonl")
 
 
 def test_a_line_is_the_mean_of_its_steps():
