@@ -7,9 +7,12 @@ the same numbers.
 import contextlib
 import dataclasses
 import secrets
+import socket
+import struct
+import time
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +83,8 @@ def open_boards(config: Config, run: Path, *, first: int) -> Iterator[Boards]:
       the `Boards`; none on hosts but the first.
 
     Raises:
-      UserError: a package is missing, or Weights & Biases cannot be reached or does not know who you are.
+      UserError: a package is missing, the run's folder cannot be written to (then and later), or Weights & Biases
+        cannot be reached or does not know who you are.
     """
     with contextlib.ExitStack() as opened:
         boards: list[Board] = []
@@ -97,23 +101,68 @@ def _missing(field: str, package: str) -> UserError:
 
 
 class _TensorBoard:
+    """Writes a file of events, each line of metrics at once: a disk that is full is known where the run can say so.
+
+    The `SummaryWriter` of tensorboardX writes in a thread, whose failure nobody hears of.
+    """
+
     def __init__(self, config: Config, run: Path, first: int):
         del config
         try:
-            from tensorboardX import SummaryWriter
+            import tensorboardX.proto.event_pb2
+            import tensorboardX.record_writer
+            import tensorboardX.summary
         except ImportError:
             raise _missing("log.tensorboard", "tensorboardX") from None
-        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=first + 1 if first else None)
+        self._board: types.ModuleType = tensorboardX
+        folder = run / "tensorboard"
+        with _written(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            # TensorBoard reads the files in the order of their names.
+            number = len(list(folder.iterdir()))
+        now = time.time()
+        self._file = folder / f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{number:06d}"
+        event = tensorboardX.proto.event_pb2.Event
+        start = tensorboardX.proto.event_pb2.SessionLog(status="START")
+        # What other files hold of this step and later ones is void from here on.
+        self._append(
+            [
+                event(wall_time=now, file_version="brain.Event:2"),
+                event(wall_time=now, step=first + 1, session_log=start),
+            ]
+        )
+
+    def _append(self, events: Sequence[Any]) -> None:
+        """Appends events, each in its frame: length, checksum of the length, content, checksum of the content."""
+        checksum = self._board.record_writer.masked_crc32c
+        frames = bytearray()
+        for content in (event.SerializeToString() for event in events):
+            length = struct.pack("<Q", len(content))
+            frames += length + struct.pack("<I", checksum(length)) + content + struct.pack("<I", checksum(content))
+        with _written(self._file), self._file.open("ab") as file:
+            file.write(frames)
+
+    def _append_summaries(self, step: int, summaries: Iterable[Any]) -> None:
+        event, now = self._board.proto.event_pb2.Event, time.time()
+        self._append([event(wall_time=now, step=step, summary=summary) for summary in summaries])
 
     def numbers(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        scalar = self._board.summary.scalar
+        self._append_summaries(step, (scalar(name, value) for name, value in values.items()))
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        self._writer.add_image(name, pixels, step, dataformats="HWC")
+        self._append_summaries(step, [self._board.summary.image(name, pixels, dataformats="HWC")])
 
     def close(self) -> None:
-        self._writer.close()
+        """All is written."""
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 class _WandB:
