@@ -726,3 +726,21 @@ def differences(old: Config, new: Config) -> list[str]:
     """
     pairs = {name: (value_of(old, name), value_of(new, name)) for name, leaf in leaves(Config).items() if not leaf.free}
     return [f"{name}: {there!r} there, {here!r} here" for name, (there, here) in pairs.items() if there != here]
+
+
+def check_same_run(file: Path, config: Config) -> None:
+    """Holds a configuration against the one in a run's folder, if there is one.
+
+    Args:
+      file: what `save_config` wrote there, or would.
+      config: the configuration asked for.
+
+    Raises:
+      UserError: the folder holds a run that cannot be continued as this one, and in what they differ.
+    """
+    different = differences(read_config(file), config) if file.exists() else []
+    if different:
+        raise UserError(
+            f"{file.parent} holds a run of another configuration ({'; '.join(different)}): "
+            "use its configuration, or another --workdir"
+        )

@@ -11,8 +11,10 @@ import numpy as np
 import optax
 from jax import Array
 
-from ddpm_jax.config import Config, matmul_precision
+from ddpm_jax.config import Config, check_same_run, matmul_precision
 from ddpm_jax.data import pipeline
+from ddpm_jax.data.check import check_classes
+from ddpm_jax.data.fingerprint import check_same_set
 from ddpm_jax.data.sources import load_source
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import claimed
@@ -41,9 +43,12 @@ def find_not_finite(config: Config, run: Path) -> str:
       UserError: as `loop.train`; also where several hosts train together.
     """
     if jax.process_count() > 1:
-        raise UserError("--debug-nans looks at a step on one host: start it alone, with a --train.batch-size that fits")
+        raise UserError("--debug-nans looks at a step on one host: start it alone, with a --train.accumulate that fits")
     with claimed(run), matmul_precision(config):
+        check_same_run(run / "config.json", config)
         source = load_source(config.data)
+        check_same_set(run / "data.json", source, write=False)
+        check_classes(config, source)
         parts = assemble(config, source.image_shape)
         layout, keys = parts.layout, parts.keys
         step = layout.lift(parts.make_step)

@@ -19,7 +19,7 @@ from ddpm_jax import pictures
 from ddpm_jax.chains import Choice, labels_of, make_chain
 from ddpm_jax.config import (
     Config,
-    differences,
+    check_same_run,
     image_shape,
     leaves,
     matmul_precision,
@@ -75,7 +75,8 @@ def train(config: Config, run: Path) -> None:
         held.enter_context(matmul_precision(config))
         if is_first():
             held.enter_context(claimed(run))
-            _adopt_config(config, run)
+            check_same_run(run / "config.json", config)
+            save_config(config, run / "config.json")
         wait_for_all("the run's folder is this run's")
         if not is_first():
             _check_shared(config, run)
@@ -266,19 +267,6 @@ def _plot(run: Path, metrics_file: Path) -> None:
         quartiles = np.array([line["loss_quartiles"] for line in lines], np.float64)
         steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
         pictures.plot_loss(run / "loss.png", steps, losses, quartiles)
-
-
-def _adopt_config(config: Config, run: Path) -> None:
-    """Writes the configuration into the folder, or holds it against the one that is there."""
-    file = run / "config.json"
-    if file.exists():
-        different = differences(read_config(file), config)
-        if different:
-            raise UserError(
-                f"{run} holds a run of another configuration ({'; '.join(different)}): "
-                "use its configuration, or another --workdir"
-            )
-    save_config(config, file)
 
 
 def _check_shared(config: Config, run: Path) -> None:

@@ -1,6 +1,8 @@
 """A step that is not finite is done again, and the layer that was the first is named."""
 
 import dataclasses
+import json
+import shutil
 
 import flax.linen as nn
 import jax
@@ -87,3 +89,36 @@ def test_a_run_is_followed_from_its_checkpoint_to_its_bad_step(tmp_path):
 
 def test_a_sound_run_is_found_sound(tmp_path):
     assert find_not_finite(CONFIG, tmp_path) == "all steps from 0 to 8 are finite"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    train(dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps=1)), folder)
+    return folder
+
+
+def test_another_run_is_refused_in_the_words_of_training(run):
+    """The step of another configuration, or of other images, is not the run's bad step."""
+    changed = {"train": {"seed": 5}, "loss": {"weighting": "min_snr"}, "data": {"split": "test"}}
+    lines = {}
+    for section, fields in changed.items():
+        config = dataclasses.replace(CONFIG, **{section: dataclasses.replace(getattr(CONFIG, section), **fields)})
+        for start in (find_not_finite, train):
+            with pytest.raises(UserError) as error:
+                start(config, run)
+            lines[section, start] = str(error.value)
+        assert lines[section, find_not_finite] == lines[section, train]
+        assert f"{run} holds a run of another configuration ({section}." in lines[section, train]
+
+
+def test_other_images_are_refused_and_nothing_is_written(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    file = tmp_path / "run" / "data.json"
+    there = json.loads(file.read_text())
+    file.write_text(json.dumps({**there, "crc32": there["crc32"] ^ 1}))
+    with pytest.raises(UserError, match="was begun on other images than .*other pixels or labels"):
+        find_not_finite(CONFIG, tmp_path / "run")
+    file.unlink()
+    assert find_not_finite(CONFIG, tmp_path / "run").startswith("all steps from 1 to 8")
+    assert not file.exists()
