@@ -45,7 +45,7 @@ def claimed(folder: Path) -> Iterator[None]:
       folder: made if it is not there; gets a file `.lock`.
 
     Raises:
-      UserError: another process has it, or it cannot be written to.
+      UserError: another process has it, it cannot be written to, or its disk has no locks.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,8 +55,13 @@ def claimed(folder: Path) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"another process is writing to {folder}: wait for it, or use another folder") from error
+        except OSError as error:  # some network disks have none
+            raise UserError(
+                f"cannot lock {lock.name}, which keeps a second process out: {error.strerror or error}; "
+                "use a folder on another disk"
+            ) from error
         yield
 
 
