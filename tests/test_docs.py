@@ -18,7 +18,7 @@ from ddpm_jax.named_samplers import make_sampler
 from ddpm_jax.schedules import make_betas
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MAP = ROOT / "docs" / "paper_to_code.md"
 
 LINK = re.compile(r"\[([^\[\]]*)\]\(([^()\s]+)\)")
@@ -99,6 +99,27 @@ def commands(document):
             if found and "[" not in part:
                 yield found.group(1), tuple(shlex.split(found.group(2)))
 
+
+def option_spans(document):
+    """The options that a document names in a line, `--x 4` or `sample.py --x 4`: (front, words).
+
+    The front holds the script and what stands before the first option; it is empty for options alone.
+    """
+    for span in SPAN.findall(FENCE.sub("", document.read_text())):
+        found = re.fullmatch(r"((?:train|sample|evaluate)\.py [^-]*|)(--\w.*)", span)
+        if found:
+            yield tuple(found.group(1).split()), tuple(shlex.split(found.group(2)))
+
+
+# What stands before the options in a whole command of each kind; RUN is the folder.
+WHOLE = [
+    ("train.py",),
+    ("sample.py", "RUN"),
+    *(("sample.py", mode, "RUN") for mode in ("progressive", "share", "reconstruct", "interpolate", "inpaint")),
+    *(("evaluate.py", name, "RUN") for name in ("likelihood", "quality", "figures", "verify", "export")),
+]
+# Of other programs: `tfds build`.
+NOT_OURS = {"--data_dir"}
 
 COMMANDS = sorted({(document.name, *each) for document in DOCUMENTS for each in commands(document)})
 
@@ -226,6 +247,48 @@ def test_documents_show_commands():
 )
 def test_commands_can_be_typed(read_command, document, script, words):
     read_command(script, words)
+
+
+OPTIONS = sorted({(document.name, *each) for document in DOCUMENTS for each in option_spans(document)})
+
+
+def read_options(read_command, front, words):
+    """Reads options as those of some whole command with that front; without their value it is enough that they are."""
+    wholes = [whole for whole in WHOLE if tuple(word for word in whole if word != "RUN") == front or not front]
+    assert wholes, f"there is no command {' '.join(front)}"
+    lines = []
+    for script, *between in wholes:
+        try:
+            return read_command(script.removesuffix(".py"), [*between, *words])
+        except (UserError, ValueError) as error:
+            if len(words) == 1 and "but no value follows it" in str(error):
+                return None
+            lines.append(str(error))
+    raise UserError("; ".join(dict.fromkeys(lines)))
+
+
+@pytest.mark.parametrize(
+    ("document", "front", "words"),
+    [each for each in OPTIONS if each[2][0] not in {*NOT_OURS, "--help"}],
+    ids=lambda part: " ".join(part) if isinstance(part, tuple) else part,
+)
+def test_options_can_be_typed(read_command, document, front, words):
+    read_options(read_command, front, words)
+
+
+@pytest.mark.parametrize(
+    ("front", "words", "line"),
+    [
+        ((), ["--train.remat", "true"], "--train.remat takes no value"),
+        ((), ["--train.stps"], "did you mean --train.steps"),
+        ((), ["--train.parallel", "pmaps"], "needs one of"),
+        (("sample.py",), ["--train.steps", "5"], "unknown option --train.steps"),
+        (("evaluate.py", "likelihood"), ["--clip", "off"], "unknown option --clip"),
+    ],
+)
+def test_wrong_options_would_be_found(read_command, front, words, line):
+    with pytest.raises(UserError, match=line):
+        read_options(read_command, front, words)
 
 
 @pytest.mark.parametrize(
