@@ -100,6 +100,11 @@ class TestLaw:
         best = [min(errors, key=lambda spacing, k=k: errors[spacing][k]) for k in range(len(steps))]
         assert [default_spacing("unipc", count) for count in steps] == best
         assert default_spacing("unipc", None) == "log_snr"
+        by_default, by_name = (
+            images_of(make_sampler("unipc", BETAS, curved, num_steps=8, spacing=spacing))
+            for spacing in (None, "trailing")
+        )
+        np.testing.assert_array_equal(by_default, by_name)
 
     def test_on_leading_times_is_as_on_even_ones_in_many_steps(self):
         leading, even = (
