@@ -16,6 +16,8 @@ import pytest
 
 from ddpm_jax import hosts
 from ddpm_jax.command import parse_run
+from ddpm_jax.config import DataConfig
+from ddpm_jax.data.sources import load_source
 from ddpm_jax.errors import UserError
 from ddpm_jax.hosts import LOST, Agreement, Hosts, check, first_line, is_loss_of_a_host, launcher
 from ddpm_jax.training import assembly, loop
@@ -40,7 +42,7 @@ WORDS = [
 ]
 
 
-def start(run, cache):
+def start(run, cache, *others):
     """Starts the two processes of a run, each with 4 devices."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -53,7 +55,16 @@ def start(run, cache):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     where = ["--hosts.coordinator", f"127.0.0.1:{port}", "--hosts.count", "2", "--hosts.silence", str(SILENCE)]
-    command = [sys.executable, "tests/faults/linear.py", *WORDS, "--workdir", str(run), *where, "--hosts.index"]
+    command = [
+        sys.executable,
+        "tests/faults/linear.py",
+        *WORDS,
+        *others,
+        "--workdir",
+        str(run),
+        *where,
+        "--hosts.index",
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return [subprocess.Popen([*command, str(index)], cwd=REPOSITORY, env=environment, **pipes) for index in range(2)]
 
@@ -116,6 +127,16 @@ def test_two_hosts_train_as_one(two, tmp_path, monkeypatch, record_property):
     worst = max(float(abs(a - b).max()) for a, b in zip(jax.tree.leaves(ema), jax.tree.leaves(ema_there), strict=True))
     record_property("largest difference of a parameter", worst)
     assert worst < 1e-5
+
+
+def test_two_hosts_stream_what_they_would_read_from_memory(two, cache, tmp_path):
+    digits = load_source(DataConfig())
+    np.save(tmp_path / "digits.npy", digits.images)
+    np.save(tmp_path / "digits_labels.npy", digits.labels)
+    run, data = tmp_path / "run", ["--data.source", "npy", "--data.path", str(tmp_path / "digits.npy")]
+    processes = start(run, cache, *data, "--data.memory-gib", "0", "--data.device-gib", "0")
+    assert finish(processes) == ([0, 0], [[], []])
+    assert (run / "metrics.jsonl").read_bytes() == (two / "metrics.jsonl").read_bytes()
 
 
 @pytest.mark.slow  # and not sure: on a busy machine the library was seen to end host 0 before we do, by an abort

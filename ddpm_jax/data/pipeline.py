@@ -150,8 +150,9 @@ def batches(
 
     if source.images is not None or not steps:
         return Ahead(index, steps, ahead=ahead)
-    options: dict[str, typing.Any] = {"rows": rows, "labelled": labelled, "workers": workers, "ahead": ahead}
-    streamed = stream(source, seed, steps, batch_size=batch_size, **options)
+    streamed = stream(
+        source, seed, steps, batch_size=batch_size, rows=rows, labelled=labelled, workers=workers, ahead=ahead
+    )
 
     def take(step: int) -> Item:
         images, *labels = next(streamed)

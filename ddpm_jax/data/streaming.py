@@ -23,13 +23,13 @@ class _Read:
     source: Source
     seed: int
     batch_size: int
-    begin: int
-    count: int
+    places: np.ndarray
+    """Which rows of each batch are this host's, (count,)."""
     labelled: bool
 
     def __call__(self, number: int) -> tuple[np.ndarray, ...]:
-        step, row = divmod(int(number), self.count)
-        position = step * self.batch_size + self.begin + row
+        step, row = divmod(int(number), len(self.places))
+        position = step * self.batch_size + int(self.places[row])
         index = np.array([example_index(self.seed, position, num_examples=self.source.num_examples)])
         image = self.source.read(index)[0]
         if self.source.read_labels is None or not self.labelled:
@@ -43,7 +43,7 @@ def stream(
     steps: range,
     *,
     batch_size: int,
-    rows: slice,
+    rows: slice | np.ndarray,
     labelled: bool,
     workers: int,
     ahead: int,
@@ -55,7 +55,7 @@ def stream(
       seed: of the run.
       steps: which, one after the other.
       batch_size: images a step, over all hosts.
-      rows: which rows of each batch to read.
+      rows: which rows of each batch to read, a slice or their numbers.
       labelled: whether to read labels as well.
       workers: processes that decode; with 0, threads of this process do.
       ahead: how many batches are kept ready.
@@ -66,9 +66,9 @@ def stream(
     """
     import grain  # takes a second, which runs that need no streaming do not have to spend
 
-    begin, end, _ = rows.indices(batch_size)
-    count = end - begin
-    read = _Read(source, seed, batch_size, begin, count, labelled)
+    places = np.arange(batch_size)[rows]
+    count = len(places)
+    read = _Read(source, seed, batch_size, places, labelled)
     examples = grain.MapDataset.range(steps.start * count, steps.stop * count).map(read)
     if not workers:
         # Batched last: the threads share out the images of one batch, and do not each make one of their own.

@@ -51,7 +51,7 @@ def test_what_is_streamed_is_what_is_held_in_memory(sets, folder, arrays, kind):
     whole = read(held, 0, 9)  # three epochs, the batch size does not divide their length
     same(read(streamed, 0, 9), whole)
     same(read(streamed, 4, 9), whole[4:])
-    for rows in (slice(0, 2), slice(2, 4)):  # two hosts
+    for rows in (slice(0, 2), slice(2, 4), np.array([0, 3]), np.array([1, 2])):  # two hosts, neighbours or not
         same(read(streamed, 3, 6, rows=rows), read(held, 3, 6, rows=rows))
     assert read(streamed, 5, 5) == []
 
