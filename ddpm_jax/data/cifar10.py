@@ -5,6 +5,7 @@ import pathlib
 import pickle
 import tarfile
 import typing
+import zlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -20,6 +21,8 @@ _FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin")
 _TRAIN, _TEST = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
 _PARTS = {"train": _TRAIN, "test": _TEST, "all": _TRAIN + _TEST}
 _PIXELS = 3 * 32 * 32
+_AT_ONCE = 2**20
+_DAMAGE = (OSError, EOFError, zlib.error, tarfile.TarError, pickle.UnpicklingError, ValueError, TypeError, KeyError)
 
 
 def load(config: DataConfig) -> Source:
@@ -47,7 +50,7 @@ def load(config: DataConfig) -> Source:
         files = _read_archive(place) if place.is_file() else _read_folder(place)
         read = _from_binary if "batches.meta.txt" in files or "test_batch.bin" in files else _from_python
         images, labels, names = read(files, _PARTS[config.split])
-    except (OSError, EOFError, tarfile.TarError, pickle.UnpicklingError, ValueError, TypeError, KeyError) as error:
+    except _DAMAGE as error:
         reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:100]
         raise UserError(f"data.path: {place} is damaged ({reason}); download {_URL} again") from error
     pixels = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
@@ -76,7 +79,10 @@ def _find(config: DataConfig) -> pathlib.Path:
 def _read_archive(archive: pathlib.Path) -> dict[str, bytes]:
     with tarfile.open(archive, "r:*") as members:
         opened = ((pathlib.PurePath(member.name).name, members.extractfile(member)) for member in members)
-        return {name: file.read() for name, file in opened if file is not None}
+        files = {name: file.read() for name, file in opened if file is not None}
+        while members.fileobj and members.fileobj.read(_AT_ONCE):
+            pass  # gzip's checksum is at the end, to which tarfile does not read
+        return files
 
 
 def _read_folder(folder: pathlib.Path) -> dict[str, bytes]:

@@ -53,7 +53,7 @@ def binary_files():
     return "cifar-10-batches-bin", files
 
 
-def put(where, folder, files, *, packed):
+def put(where, folder, files, *, packed, compresslevel=9):
     where.mkdir(exist_ok=True)
     if not packed:
         (where / folder).mkdir()
@@ -61,7 +61,7 @@ def put(where, folder, files, *, packed):
             (where / folder / name).write_bytes(content)
         return where / folder
     archive = where / ("cifar-10-python.tar.gz" if folder.endswith("py") else "cifar-10-binary.tar.gz")
-    with tarfile.open(archive, "w:gz") as tar:
+    with tarfile.open(archive, "w:gz", compresslevel=compresslevel) as tar:
         for name, content in files.items():
             info = tarfile.TarInfo(f"{folder}/{name}")
             info.size = len(content)
@@ -138,6 +138,21 @@ def test_a_download_that_broke_off_is_refused(sets, tmp_path):
     archive = put(tmp_path, *python_files(), packed=True)
     archive.write_bytes(archive.read_bytes()[:-5000])
     assert f"{archive} is damaged" in sets.refused(config(sets, archive))
+
+
+@pytest.mark.parametrize("compresslevel", [0, 9])
+def test_a_flipped_bit_is_no_other_picture(sets, tmp_path, compresslevel):
+    """Also where gzip stores the pixels as they are, and nothing but its checksum tells."""
+    archive = put(tmp_path, *binary_files(), packed=True, compresslevel=compresslevel)
+    whole = archive.read_bytes()
+    places = np.linspace(100, len(whole) - 9, 40).astype(int)
+    if not compresslevel:
+        places[0] = whole.index(PIXELS[0, ..., 0].tobytes())
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 4
+        archive.write_bytes(damaged)
+        assert f"{archive} is damaged" in sets.refused(config(sets, archive))
 
 
 def test_its_channels_are_known(sets):
