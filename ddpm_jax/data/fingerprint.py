@@ -12,6 +12,13 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.files import write_whole
 
 _LOOKED_AT = 64
+_CHUNK = 64  # images whose checksum is taken at a time: what is mapped need not be copied as one
+_MAPPED_GIB = 4  # a mapped array that is larger is not read from end to end at every start
+_DIFFERENT = {
+    "crc32": "other pixels or labels",
+    "crc32_all": "other pixels or labels",
+    "crc32_files": "other bytes in the files, or other labels",
+}
 
 
 def fingerprint(source: Source) -> dict[str, typing.Any]:
@@ -21,28 +28,52 @@ def fingerprint(source: Source) -> dict[str, typing.Any]:
       source: the images.
 
     Returns:
-      the count, the shape, the names of the classes, and the CRC-32 of 64 images and their labels, evenly spaced.
+      the count, the shape, the names of the classes, and as `crc32` the CRC-32 of 64 images and their labels, evenly
+      spaced. As `crc32_all` that of all pixels and labels, of a set that is in memory or mapped and up to 4 GiB; as
+      `crc32_files` that of the bytes of all files and the labels, of a folder that is streamed. Of what else lies on
+      disk (a larger array, a set of TFDS) there are the 64 images alone.
     """
     number = min(_LOOKED_AT, source.num_examples)
     indices = np.arange(number) * source.num_examples // number
     crc = zlib.crc32(source.read(indices).tobytes())
     if source.read_labels is not None:
-        crc = zlib.crc32(source.read_labels(indices).astype("<i4").tobytes(), crc)
+        crc = _add_labels(crc, source.read_labels(indices))
     return {
         "images": source.num_examples,
         "shape": list(source.image_shape),
         "classes": list(source.class_names),
         "crc32": crc,
+        **_of_every_image(source),
     }
+
+
+def _of_every_image(source: Source) -> dict[str, int]:
+    images = source.images
+    if images is not None and not (isinstance(images, np.memmap) and images.nbytes > _MAPPED_GIB * 2**30):
+        name, crc = "crc32_all", 0
+        for first in range(0, len(images), _CHUNK):
+            crc = zlib.crc32(np.ascontiguousarray(images[first : first + _CHUNK]).data, crc)
+    elif source.files_crc32 is not None:
+        name, crc = "crc32_files", source.files_crc32
+    else:
+        return {}
+    return {name: crc if source.labels is None else _add_labels(crc, source.labels)}
+
+
+def _add_labels(crc: int, labels: np.ndarray) -> int:
+    return zlib.crc32(labels.astype("<i4").tobytes(), crc)
 
 
 def check_same_set(file: Path, source: Source, *, write: bool = True) -> None:
     """Writes a set's fingerprint into a run's folder, or holds it against the one that is there.
 
+    What both of them have is compared; what only this one has is noted for the next time: a set may be streamed now
+    that was in memory, and runs of older versions noted less.
+
     Args:
       file: the fingerprint, in the run's folder.
       source: the images.
-      write: whether to write the file where it is missing or damaged; of many hosts one does.
+      write: whether to write the file where it is missing, damaged or has less; of many hosts one does.
 
     Raises:
       UserError: the run was begun on another set, and in what they differ.
@@ -52,16 +83,16 @@ def check_same_set(file: Path, source: Source, *, write: bool = True) -> None:
         there = dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, OSError):  # missing, or damaged: no reason not to go on
         there = {}
-    if write and not there:
-        text = json.dumps(here, indent=2) + "\n"
-        write_whole(file, lambda opened: opened.write(text.encode()))
     different = [
-        "other pixels or labels" if name == "crc32" else f"{name} {there[name]} there, {here[name]} here"
+        _DIFFERENT.get(name) or f"{name} {there[name]} there, {here[name]} here"
         for name in here
         if name in there and there[name] != here[name]
     ]
     if different:
         raise UserError(
-            f"{file.parent} was begun on other images than {source.name} ({'; '.join(different)}): give it those, or "
-            f"another --workdir; to go on with these all the same, remove {file}"
+            f"{file.parent} was begun on other images than {source.name} ({'; '.join(dict.fromkeys(different))}): give "
+            f"it those, or another --workdir; to go on with these all the same, remove {file}"
         )
+    if write and not here.keys() <= there.keys():
+        text = json.dumps({**there, **here}, indent=2) + "\n"
+        write_whole(file, lambda opened: opened.write(text.encode()))

@@ -5,13 +5,14 @@ import logging
 import os
 import pathlib
 import typing
+import zlib
 from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data.decode import Unreadable, channels_of, decode, fault_of, to_array
+from ddpm_jax.data.decode import Unreadable, channels_of, decode, look_over, to_array
 from ddpm_jax.data.source import Source, fits_memory, in_memory, in_threads, no_split, shape_of
 from ddpm_jax.errors import UserError
 
@@ -119,23 +120,24 @@ def load(config: DataConfig) -> Source:
     fits = fits_memory(config, len(files.paths))
     images = np.empty((len(files.paths), *shape), np.uint8) if fits else None
 
-    def look(path: pathlib.Path) -> np.ndarray | str | None:
-        if images is None:
-            return fault_of(path)
+    def look(path: pathlib.Path) -> np.ndarray | int | str:
         try:
-            return to_array(decode(path), shape)
+            return look_over(path) if images is None else to_array(decode(path), shape)
         except Unreadable as error:
             return str(error)
 
     readable: list[int] = []
+    checksums: list[int] = []
     unreadable: dict[str, str] = {}
     results = in_threads(look, files.paths, label="reading images" if fits else "checking images")
     for i, result in enumerate(results):
         if isinstance(result, str):
             unreadable[str(files.paths[i])] = result
             continue
-        if images is not None:
-            images[len(readable)] = typing.cast(np.ndarray, result)
+        if images is None:
+            checksums.append(typing.cast(int, result))
+        else:
+            images[len(readable)] = result
         readable.append(i)
     if unreadable:
         _report_unreadable(config, unreadable, len(files.paths))
@@ -162,6 +164,7 @@ def load(config: DataConfig) -> Source:
         read_labels=None if labels is None else lambda indices: labels[indices],
         class_names=files.class_names,
         unreadable=unreadable,
+        files_crc32=zlib.crc32(np.array(checksums, "<u4").tobytes()),
     )
 
 

@@ -40,6 +40,8 @@ class Source:
     """The names of the classes; empty without labels."""
     unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Files that were skipped, each with what is wrong with it; none of them is among the N."""
+    files_crc32: int | None = None
+    """Of images that are on disk: the CRC-32 of the CRC-32s of their N files, where these were read to be checked."""
 
     @functools.cached_property
     def labels(self) -> np.ndarray | None:

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
+from ddpm_jax.data import fingerprint as module
 from ddpm_jax.data.fingerprint import check_same_set, fingerprint
 from ddpm_jax.data.sources import load_source
 from ddpm_jax.errors import UserError
@@ -23,8 +24,11 @@ def loaded(sets, folder, **others):
 
 def test_the_same_images_elsewhere_are_the_same_set(sets, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
-    here = fingerprint(loaded(sets, folder))
-    assert here == fingerprint(loaded(sets, tmp_path / "copy", memory_gib=0.0))
+    here, streamed = (fingerprint(loaded(sets, folder, memory_gib=gib)) for gib in (1.0, 0.0))
+    assert here == fingerprint(loaded(sets, tmp_path / "copy"))
+    assert streamed == fingerprint(loaded(sets, tmp_path / "copy", memory_gib=0.0))
+    assert here.keys() ^ streamed.keys() == {"crc32_all", "crc32_files"}
+    assert all(here[name] == streamed[name] for name in here.keys() & streamed.keys())
     assert here["images"] == 6
     assert here["shape"] == [4, 4, 1]
     assert here["classes"] == ["a", "b"]
@@ -57,6 +61,59 @@ def test_labels_that_change_places_are_another_set(sets, folder):
     source = loaded(sets, folder)
     turned = dataclasses.replace(source, read_labels=lambda indices: 1 - source.labels[indices])
     assert fingerprint(source) != fingerprint(turned)
+
+
+def sets_but_for_one_pixel(sets, tmp_path, kind, which):
+    """Makes two sets of 200 images that differ in one pixel of one image; gives where they lie."""
+    pixels = np.stack([sets.noise(4, 4, 1, i) for i in range(200)])
+    places = []
+    for name in ("before", "after"):
+        where = tmp_path / name
+        where.mkdir()
+        if kind == "folder":
+            for i, image in enumerate(pixels):
+                sets.save(where / "ab"[i % 2] / f"{i:03}.png", image)
+        else:
+            np.save(where / "set.npy", pixels)
+        places.append(where if kind == "folder" else where / "set.npy")
+        pixels[which, 2, 1] ^= 1
+    return places
+
+
+@pytest.mark.parametrize(("kind", "gib"), [("npy", 1.0), ("folder", 1.0), ("folder", 0.0)])
+@pytest.mark.parametrize("which", [5, 198])  # neither is one of the 64
+def test_one_pixel_of_any_image_is_noticed(sets, tmp_path, kind, gib, which):
+    before, after = (
+        load_source(sets.config(kind, path, (4, 4), memory_gib=gib))
+        for path in sets_but_for_one_pixel(sets, tmp_path, kind, which)
+    )
+    assert fingerprint(before)["crc32"] == fingerprint(after)["crc32"]
+    check_same_set(tmp_path / "data.json", before)
+    check_same_set(tmp_path / "data.json", before)
+    with pytest.raises(UserError, match="other bytes in the files" if gib == 0 else r"\(other pixels or labels\)"):
+        check_same_set(tmp_path / "data.json", after)
+
+
+def test_a_mapped_array_too_large_to_be_read_through_is_known_by_some_of_its_images(sets, tmp_path, monkeypatch):
+    np.save(tmp_path / "set.npy", np.stack([sets.noise(4, 4, 1, i) for i in range(200)]))
+    source = load_source(sets.config("npy", tmp_path / "set.npy", (4, 4)))
+    whole = fingerprint(source)
+    monkeypatch.setattr(module, "_MAPPED_GIB", 0)
+    assert fingerprint(source) == {name: value for name, value in whole.items() if name != "crc32_all"}
+
+
+def test_a_note_of_less_is_held_to_what_it_has_and_then_has_more(sets, folder, tmp_path):
+    file = tmp_path / "data.json"
+    held, streamed = (loaded(sets, folder, memory_gib=gib) for gib in (1.0, 0.0))
+    old = {name: value for name, value in fingerprint(held).items() if name != "crc32_all"}
+    file.write_text(json.dumps(old))
+    check_same_set(file, held, write=False)
+    assert json.loads(file.read_text()) == old
+    check_same_set(file, held)
+    assert json.loads(file.read_text()) == fingerprint(held)
+    check_same_set(file, streamed)
+    assert json.loads(file.read_text()) == fingerprint(held) | fingerprint(streamed)
+    check_same_set(file, held)
 
 
 def test_of_many_hosts_one_writes(sets, folder, tmp_path):
