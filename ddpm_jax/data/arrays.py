@@ -11,7 +11,7 @@ import numpy as np
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.source import Source, fits_memory, no_split, shape_of
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import NoSuchSplit, UserError
 
 _SPLITS = ("train", "test", "all")
 _IMAGES, _LABELS = ("images", "arr_0", "x"), ("labels", "arr_1", "y")
@@ -130,14 +130,14 @@ def _parts(config: DataConfig) -> list[_Part]:
         ]
         for name, file in zip(wanted, found, strict=True):
             if file is None:
-                raise UserError(f"data.path: {path} holds no {name}.npz or {name}.npy; name a file, or put it there")
+                raise NoSuchSplit(f"data.path: {path} holds no {name}.npz or {name}.npy; name a file, or put it there")
         return [_part(config, _members(file), "all") for file in found if file is not None]
     if not path.is_file():
         raise UserError(f"data.path: there is no file {config.path}; name the .npz or .npy file that holds the images")
     arrays = _members(path)
     if not any(_of_split(arrays, name) for name in ("train", "test")):
         if config.split == "test":
-            raise UserError(
+            raise NoSuchSplit(
                 f"data.split: {config.path} has no test part: name a folder that holds train{path.suffix} and"
                 f" test{path.suffix}, or save them as x_train and x_test in one .npz"
             )
@@ -162,7 +162,8 @@ def _part(config: DataConfig, arrays: dict[str, _Array], split: str) -> _Part:
         labels = next((arrays[name] for name in (f"{split}_labels", f"y_{split}") if name in arrays), None)
         wanted = f"x_{split}"
     if images is None:
-        raise UserError(f"data.path: {config.path} holds no array {wanted}, but {', '.join(arrays) or 'none'}")
+        kind = UserError if split == "all" else NoSuchSplit
+        raise kind(f"data.path: {config.path} holds no array {wanted}, but {', '.join(arrays) or 'none'}")
     _check_images(images)
     return _Part(images, None if labels is None else _read_labels(labels, images.shape[0]))
 

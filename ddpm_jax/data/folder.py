@@ -14,7 +14,7 @@ from PIL import Image
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.decode import Unreadable, channels_of, decode, look_over, to_array
 from ddpm_jax.data.source import Source, fits_memory, in_memory, in_threads, no_split, shape_of
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import NoSuchSplit, UserError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _NAMES_SHOWN = 3
@@ -41,7 +41,7 @@ def _list_folder(config: DataConfig) -> _Files:
         raise no_split(config, ("train", "test", "all"))
     parts = {name: folder / name for name in ("train", "test") if (folder / name).is_dir()}
     if config.split == "test" and not parts.get("test"):
-        raise UserError(f"data.split: {config.path} has no test part; put those images into its sub-folder 'test'")
+        raise NoSuchSplit(f"data.split: {config.path} has no test part; put those images into its sub-folder 'test'")
     if config.split == "train" and list(parts) == ["test"]:
         raise UserError(
             f"data.split: {config.path} has a sub-folder 'test' but none 'train'; put the images to learn from there"

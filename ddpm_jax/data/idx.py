@@ -10,7 +10,7 @@ import numpy as np
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.source import Source, in_memory, no_split
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import NoSuchSplit, UserError
 
 _DEBIAN_FASHION_MNIST = pathlib.Path("/usr/share/datasets/fashion-mnist")
 _PARTS = {"train": ("train",), "test": ("t10k",), "all": ("train", "t10k")}
@@ -37,7 +37,7 @@ def load(config: DataConfig) -> Source:
     for part in _PARTS[config.split]:
         images_file = _find(folder, part, "images", 3)
         if images_file is None:
-            raise UserError(f"data.path: {folder} holds no {part}-images-idx3-ubyte or .gz; {_WHERE_FROM}")
+            raise NoSuchSplit(f"data.path: {folder} holds no {part}-images-idx3-ubyte or .gz; {_WHERE_FROM}")
         pixels = _read(images_file, 3)
         images.append(_pad(config, pixels))
         labels_file = _find(folder, part, "labels", 1)

@@ -15,7 +15,7 @@ from PIL import Image
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.decode import Unreadable, decode, to_array
 from ddpm_jax.data.source import Source, fits_memory, in_memory, in_threads, shape_of
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import NoSuchSplit, UserError
 
 
 class _Prepared(typing.NamedTuple):
@@ -131,7 +131,7 @@ def _open_set(config: DataConfig) -> _Prepared:
                 f" no random access; move it away and do `tfds build {name} --file_format=array_record`"
             ) from error
         except ValueError as error:
-            raise UserError(
+            raise NoSuchSplit(
                 f"data.split: {config.source} has no split {config.split!r}; it has {', '.join(builder.info.splits)},"
                 " and parts such as train[:90%]"
             ) from error

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import NoSuchSplit
 
 _NUM_THREADS = min(16, 2 * (os.cpu_count() or 1))
 _CHUNK = 1024  # tasks handed to the threads at a time: a set of millions must not become a list of millions
@@ -105,9 +105,9 @@ def shape_of(config: DataConfig) -> tuple[int, int, int]:
     return config.height, config.width, config.channels
 
 
-def no_split(config: DataConfig, splits: Iterable[str]) -> UserError:
+def no_split(config: DataConfig, splits: Iterable[str]) -> NoSuchSplit:
     """Makes the error that names the splits there are."""
-    return UserError(f"data.split: {config.source} has no split {config.split!r}; choose from {', '.join(splits)}")
+    return NoSuchSplit(f"data.split: {config.source} has no split {config.split!r}; choose from {', '.join(splits)}")
 
 
 T = typing.TypeVar("T")

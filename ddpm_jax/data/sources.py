@@ -14,7 +14,7 @@ import types
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import arrays, cifar10, digits, folder, idx, prepared
 from ddpm_jax.data.source import Source
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import NoSuchSplit, UserError
 
 _KINDS: dict[str, types.ModuleType] = {
     "digits": digits,
@@ -38,7 +38,8 @@ def load_source(config: DataConfig) -> Source:
       The source.
 
     Raises:
-      UserError: there is no such source, file or split, it cannot be read, or its images do not fit the configuration.
+      NoSuchSplit: the images have no part of that name.
+      UserError: there is no such source or file, it cannot be read, or its images do not fit the configuration.
     """
     return _kind(config).load(resolve(config))
 
@@ -46,12 +47,18 @@ def load_source(config: DataConfig) -> Source:
 def load_held_out(config: DataConfig) -> Source:
     """Opens the test part of the images that a configuration names; where there is none, those themselves.
 
+    Args:
+      config: which images; `channels` may be None.
+
+    Returns:
+      The source, whose name says which of the two it is.
+
     Raises:
-      UserError: as `load_source`.
+      UserError: as `load_source`; also where there is a test part and it cannot be read.
     """
     try:
         return load_source(dataclasses.replace(config, split="test"))
-    except UserError:
+    except NoSuchSplit:
         return load_source(config)
 
 

@@ -40,6 +40,8 @@ class Real(typing.NamedTuple):
     """(N, H, W, C) uint8."""
     labels: list[int | None]
     """(N,), None where the network is told none."""
+    source: str
+    """The name of the set and its part."""
 
 
 def draw_figures(job: Job, run: Path, out: Path, *, num: int = 8, batch_size: int = 64) -> Path:
@@ -71,15 +73,15 @@ def draw_figures(job: Job, run: Path, out: Path, *, num: int = 8, batch_size: in
             real = real_images(job, 2 * num)
         except UserError as error:
             say(f"the figures of real images are left out: {error}")
-            missing = f"Left out, for the run's data cannot be read: {error}"
+            note = f"Left out, for the run's data cannot be read: {error}"
         else:
-            missing = ""
+            note = f"The real images are of {real.source}."
             drawn += _of_images(editor, out, real)
         if (run / "loss.png").is_file():
             curve = (run / "loss.png").read_bytes()
             write_whole(out / "loss.png", lambda file: file.write(curve))
             drawn.append(Figure("loss.png", "The loss over the steps of training."))
-        text = _captions(editor, run, drawn, missing, num=num)
+        text = _captions(editor, run, drawn, note, num=num)
         write_whole(out / "figures.md", lambda file: file.write(text.encode()))
     return out / "figures.md"
 
@@ -92,7 +94,7 @@ def real_images(job: Job, number: int) -> Real:
       number: how many; some twice if there are fewer.
 
     Returns:
-      the images, and their labels if the run is conditional.
+      the images, their labels if the run is conditional, and of which part they are.
 
     Raises:
       UserError: the data cannot be read.
@@ -103,7 +105,7 @@ def real_images(job: Job, number: int) -> Real:
     labels: list[int | None] = [None] * number
     if source.labels is not None and job.config.model.num_classes:
         labels = [int(label) for label in source.labels[chosen]]
-    return Real(source.read(chosen), labels)
+    return Real(source.read(chosen), labels, source.name)
 
 
 def _of_noise(editor: Editor, out: Path, num: int) -> typing.Iterator[Figure]:
@@ -226,7 +228,7 @@ def _save(path: Path, rows: np.ndarray) -> None:
     pictures.save_png(path, modes.lay_out(rows))
 
 
-def _captions(editor: Editor, run: Path, drawn: list[Figure], missing: str, *, num: int) -> str:
+def _captions(editor: Editor, run: Path, drawn: list[Figure], note: str, *, num: int) -> str:
     job, data = editor.job, editor.job.config.data
     lines = [
         f"# Figures of {job.config.name}",
@@ -248,6 +250,4 @@ def _captions(editor: Editor, run: Path, drawn: list[Figure], missing: str, *, n
         ]
     for file, caption in drawn:
         lines += [f"## {file}", "", caption, "", f"![{file}]({file})", ""]
-    if missing:
-        lines += [missing, ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, note, ""])

@@ -17,7 +17,7 @@ import threadpoolctl
 from ddpm_jax.config import Config, load_config, read_config
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source, resolve
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import NoSuchSplit, UserError
 from ddpm_jax.evaluation.frechet import frechet_distance
 from ddpm_jax.files import write_whole
 
@@ -195,7 +195,7 @@ def judge_file(file: Path, config: Config, *, number: int) -> Quality:
     if config.data.split == "train":
         try:
             held_out = load_source(dataclasses.replace(resolve(config.data), split="test"))
-        except UserError:
+        except NoSuchSplit:
             held_out = None
     quality = judge(images[:number], source, held_out)
     text = json.dumps(dataclasses.asdict(quality), indent=2) + "\n"

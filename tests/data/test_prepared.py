@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import shutil
@@ -103,6 +104,17 @@ def test_a_set_that_tfds_cannot_give_is_refused_without_a_look_at_the_network(
 
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     assert said in sets.refused(sets.config(name, prepared, **others))
+
+
+def test_a_set_without_a_test_part_holds_out_itself(sets, prepared, tmp_path):
+    config = sets.config("tfds:tiny_pictures", prepared, (6, 8), 3)
+    assert sources.load_held_out(config).num_examples == 3
+    shutil.copytree(prepared, tmp_path / "copy")
+    (info,) = (tmp_path / "copy").rglob("dataset_info.json")
+    described = json.loads(info.read_text())
+    described["splits"] = [split for split in described["splits"] if split["name"] == "train"]
+    info.write_text(json.dumps(described))
+    assert sources.load_held_out(dataclasses.replace(config, path=str(tmp_path / "copy"))).num_examples == 5
 
 
 def test_a_package_that_is_missing_is_named(sets, prepared, monkeypatch):

@@ -1,6 +1,10 @@
+import struct
+
+import numpy as np
 import pytest
 
 from ddpm_jax.data import sources
+from ddpm_jax.errors import UserError
 
 
 def test_the_channels_are_filled_in(sets):
@@ -23,3 +27,45 @@ def test_an_unknown_source_is_refused(sets, name, said):
     message = sets.refused(sets.config(name))
     assert said in message
     assert repr(name) in message
+
+
+def save_part(sets, kind, folder, part, pixels):
+    """Saves one part of a set as `kind` has it; gives the file, to be damaged."""
+    if kind == "folder":
+        return [sets.save(folder / part / f"{i}.png", image) for i, image in enumerate(pixels)][0]
+    file = folder / {"npy": f"{part}.npy", "idx": f"{'t10k' if part == 'test' else part}-images-idx3-ubyte"}[kind]
+    if kind == "npy":
+        np.save(file, pixels)
+    else:
+        file.write_bytes(bytes([0, 0, 8, 3]) + struct.pack(">3I", *pixels.shape) + pixels.tobytes())
+    return file
+
+
+@pytest.mark.parametrize("kind", ["folder", "npy", "idx"])
+def test_what_is_held_out_is_the_training_part_only_where_there_is_no_other(sets, tmp_path, kind):
+    train, test = (np.stack([sets.noise(4, 4, 1, seed + i) for i in range(3)]) for seed in (0, 9))
+    config = sets.config(kind, tmp_path, (4, 4), channels=1)
+    save_part(sets, kind, tmp_path, "train", train)
+    found = sources.load_held_out(config)
+    np.testing.assert_array_equal(sets.everything(found)[..., 0], train)
+    assert found.name.endswith(", train")
+    file = save_part(sets, kind, tmp_path, "test", test)
+    found = sources.load_held_out(config)
+    np.testing.assert_array_equal(sets.everything(found)[..., 0], test)
+    assert found.name.endswith(", test")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match=file.name):
+        sources.load_held_out(config)
+
+
+@pytest.mark.parametrize("names", [("images",), ("x_train", "y_train")])
+def test_a_file_without_a_test_part_holds_out_what_it_has(sets, tmp_path, names):
+    pixels = np.stack([sets.noise(4, 4, 1, i) for i in range(3)])
+    np.savez(tmp_path / "set.npz", **dict(zip(names, (pixels, np.arange(3)), strict=False)))
+    found = sources.load_held_out(sets.config("npz", tmp_path / "set.npz", (4, 4), channels=1))
+    np.testing.assert_array_equal(sets.everything(found)[..., 0], pixels)
+
+
+def test_a_set_that_is_not_there_holds_out_nothing(sets, tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        sources.load_held_out(sets.config("folder", tmp_path / "gone", (4, 4), channels=1))

@@ -63,6 +63,7 @@ def test_all_figures_are_drawn_and_said_what_they_are(drawing, drawn):
     assert re.findall(r"^## (.*)$", text, re.M) == re.findall(r"\]\((.*)\)", text)
     assert set(re.findall(r"^## (.*)$", text, re.M)) == files
     assert "Checkpoint 7" in text
+    assert "The real images are of digits, test." in text
     assert f"evaluate.py figures {drawn} --num 2 --seed 0 --step 7`" in text
     assert (folder / "loss.png").read_bytes() == (drawn / "loss.png").read_bytes()
     for name, (rows, columns) in COLUMNS.items():

@@ -127,3 +127,12 @@ def test_slips_are_one_line_each(train, shuffled, tmp_path):
     with pytest.raises(UserError, match="not in the folder of a run"):
         config_of(tmp_path / "few.npz", None)
     assert config_of(tmp_path / "few.npz", "digits").data.source == "digits"
+
+
+def test_a_damaged_test_part_is_not_taken_for_none(train, tmp_path):
+    np.save(tmp_path / "train.npy", train.images)
+    (tmp_path / "test.npy").write_bytes((tmp_path / "train.npy").read_bytes()[:-1])
+    np.savez(tmp_path / "drawn.npz", train.images[:4])
+    config = Config(data=dataclasses.replace(DATA, source="npy", path=str(tmp_path)))
+    with pytest.raises(UserError, match="test.npy is cut short"):
+        judge_file(tmp_path / "drawn.npz", config, number=4)
