@@ -4,14 +4,19 @@ Grain is asked for the examples of a range of steps and nothing else, so where a
 """
 
 import dataclasses
+import multiprocessing
 import os
+import re
 import signal
+import threading
+import typing
 from collections.abc import Iterator
 
 import numpy as np
 
 from ddpm_jax.data.order import example_index
 from ddpm_jax.data.source import Source
+from ddpm_jax.errors import UserError
 
 _NUM_THREADS = min(16, 2 * (os.cpu_count() or 1))
 
@@ -62,7 +67,7 @@ def stream(
 
     Returns:
       an iterator of (images,) or (images, labels), with `close()`. An error in reading is raised by the `next` whose
-      batch it befell, also from another process.
+      batch it befell, also from another process; a process that was killed is a `UserError`.
     """
     import grain  # takes a second, which runs that need no streaming do not have to spend
 
@@ -82,10 +87,42 @@ def stream(
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=max(1, ahead // workers))
     batches = examples.batch(count).to_iter_dataset(options)
-    return iter(batches.mp_prefetch(processes, worker_init_fn=_ignore_interrupts))
+    return _OfProcesses(iter(batches.mp_prefetch(processes, worker_init_fn=_begin_process)))
 
 
-def _ignore_interrupts(index: int, count: int) -> None:
+@dataclasses.dataclass(frozen=True)
+class _OfProcesses(Iterator[tuple[np.ndarray, ...]]):
+    """What processes read; where one of them was killed, that in one line."""
+
+    batches: typing.Any
+    """Grain's iterator."""
+
+    def __next__(self) -> tuple[np.ndarray, ...]:
+        try:
+            return next(self.batches)
+        except RuntimeError as error:
+            lost = re.match(r"Worker process was terminated .*exit code (-?\d+)", str(error))
+            if lost is None:
+                raise
+            raise UserError(
+                f"a process that decodes images was lost (exit code {lost[1]}; it is -9 where memory ran out): start "
+                "again, with fewer --data.workers if it comes back"
+            ) from error
+
+    def close(self) -> None:
+        self.batches.close()
+
+
+def _begin_process(index: int, count: int) -> None:
     """Leaves Ctrl-C, which every process of a terminal gets, to the one that saves and then ends the others."""
     del index, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Waits for the end of the training process, which does not end its own where it is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this is for processes that another one started"
+    parent.join()
+    os._exit(1)

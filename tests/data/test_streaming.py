@@ -1,7 +1,13 @@
 """Sets that fit no memory: the same examples in the same order as from memory, wherever they begin."""
 
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,6 +71,56 @@ def test_worker_processes_give_the_same(sets, arrays):
     """Without TensorFlow, whatever the number of workers; the memory map is opened anew in each."""
     held, streamed = both(sets, "npz", arrays)
     same(read(streamed, 2, 9, workers=2), read(held, 2, 9))
+
+
+def test_a_process_that_is_killed_is_one_line(sets, arrays):
+    _, streamed = both(sets, "npz", arrays)
+    with pipeline.batches(streamed, 7, 0, 10**6, batch_size=4, workers=1) as found:
+        next(found)
+        (worker,) = multiprocessing.active_children()
+        worker.kill()
+        with pytest.raises(UserError, match=r"exit code -9.* fewer --data.workers") as raised:
+            list(found)
+    assert "\n" not in str(raised.value)
+
+
+PROGRAM = """
+import multiprocessing, sys, time
+from ddpm_jax.config import DataConfig
+from ddpm_jax.data import pipeline, sources
+
+source = sources.load_source(DataConfig(source="npz", path=sys.argv[1], height=6, width=5, channels=3, memory_gib=0.0))
+with pipeline.batches(source, 7, 0, 10**6, batch_size=4, workers=2) as found:
+    next(found)
+    next(found)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are looked up in /proc")
+def test_processes_end_with_the_one_that_they_decode_for(arrays):
+    repository = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": f"{repository}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-c", PROGRAM, str(arrays)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as program:
+        children = [Path("/proc", pid) for pid in program.stdout.readline().split()]
+        program.kill()
+    assert len(children) == 2
+    deadline = time.monotonic() + 20
+
+    def alive(child):
+        try:
+            return (child / "cmdline").read_bytes() != b""  # that of a zombie is empty
+        except OSError:
+            return False
+
+    while any(map(alive, children)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    left = [child.name for child in children if alive(child)]
+    for pid in left:
+        os.kill(int(pid), signal.SIGKILL)
+    assert not left
 
 
 def test_a_file_that_is_gone_is_named_by_the_batch_that_needs_it(sets, tmp_path):
