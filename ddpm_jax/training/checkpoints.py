@@ -9,6 +9,7 @@ lie, so a state saved on many devices or hosts is held against it on any other n
 import contextlib
 import copy
 import dataclasses
+import errno
 import functools
 import json
 import logging
@@ -20,7 +21,7 @@ import sys
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import absl.logging
 import jax
@@ -58,6 +59,29 @@ def _hush_closed_loops() -> None:
 
 class Damage(Exception):
     """A saved step whose files do not hold what was saved."""
+
+
+class Unreadable(Exception):
+    """A saved step whose files cannot be read now, by no fault of theirs: rights, memory, the machine."""
+
+
+# Of the machine, not of the files: they may be read again when it is mended.
+_OF_THE_MACHINE = {
+    *(errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
+}
+
+
+def _failure(error: BaseException, what: str = "") -> Damage | Unreadable:
+    """Tells damage, of `what`, from what the machine cannot do just now; Orbax says both in half a dozen types."""
+    line = _first_line(error)
+    cause: BaseException | None = error
+    while cause is not None:
+        code = re.search(r"\[os_error_code='(\d+)'", str(cause))
+        number = int(code[1]) if code else cause.errno if isinstance(cause, OSError) else None
+        if isinstance(cause, MemoryError) or number in _OF_THE_MACHINE or "RESOURCE_EXHAUSTED" in str(cause):
+            return Unreadable(line)
+        cause = cause.__cause__ or cause.__context__
+    return Damage(what + line)
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -112,9 +136,67 @@ class _NotesHandler(ocp.JsonCheckpointHandler):
     async def async_save(self, directory, item=None, args=None):
         async def write() -> None:
             if jax.process_index() == 0:
-                (directory / "metadata").write_text(json.dumps(args.make()))
+                (directory / "metadata").write_text(sealed(args.make()))
 
         return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="notes")]
+
+    def restore(self, directory, item=None, args=None):
+        return unsealed((directory / "metadata").read_text())
+
+
+_SEAL = ', "crc32": '
+
+
+def sealed(notes: Mapping[str, Any]) -> str:
+    """Writes notes, not none, as JSON with a checksum of its own text as the last entry."""
+    text = json.dumps(notes)
+    return f"{text[:-1]}{_SEAL}{zlib.crc32(text.encode())}}}"
+
+
+def unsealed(content: str) -> dict[str, Any]:
+    """Reads what `sealed` wrote.
+
+    Raises:
+      Damage: it is anything else.
+
+    >>> unsealed(sealed({"window": [0.5]}))
+    {'window': [0.5]}
+    """
+    text, _, crc = content.rpartition(_SEAL)
+    text += "}"
+    if crc != f"{zlib.crc32(text.encode())}}}":
+        raise Damage("their checksum differs")
+    return dict(json.loads(text))
+
+
+class _Failed(NamedTuple):
+    error: Exception
+
+
+class _ArraysHandler(ocp.StandardCheckpointHandler):
+    """Restores arrays; hands a failure back, so that a host that meets one waits for the others where they wait."""
+
+    def restore(self, *arguments, **choices):
+        try:
+            return super().restore(*arguments, **choices)
+        except Exception as error:
+            return _Failed(error)
+
+
+@ocp.args.register_with_handler(_ArraysHandler, for_save=True)
+@dataclasses.dataclass
+class _SaveArrays(ocp.args.StandardSave):
+    pass
+
+
+@ocp.args.register_with_handler(_ArraysHandler, for_restore=True)
+@dataclasses.dataclass
+class _RestoreArrays(ocp.args.StandardRestore):
+    pass
+
+
+def _handlers() -> dict[str, Any]:
+    return {**{name: _ArraysHandler() for name in _ITEMS}, "notes": _NotesHandler()}
 
 
 @ocp.args.register_with_handler(_NotesHandler, for_save=True)
@@ -202,13 +284,10 @@ class Checkpoints:
             todelete_subdir=_DELETED,
             cleanup_tmp_directories=True,
         )
-        handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
         _hush_closed_loops()
         try:
             self._sweep()
-            self._manager = ocp.CheckpointManager(
-                self._folder, options=options, item_handlers={**handlers, "notes": _NotesHandler()}
-            )
+            self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=_handlers())
         except OSError as error:
             raise UserError(f"cannot write to {run}: {_first_line(error)}") from error
         if keep_best:
@@ -250,7 +329,7 @@ class Checkpoints:
         self._unfinished = step
         if loss is not None:
             self._losses[step] = loss
-        saves = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        saves = {name: _SaveArrays(tree) for name, tree in items.items()}
         as_now = copy.deepcopy({**notes, "loss": loss})  # it goes on being written to while this is saved
         written = _SaveNotes(lambda: {**as_now, "leaves": describe()})
         with self._writing():
@@ -302,24 +381,30 @@ class Checkpoints:
           the state and the notes saved with it, or None if nothing was ever saved.
 
         Raises:
-          UserError: the saved arrays have other shapes or types, or no step is whole.
+          UserError: the saved arrays have other shapes or types, no step is whole, or one cannot be read just now; then
+            nothing is set aside.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
+        damaged: dict[int, Damage] = {}
         for step in steps:
             try:
                 items, notes = _restore(self._manager, step, _items(abstract), of=_ITEMS)
             except Damage as damage:
-                aside = self._set_aside(step)
-                self._warn(f"checkpoint {step} is damaged ({damage}): set aside as {aside}, using the one before it")
+                damaged[step] = damage
                 continue
+            for each, reason in damaged.items():  # not before another is found to go on from
+                aside = self._set_aside(each)
+                self._warn(f"checkpoint {each} is damaged ({reason}): set aside as {aside}, using the one before it")
             # The step counts from the folder's name: one number less that could be damaged or disagree.
             count = jax.device_put(np.int32(step), abstract.step.sharding)
             state = TrainState(count, items["params"], items["ema"], items["optimizer"], items.get("times", ()))
             return state, notes
-        if steps:
+        set_aside = len([*self._folder.glob("damaged_*")])
+        if damaged or set_aside:
+            reasons = "".join(f"; {step}: {reason}" for step, reason in [*damaged.items()][:1])
             raise UserError(
-                f"no checkpoint in {self._folder} is whole ({len(steps)} damaged): restore the folder from a copy, "
-                "or start again with another --workdir"
+                f"no checkpoint in {self._folder} is whole ({len(damaged) + set_aside} damaged{reasons}): restore the "
+                "folder from a copy, or start again with another --workdir"
             )
         return None
 
@@ -342,23 +427,38 @@ def _restore(
     """Restores the items `of` a step and holds every array against its checksum."""
     try:
         notes = _read_notes(manager, step)
-        saved = notes["leaves"]
     except Exception as error:
-        raise Damage(f"its notes cannot be read: {_first_line(error)}") from error
+        failure = _failure(error)
+        _raise(
+            Damage(f"its notes cannot be read: {failure}") if isinstance(failure, Damage) else failure, manager, step
+        )
+    saved = notes["leaves"]
     _check_shapes(step, saved, abstract, of=of)
+    restored: Any = {}
     try:
-        restores = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-        restored, damage = manager.restore(step, args=ocp.args.Composite(**restores)), ""
-    except Exception as error:  # damage raises half a dozen types
-        damage = _first_line(error)
+        restores = {name: _RestoreArrays(tree) for name, tree in abstract.items()}
+        restored = manager.restore(step, args=ocp.args.Composite(**restores))
+        failed = [item.error for item in (restored[name] for name in abstract) if isinstance(item, _Failed)]
+    except Exception as error:
+        failed = [error]
     # What is damaged for one host is so for all: they go on together.
-    if damage := first_line(damage):
-        raise Damage(damage)
+    mine = _failure(failed[0]) if failed else None
+    kind, _, line = first_line(f"{type(mine).__name__}: {mine}" if mine else "").partition(": ")
+    if kind:
+        _raise(Unreadable(line) if kind == Unreadable.__name__ else Damage(line), manager, step)
     items = {name: restored[name] for name in abstract}
     for name, leaf in _leaves(items).items():
         if _crc32(_on_host(leaf)) != saved[name]["crc32"]:
             raise Damage(f"the checksum of {name} differs")
     return items, {key: value for key, value in notes.items() if key not in ("leaves", "loss")}
+
+
+def _raise(failure: Damage | Unreadable, manager: ocp.CheckpointManager, step: int) -> NoReturn:
+    if isinstance(failure, Damage):
+        raise failure
+    raise UserError(
+        f"cannot read checkpoint {step} in {manager.directory}: {failure}; mend that, then start the same command again"
+    )
 
 
 def _read_notes(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
@@ -403,6 +503,10 @@ def load_ema(run: Path, *, step: int | None = None, warn: Warn) -> tuple[int, Pa
                     manager, candidate, {"ema": _abstract(manager, candidate, "ema", device)}, of=["ema"]
                 )
             except Damage as damage:
+                if step is not None:
+                    others = ", ".join(str(other) for other in steps if other != step)
+                    there = f"there are {others} beside it" if others else "there is no other"
+                    raise UserError(f"checkpoint {step} of {run} is damaged ({damage}): {there}") from damage
                 warn(f"checkpoint {candidate} is damaged ({damage})")
                 continue
             return candidate, items["ema"]
@@ -461,8 +565,10 @@ def _check_items(
     found = set()
     for item in dict.fromkeys(tokens[0] for tokens in crcs):  # one at a time: the average may fit where all does not
         abstract = _abstract(manager, step, item, device)
-        restored = manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)}))
-        for name, leaf in _leaves({item: restored[item]}).items():
+        restored = manager.restore(step, args=ocp.args.Composite(**{item: _RestoreArrays(abstract)}))[item]
+        if isinstance(restored, _Failed):
+            raise restored.error
+        for name, leaf in _leaves({item: restored}).items():
             found.add(_tokens(name))
             if crcs.get(_tokens(name)) != _crc32(_on_host(leaf)):
                 raise Damage(f"the checksum of {name} differs")
@@ -476,12 +582,9 @@ def _reading(run: Path) -> Iterator[tuple[ocp.CheckpointManager, list[int]]]:
     folder = run.absolute() / _FOLDER
     if not folder.is_dir():
         raise UserError(f"no checkpoints in {run}: it is not the folder of a run, or the run has not saved yet")
-    handlers = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
     _hush_closed_loops()
     with ocp.CheckpointManager(
-        folder,
-        options=ocp.CheckpointManagerOptions(read_only=True),
-        item_handlers={**handlers, "notes": _NotesHandler()},
+        folder, options=ocp.CheckpointManagerOptions(read_only=True), item_handlers=_handlers()
     ) as manager:
         steps = sorted(manager.all_steps())
         if not steps:
@@ -495,4 +598,4 @@ def _abstract(manager: ocp.CheckpointManager, step: int, item: str, device: jax.
         metadata = manager.item_metadata(step)[item]
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), metadata.tree)
     except Exception as error:
-        raise Damage(f"its description cannot be read: {_first_line(error)}") from error
+        _raise(_failure(error, "its description cannot be read: "), manager, step)

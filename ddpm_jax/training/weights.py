@@ -176,7 +176,8 @@ def start_from(init_from: Path, state: TrainState, *, run: Path) -> TrainState:
     """
     step: int | None
     if init_from.is_dir():
-        step, weights = load_ema(init_from, warn=say)
+        step, average = load_ema(init_from, warn=say)
+        weights = jax.tree.map(np.asarray, average)  # from the host they go wherever the state lies, on other hosts too
     elif not init_from.exists():
         raise UserError(f"train.init_from={init_from}: there is no such folder of a run or .safetensors file")
     else:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -16,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.training.checkpoints import Checkpoints, kept, load_ema, verify
+from ddpm_jax.training.checkpoints import Checkpoints, Damage, kept, load_ema, sealed, unsealed, verify
 from ddpm_jax.training.state import TrainState
 
 # Of threads that Orbax leaves where it found damage.
@@ -299,16 +301,62 @@ class TestDamaged:
         assert set(found) <= {10, 20}
         assert 10 in found
 
-    def test_all_damaged_is_one_line(self, run):
+    def test_all_damaged_is_one_line_and_changes_nothing(self, run):
         for step in (10, 20):
             flip_a_bit_of(state_at(step).ema["conv"]["kernel"], files_of(run, step, "ema"))
-        warnings = []
+        before = sorted(path.name for path in (run / "checkpoints").iterdir())
+        message = (
+            r"no checkpoint in .* is whole \(2 damaged; 20: the checksum of ema.* differs\): restore .* --workdir$"
+        )
+        for _ in range(2):  # a second start must not begin anew
+            with Checkpoints(run, keep=5, warn=pytest.fail) as checkpoints, pytest.raises(UserError, match=message):
+                checkpoints.restore(abstract_of(state_at(0)))
+            assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
+
+    def test_where_all_was_set_aside_a_run_does_not_begin_anew(self, run):
+        for step in (10, 20):
+            (run / "checkpoints" / str(step)).rename(run / "checkpoints" / f"damaged_{step}_0")
         with (
-            Checkpoints(run, keep=5, warn=warnings.append) as checkpoints,
-            pytest.raises(UserError, match=r"no checkpoint in .* is whole \(2 damaged\): restore .* --workdir$"),
+            Checkpoints(run, keep=5, warn=pytest.fail) as checkpoints,
+            pytest.raises(UserError, match=r"is whole \(2 damaged\)"),
         ):
             checkpoints.restore(abstract_of(state_at(0)))
-        assert len(warnings) == 2
+
+    @pytest.mark.parametrize(
+        ("error", "said"),
+        [
+            (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+            (ValueError("Error opening \"zarr\" driver: [os_error_code='13']"), "Permission denied"),
+            (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
+            (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes"), "RESOURCE_EXHAUSTED: Out of memory"),
+        ],
+        ids=["rights", "rights, as TensorStore says it", "files", "memory"],
+    )
+    def test_what_the_machine_cannot_do_is_no_damage(self, run, monkeypatch, error, said):
+        def fail(*arguments, **choices):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ocp.StandardCheckpointHandler, "restore", fail)
+            with (
+                Checkpoints(run, keep=5, warn=pytest.fail) as checkpoints,
+                pytest.raises(UserError, match=rf"^cannot read checkpoint 20 in .*: {said}.*; mend that"),
+            ):
+                checkpoints.restore(abstract_of(state_at(0)))
+            with pytest.raises(UserError, match=rf"cannot read checkpoint 20 in .*: {said}"):
+                load_ema(run, warn=pytest.fail)
+        (state, _), warnings = restore(run)
+        assert not warnings
+        same_bits(state, state_at(20))
+
+    @given(st.data())
+    def test_no_flipped_bit_of_the_notes_gives_others(self, data):
+        text = sealed({"window": [[0.25, 1e-7, 3.5]], "loss": None, "leaves": {"params['a']": {"shape": [2]}}})
+        changed = bytearray(text.encode())
+        changed[data.draw(st.integers(0, len(changed) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+        with pytest.raises(Damage):
+            unsealed(changed.decode(errors="replace"))
+        assert unsealed(text)["window"] == [[0.25, 1e-7, 3.5]]
 
     def test_a_second_damaged_copy_gets_its_own_name(self, run):
         for _ in range(2):
@@ -422,7 +470,7 @@ class TestAverage:
         step, ema = load_ema(run, warn=warnings.append)
         assert (step, len(warnings)) == (10, 1)
         same_bits(ema, state_at(10).ema)
-        with pytest.raises(UserError, match="whole"):
+        with pytest.raises(UserError, match=r"checkpoint 20 of .* is damaged \(.*\): there are 10 beside it"):
             load_ema(run, step=20, warn=warnings.append)
         assert (run / "checkpoints" / "20").is_dir()  # it only reads
 
