@@ -34,14 +34,16 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from ddpm_jax.training.checkpoints import verify
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 60
-# Many saves, each rule of what is kept, and a network that compiles and steps in no time.
+# Many saves, each rule of what is kept, a sampler of times with a memory, and a network that compiles in no time.
 WORDS = (
     "--model.width 4 --model.groups 2 --model.multipliers 1 --model.blocks 1 --model.attention-resolutions "
     "--diffusion.schedule cosine --diffusion.num-steps 20 --train.batch-size 8 --train.warmup 5 "
     "--train.learning-rate 1e-3 --train.ema-decay 0.9 --data.source folder --log.every 7 --log.samples-every 0 "
-    f"--log.sample-steps 0 --train.steps {STEPS}"
+    f"--log.sample-steps 0 --loss.kind vlb --loss.times loss_aware --train.steps {STEPS}"
 ).split()
 KEPT = [f"--checkpoints.{rule}" for rule in ("every=10", "keep=2", "keep-every=20", "keep-best=1")]
 STREAMED = ["--data.memory-gib", "0", "--data.device-gib", "0"]
@@ -63,6 +65,9 @@ def hold(condition: object, what: str) -> None:
 
 class Process:
     """A training process."""
+
+    may_find_damage = False
+    """Whether it may say that a checkpoint is damaged."""
 
     def __init__(self, command: list[str], environment: dict[str, str], before: Callable[[], None] | None = None):
         self._process = subprocess.Popen(
@@ -109,6 +114,8 @@ class Process:
         self._reader.join(timeout=60)
         hold(status in statuses, f"ended with status {status}, not {' or '.join(map(str, statuses))}:\n{self.said}")
         hold("Traceback" not in self.said, f"a traceback:\n{self.said}")
+        if not self.may_find_damage:
+            hold("is damaged" not in self.said, f"damage that nobody did:\n{self.said}")
         return status
 
     def refused(self, *words: str) -> str:
@@ -176,7 +183,9 @@ class Bench:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             where = f"127.0.0.1:{free.getsockname()[1]}"
-        joined = ["--hosts.coordinator", where, "--hosts.count", "2", "--hosts.silence", "10", "--hosts.index"]
+        # Each has a half of the state, so that what one saves the other does not.
+        joined = ["--train.fsdp", "2", "--hosts.coordinator", where, "--hosts.count", "2", "--hosts.silence", "10"]
+        joined.append("--hosts.index")
         return [self.start(run, *words, *joined, str(index)) for index in range(2)]
 
     @functools.cached_property
@@ -207,6 +216,8 @@ class Bench:
     def check(self, run: Path, whole: Whole | None = None) -> None:
         """Holds what a run has on disk against the whole run, of one process if not given."""
         whole = whole or self.whole
+        for verdict in verify(run) if self.steps(run) else ():
+            hold(verdict.damage is None, f"step {verdict.step} is damaged on disk: {verdict.damage}")
         for step in set(self.steps(run)) & set(whole.saved):  # others were saved when it was told to stop
             hold(self.bits(run, step) == whole.saved[step], f"step {step} is not that of the whole run")
         file = run / "metrics.jsonl"
@@ -224,9 +235,10 @@ class Bench:
         hold(self.steps(run)[-1] == STEPS, f"the last checkpoint is step {self.steps(run)[-1]}")
         hold((run / "metrics.jsonl").read_bytes() == (whole or self.whole).metrics, "metrics.jsonl differs")
 
-    def advance(self, run: Path, *words: str) -> Process:
+    def advance(self, run: Path, *, damaged: bool = False) -> Process:
         """Goes on until another checkpoint is there, and stops in order, which saves one more."""
-        process, before = self.start(run, *words), set(self.steps(run))
+        process, before = self.start(run), set(self.steps(run))
+        process.may_find_damage = damaged
         process.wait_until(lambda: bool(set(self.steps(run)) - before))
         process.send(signal.SIGTERM)
         process.wait(TWICE_TERMINATED, 0)
@@ -290,7 +302,7 @@ def damage(bench: Bench, run: Path, how: str, files: str = "**/*") -> str:
     else:
         content[at] ^= 1 << bench.random.randrange(8)
     file.write_bytes(content)
-    process = bench.advance(run)
+    process = bench.advance(run, damaged=True)
     if f"checkpoint {newest} is damaged" in process.said:
         hold((run / "checkpoints" / f"damaged_{newest}_0").is_dir(), "the damaged step was not set aside")
         shutil.rmtree(run / "checkpoints" / f"damaged_{newest}_0")
@@ -305,7 +317,8 @@ def damage_all(bench: Bench, run: Path) -> str:
     for file in (run / "checkpoints").rglob("*"):
         if file.is_file():
             os.truncate(file, file.stat().st_size // 2)
-    bench.start(run).refused("no checkpoint in .* is whole")
+    for _ in range(2):  # the second must not begin anew
+        bench.start(run).refused("no checkpoint in .* is whole")
     shutil.rmtree(run / "checkpoints")
     shutil.copytree(copy / "checkpoints", run / "checkpoints")
     shutil.rmtree(copy)
@@ -405,8 +418,7 @@ def kill_host(bench: Bench, run: Path, *, first: bool) -> str:
     """Kills one of two hosts that train a run of their own together, which then goes on to its end."""
     del run  # is of one process
     whole, run = bench.whole_of_hosts, bench.folder / "run_of_hosts"
-    if STEPS in bench.steps(run):
-        shutil.rmtree(run)
+    shutil.rmtree(run, ignore_errors=True)
     hosts, before = bench.start_hosts(run), set(bench.steps(run))
     killed, other = hosts if first else hosts[::-1]
     killed.wait_until(lambda: bool(set(bench.steps(run)) - before))
@@ -426,6 +438,29 @@ def kill_host(bench: Bench, run: Path, *, first: bool) -> str:
         process.wait(0)
     bench.check_end(run, whole)
     return f"{ending}; both go on"
+
+
+def damage_of_one_host(bench: Bench, run: Path) -> str:
+    """Cuts off what one of two hosts has saved of a run of their own; the other's files are whole."""
+    del run  # is of one process
+    whole, run = bench.whole_of_hosts, bench.folder / "run_of_hosts"
+    shutil.rmtree(run, ignore_errors=True)
+    hosts = bench.start_hosts(run)
+    hosts[0].wait_until(lambda: len(bench.steps(run)) >= 2)
+    for host in hosts:
+        host.send(signal.SIGTERM)
+    for host in hosts:
+        host.wait(TWICE_TERMINATED, 0)
+    newest, index = bench.steps(run)[-1], bench.random.randrange(2)
+    for file in (run / "checkpoints" / str(newest)).glob(f"*/ocdbt.process_{index}/d/*"):
+        os.truncate(file, file.stat().st_size // 2)
+    hosts = bench.start_hosts(run)
+    for host in hosts:
+        host.may_find_damage = True
+        host.wait(0)
+    bench.check_end(run, whole)
+    found = f"checkpoint {newest} is damaged" in hosts[0].said
+    return "named, set aside, the one before it used by both" if found else "harmless: every array whole"
 
 
 @contextlib.contextmanager
@@ -485,6 +520,7 @@ FAULTS = [
     Fault("a second process on the folder", second_process, 2),
     Fault("host 0 of two killed", functools.partial(kill_host, first=True), 2),
     Fault("host 1 of two killed", functools.partial(kill_host, first=False), 3),
+    Fault("what one of two hosts saved cut off", damage_of_one_host, 3),
     Fault("5 % of the images corrupted", functools.partial(corrupt_images, when="before"), 2),
     Fault("5 % of the images corrupted while streamed", functools.partial(corrupt_images, when="while"), 3),
 ]
