@@ -139,6 +139,16 @@ def test_two_hosts_stream_what_they_would_read_from_memory(two, cache, tmp_path)
     assert (run / "metrics.jsonl").read_bytes() == (two / "metrics.jsonl").read_bytes()
 
 
+def test_two_hosts_start_from_the_weights_of_a_run(two, cache, tmp_path):
+    run = tmp_path / "run"
+    statuses, lines = finish(start(run, cache, "--train.init-from", str(two), "--train.steps", "1"))
+    assert (statuses, lines) == ([0, 0], [[], []])
+    (step, ema), (_, ema_there) = (load_ema(folder, warn=pytest.fail) for folder in (run, two))
+    assert step == 1
+    for here, there in zip(jax.tree.leaves(ema), jax.tree.leaves(ema_there), strict=True):
+        np.testing.assert_array_equal(here, there)  # the first step has rate 0
+
+
 @pytest.mark.slow  # and not sure: on a busy machine the library was seen to end host 0 before we do, by an abort
 def test_a_host_that_is_killed_ends_the_other_and_both_go_on(two, cache, tmp_path):
     """Killed at one host, then told to stop at the other, then finished: the same bits as never stopped."""

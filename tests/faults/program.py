@@ -47,7 +47,7 @@ WORDS = (
 ).split()
 KEPT = [f"--checkpoints.{rule}" for rule in ("every=10", "keep=2", "keep-every=20", "keep-best=1")]
 STREAMED = ["--data.memory-gib", "0", "--data.device-gib", "0"]
-ARRAYS = "*/d/*"  # in a checkpoint: what Orbax reads the arrays from; it keeps more files than it reads
+ARRAYS = "*/d/*"  # in a checkpoint: where Orbax has arrays as small as these; it keeps more files than it reads
 TWICE_TERMINATED = 128 + signal.SIGTERM
 # Of Linux: the capability by which root writes where it may not, and the call that gives it up.
 _CAP_DAC_OVERRIDE, _PR_CAPBSET_DROP = 1, 24
@@ -183,9 +183,10 @@ class Bench:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             where = f"127.0.0.1:{free.getsockname()[1]}"
-        # Each has a half of the state, so that what one saves the other does not.
-        joined = ["--train.fsdp", "2", "--hosts.coordinator", where, "--hosts.count", "2", "--hosts.silence", "10"]
-        joined.append("--hosts.index")
+        # Each has a half of the state, of arrays large enough to be written where they are: what one saves the other
+        # does not.
+        words = (*words, "--train.fsdp", "2", "--model.width", "16")
+        joined = ["--hosts.coordinator", where, "--hosts.count", "2", "--hosts.silence", "10", "--hosts.index"]
         return [self.start(run, *words, *joined, str(index)) for index in range(2)]
 
     @functools.cached_property
