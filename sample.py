@@ -62,19 +62,15 @@ class ModeOptions:
     """The run's folder, as train.py wrote it."""
     out: str | None = None
     """The folder of the results; RUN/samples/COMMAND if not given. What is in it is written over."""
-    sampler: modes.SamplerName = "ancestral"
-    """Algorithm 2 of the paper, or DDIM (eta = 0)."""
-    steps: int | None = None
-    """Steps of the chain; all T if not given."""
     guidance: float = 0.0
-    """w of classifier-free guidance, for a conditional run; 0: none."""
+    """w of classifier-free guidance, for a conditional run that is told labels; 0: none."""
     seed: int = 0
     """From it comes all that is drawn."""
     step: int | None = None
     """The checkpoint of which training step; the newest if not given."""
 
-    def load(self, *, labels: tuple[int, ...] = ()) -> Job:
-        choice = Choice(sampler=self.sampler, steps=self.steps, guidance=self.guidance, labels=labels)
+    def load(self, choice: Choice) -> Job:
+        choice = dataclasses.replace(choice, guidance=self.guidance)
         return load_job(Path(self.run), seed=self.seed, step=self.step, choice=choice)
 
     def folder(self, command: str) -> Path:
@@ -82,7 +78,20 @@ class ModeOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProgressiveOptions(ModeOptions):
+class ChainOptions(ModeOptions):
+    """What is the same for the commands that run a chain of any sampler."""
+
+    sampler: modes.SamplerName = "ancestral"
+    """Algorithm 2 of the paper, or DDIM (eta = 0)."""
+    steps: int | None = None
+    """Steps of the chain; all T if not given. A time that is asked for and not among them is a step more."""
+
+    def chain(self) -> Choice:
+        return Choice(sampler=self.sampler, steps=self.steps)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProgressiveOptions(ChainOptions):
     """What to draw."""
 
     num: int = 8
@@ -96,12 +105,13 @@ class ProgressiveOptions(ModeOptions):
 def progressive(arguments: Sequence[str]) -> None:
     """Draws the chain over time: x_t and the image predicted from it, a sample a row (Fig. 6)."""
     options = parse_options(ProgressiveOptions, arguments, description="Draws a grid of the chain over time.")
-    job, out = options.load(labels=options.labels), options.folder("progressive")
+    job = options.load(dataclasses.replace(options.chain(), labels=options.labels))
+    out = options.folder("progressive")
     print(modes.draw_progressive(job, out, num=options.num, columns=options.columns))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ShareOptions(ModeOptions):
+class ShareOptions(ChainOptions):
     """What to draw."""
 
     t: tuple[int, ...] = ()
@@ -115,12 +125,12 @@ class ShareOptions(ModeOptions):
 def share(arguments: Sequence[str]) -> None:
     """Draws images that share x_t of one chain, and go their own ways from there (Fig. 7)."""
     options = parse_options(ShareOptions, arguments, description="Draws images that share x_t of one chain.")
-    out = options.folder("share")
-    print(modes.share_latents(options.load(), out, times=options.t, draws=options.draws, label=options.label))
+    job, out = options.load(options.chain()), options.folder("share")
+    print(modes.share_latents(job, out, times=options.t, draws=options.draws, label=options.label))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReconstructOptions(ModeOptions):
+class ReconstructOptions(ChainOptions):
     """What to reconstruct."""
 
     image: str
@@ -137,7 +147,7 @@ class ReconstructOptions(ModeOptions):
 def reconstruct(arguments: Sequence[str]) -> None:
     """Diffuses a picture to t and takes it back."""
     options = parse_options(ReconstructOptions, arguments, description="Diffuses a picture to t and takes it back.")
-    job, out = options.load(), options.folder("reconstruct")
+    job, out = options.load(options.chain()), options.folder("reconstruct")
     print(modes.reconstruct_picture(job, options.image, out, time=options.t, draws=options.draws, label=options.label))
 
 
@@ -151,13 +161,21 @@ class InterpolateOptions(ModeOptions):
     """Where to mix them: the paper's t, 0 (pixels) to T; if not given by DDIM, on the great circle of their noises."""
     num: int = 11
     """How many steps from the one to the other, both ends counted."""
+    sampler: modes.SamplerName | None = None
+    """Algorithm 2 of the paper (with --t alone), or DDIM (eta = 0); ancestral with --t, ddim without, if not given."""
+    steps: int | None = None
+    """Steps of the chain; if not given all T with --t, where t is a step more if it is not among them, and 250 each way
+    without."""
+    label: int | None = None
+    """The class of both pictures, for a conditional run; not told if not given."""
 
 
 def interpolate(arguments: Sequence[str]) -> None:
     """Interpolates between two pictures, at a time t or along the noises of DDIM (Fig. 8)."""
     options = parse_options(InterpolateOptions, arguments, description="Interpolates between two pictures.")
-    out = options.folder("interpolate")
-    print(modes.interpolate_pictures(options.load(), options.images, out, time=options.t, num=options.num))
+    sampler = modes.interpolation_sampler(options.t, options.sampler)
+    job, out = options.load(Choice(sampler=sampler, steps=options.steps)), options.folder("interpolate")
+    print(modes.interpolate_pictures(job, options.images, out, time=options.t, num=options.num, label=options.label))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,6 +188,8 @@ class InpaintOptions(ModeOptions):
     """A picture of the same aspect ratio: white is kept, black is drawn anew."""
     draws: int = 8
     """How many results."""
+    steps: int | None = None
+    """Steps of the chain that RePaint goes up and down, with Algorithm 2; 250 if not given."""
     label: int | None = None
     """Its class, for a conditional run; not told if not given."""
 
@@ -177,7 +197,7 @@ class InpaintOptions(ModeOptions):
 def inpaint(arguments: Sequence[str]) -> None:
     """Draws a part of a picture anew, the black one of a mask (RePaint)."""
     options = parse_options(InpaintOptions, arguments, description="Draws the black part of a mask anew in a picture.")
-    job, out = options.load(), options.folder("inpaint")
+    job, out = options.load(Choice(steps=options.steps)), options.folder("inpaint")
     print(modes.inpaint_picture(job, options.image, options.mask, out, draws=options.draws, label=options.label))
 
 

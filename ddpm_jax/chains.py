@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import Array
@@ -56,12 +56,13 @@ def labels_of(config: Config, choice: Choice, indices: Array) -> Array | None:
     return labels[indices % len(labels)]
 
 
-def make_chain(config: Config, choice: Choice) -> MakeChain:
+def make_chain(config: Config, choice: Choice, *, visited: Sequence[int] = ()) -> MakeChain:
     """Makes the rule of a run's chain.
 
     Args:
       config: of the run.
       choice: of the sampler.
+      visited: 0-based times that the chain visits besides.
 
     Returns:
       the function from parameters and labels to the sampler, to be called where they are traced.
@@ -88,6 +89,7 @@ def make_chain(config: Config, choice: Choice) -> MakeChain:
             predict,
             num_steps=choice.steps,
             spacing=choice.spacing,
+            visited=visited,
             eta=choice.eta,
             eps_of=choice.eps_of,
             prediction=diffusion.prediction,

@@ -3,9 +3,10 @@
 Images go in and come out as uint8 NumPy arrays. Whatever is drawn for image i comes from the key and i alone.
 """
 
+import functools
 import math
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,12 +18,12 @@ from ddpm_jax.chains import Choice, labels_of, make_chain, network
 from ddpm_jax.config import build_betas, build_unet, image_shape, matmul_precision
 from ddpm_jax.data.decode import read_picture
 from ddpm_jax.data.pipeline import to_float, to_uint8
-from ddpm_jax.ddim import ddim, ddim_inversion
+from ddpm_jax.ddim import ddim_inversion
 from ddpm_jax.editing import Start, between, branch, encode, mix, mix_latents, repaint, unused_keys
 from ddpm_jax.errors import UserError
 from ddpm_jax.keys import image_keys
 from ddpm_jax.mesh import by_image, everywhere, make_mesh
-from ddpm_jax.named_samplers import default_spacing
+from ddpm_jax.named_samplers import default_spacing, x0_of_mean
 from ddpm_jax.progress import Progress
 from ddpm_jax.respacing import choose_times, respace
 from ddpm_jax.samplers import Chain, Sampler, Trajectory, initial_noise, run_chain, sample_trajectory
@@ -32,7 +33,8 @@ from ddpm_jax.unet import Params
 
 # So often the host looks at a chain: to show progress, and for the frames of the reverse process.
 _STEPS_AT_ONCE, _LOOKS = 50, 40
-# Enough for the inversion to take images back; RePaint as its authors run it, but in half the passes.
+# Where no number of steps is asked for: enough for the inversion to take images back; RePaint as its authors run it,
+# but in half the passes.
 _DDIM_STEPS, _REPAINT_STEPS = 250, 250
 _JUMP, _RESAMPLES = 10, 5
 
@@ -86,12 +88,15 @@ class _Hole(typing.NamedTuple):
 class Editor:
     """Edits images with the network of a run."""
 
-    def __init__(self, job: Job, *, batch_size: int = 64):
+    def __init__(self, job: Job, *, batch_size: int = 64, times: Sequence[int] = ()):
         """Makes the chains.
 
         Args:
-          job: the weights, the seed, and the chain: any number of steps of "ancestral" or "ddim".
+          job: the weights, the seed, and the chain: any number of steps of "ancestral" or "ddim". The number, if it is
+            given, and the guidance are those of RePaint and of DDIM's way to noise and back too.
           batch_size: images at a time, >= 1; rounded up to a multiple of the devices. No image depends on it.
+          times: of the paper's t, each in [0, T], those that the chain visits in any case: it has a step more for each
+            that is new to it.
 
         Raises:
           UserError: the run cannot be sampled so.
@@ -103,53 +108,70 @@ class Editor:
         self._batch_size = whole_batch(batch_size)
         self.job, self.shape = job, image_shape(config)
 
-        self._make = make_chain(config, job.choice)
-        self.schedule = self._schedule(job.choice)
+        self._visited = [time - 1 for time in times if time]
+        self._make = make_chain(config, job.choice, visited=self._visited)
+        self.schedule = self._schedule(job.choice, visited=self._visited)
         self._reverse = _Rule(
             lambda params, span: between(self._make(params, span.labels), span.depth, span.until), self.num_steps
         )
-        # What a network says of single steps is of no use to a chain that skips some.
-        can_skip = diffusion.prediction != "mean"
-        ddim_steps = min(_DDIM_STEPS, diffusion.num_steps) if can_skip else None
-        along, unet = self._schedule(Choice("ddim", ddim_steps)), build_unet(config)
-        prediction, variance = diffusion.prediction, diffusion.variance
 
-        def told_nothing(params: Params) -> Any:
-            return network(unet, params, None)
-
-        self._invert = _Rule(
-            lambda params, _: ddim_inversion(along, told_nothing(params), prediction=prediction, variance=variance),
-            along.num_steps,
+        asked, guidance = job.choice.steps, job.choice.guidance
+        self._there_and_back = Choice(
+            "ddim", asked or min(_DDIM_STEPS, diffusion.num_steps), clip="off", guidance=guidance
         )
-        self._ddim = _Rule(
-            lambda params, _: ddim(
-                along, told_nothing(params), clip_x0=False, prediction=prediction, variance=variance
-            ),
-            along.num_steps,
-        )
-
-        can_skip = can_skip and diffusion.variance != "learned"
-        repaint_steps = min(_REPAINT_STEPS, self.num_steps) if can_skip else None
-        filled_by = Choice(steps=repaint_steps, guidance=job.choice.guidance)
-        filling, make_filling = self._schedule(filled_by), make_chain(config, filled_by)
-        self.jump = max(1, min(_JUMP, filling.num_steps // 4))
-
-        def fill(params: Params, hole: _Hole) -> Sampler:
-            chain = make_filling(params, hole.labels)
-            return repaint(filling, chain, hole.x0, hole.mask, jump=self.jump, resamples=_RESAMPLES)
-
-        one = np.zeros((1, *self.shape), np.float32)
-        self._repaint = _Rule(fill, fill(None, _Hole(self.labels([0]), one, one[..., :1])).num_steps)
+        # A learned variance is of single steps.
+        usual = None if diffusion.variance == "learned" else min(_REPAINT_STEPS, diffusion.num_steps)
+        self._filling = Choice(steps=asked or usual, guidance=guidance)
+        self.ddim_steps = self._there_and_back.steps
+        """Steps of DDIM to the noise, and as many back."""
+        self.repaint_steps = self._filling.steps or diffusion.num_steps
+        """Steps of the chain that RePaint goes up and down."""
+        self.jump = max(1, min(_JUMP, self.repaint_steps // 4))
         self.settings = {
-            "ddim": f"DDIM, eta = 0, without clipping, {along.num_steps} steps each way",
-            "repaint": f"RePaint, {filling.num_steps} steps, jumps of {self.jump}, {_RESAMPLES} passes",
+            "ddim": f"DDIM, eta = 0, without clipping, {self.ddim_steps} steps each way",
+            "repaint": f"RePaint, {self.repaint_steps} steps, jumps of {self.jump}, {_RESAMPLES} passes",
         }
 
-    def _schedule(self, choice: Choice) -> Schedule:
+    def _schedule(self, choice: Choice, *, visited: Sequence[int] = ()) -> Schedule:
         """Makes the tables of the chain of `make_chain`."""
         betas = build_betas(self.job.config)
         spacing = default_spacing(choice.sampler, choice.steps) if choice.spacing is None else choice.spacing
-        return respace(betas, choose_times(betas, num_steps=choice.steps, spacing=spacing))
+        return respace(betas, choose_times(betas, num_steps=choice.steps, spacing=spacing, visited=visited))
+
+    @functools.cached_property
+    def _invert(self) -> _Rule:
+        """DDIM from images to noise."""
+        config, choice = self.job.config, self._there_and_back
+        schedule, unet, betas = self._schedule(choice), build_unet(config), build_betas(config)
+        prediction, variance = config.diffusion.prediction, config.diffusion.variance
+
+        def invert(params: Params, labels: Array | None) -> Sampler:
+            predict = network(unet, params, labels, guidance=choice.guidance, variance=variance)
+            if prediction == "mean":
+                predict = x0_of_mean(betas, predict, variance=variance)
+            target = "x0" if prediction == "mean" else prediction
+            return ddim_inversion(schedule, predict, prediction=target, variance=variance)
+
+        return _Rule(invert, schedule.num_steps)
+
+    @functools.cached_property
+    def _ddim(self) -> _Rule:
+        """DDIM from that noise to images."""
+        make = make_chain(self.job.config, self._there_and_back)
+        return _Rule(make, self._schedule(self._there_and_back).num_steps)
+
+    @functools.cached_property
+    def _repaint(self) -> _Rule:
+        """The walk of RePaint."""
+        schedule, make = self._schedule(self._filling), make_chain(self.job.config, self._filling)
+
+        def fill(params: Params, hole: _Hole) -> Sampler:
+            return repaint(
+                schedule, make(params, hole.labels), hole.x0, hole.mask, jump=self.jump, resamples=_RESAMPLES
+            )
+
+        one = np.zeros((1, *self.shape), np.float32)
+        return _Rule(fill, fill(None, _Hole(self.labels([0]), one, one[..., :1])).num_steps)
 
     @property
     def num_steps(self) -> int:
@@ -165,9 +187,15 @@ class Editor:
         return sorted({math.ceil(self.num_steps * part / parts) for part in range(1, parts + 1)}, reverse=True)
 
     def depth_of(self, time: int) -> int:
-        """Gives the depth of the chain that is next to the paper's t."""
-        times = np.append(0, np.asarray(self.schedule.times) + 1)
-        return int(np.abs(times - time).argmin())
+        """Gives the depth of the chain at one of the paper's t that it visits, as those that it was made for.
+
+        Raises:
+          ValueError: the chain does not visit it.
+        """
+        times = [0, *(np.asarray(self.schedule.times) + 1).tolist()]
+        if time not in times:
+            raise ValueError(f"a chain of {self.num_steps} steps does not visit t = {time}: name it in `times`")
+        return times.index(time)
 
     def labels(self, labels: typing.Iterable[int | None] | None, *, each: int = 1) -> np.ndarray | None:
         """Makes labels of a list; None in it is "not told". None for an unconditional run.
@@ -334,9 +362,10 @@ class Editor:
         lambdas: np.ndarray,
         depth: np.ndarray,
         *,
+        labels: np.ndarray | None = None,
         indices: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Interpolates between pairs: `editing.interpolate`, each from its own depth; no labels are told.
+        """Interpolates between pairs: `editing.interpolate`, each from its own depth.
 
         Args:
           key: of the figure.
@@ -344,6 +373,7 @@ class Editor:
           images_b: likewise.
           lambdas: (L,).
           depth: (B,) integers.
+          labels: (B,) of both images of each pair; not told if not given.
           indices: (B,) whose noise each pair has; 0..B-1 if not given.
 
         Returns:
@@ -359,29 +389,41 @@ class Editor:
             depth,
             indices=indices,
         )
-        labels = self.labels([None] * len(start.x))
-        decoded = self.decode(start, labels, np.repeat(depth, len(lambdas)), doing="interpolating")
+        told = _repeat(self._told(labels, len(depth)), len(lambdas))
+        decoded = self.decode(start, told, np.repeat(depth, len(lambdas)), doing="interpolating")
         return self._pixels(decoded, len(images_a), len(lambdas))
 
-    def ddim_interpolate(self, images_a: np.ndarray, images_b: np.ndarray, lambdas: np.ndarray) -> np.ndarray:
+    def ddim_interpolate(
+        self, images_a: np.ndarray, images_b: np.ndarray, lambdas: np.ndarray, *, labels: np.ndarray | None = None
+    ) -> np.ndarray:
         """Interpolates between pairs along the great circle of their noises: `editing.ddim_interpolate`.
 
         Args:
           images_a: (B, H, W, C) uint8.
           images_b: likewise.
           lambdas: (L,).
+          labels: (B,) of both images of each pair; not told if not given.
 
         Returns:
           (B, L, H, W, C) uint8.
         """
-        x0 = _to_float(np.concatenate([images_a, images_b]))
-        x_a, x_b = np.split(self._run(self._invert, Start(unused_keys(len(x0)), x0), None, doing="inverting"), 2)
-        return self.ddim_between(x_a, x_b, lambdas)
+        x0, told = _to_float(np.concatenate([images_a, images_b])), self._told(labels, len(images_a))
+        both = None if told is None else np.tile(told, 2)
+        x_a, x_b = np.split(self._run(self._invert, Start(unused_keys(len(x0)), x0), both, doing="inverting"), 2)
+        return self.ddim_between(x_a, x_b, lambdas, labels=labels)
 
-    def ddim_between(self, x_a: Array | np.ndarray, x_b: Array | np.ndarray, lambdas: np.ndarray) -> np.ndarray:
+    def ddim_between(
+        self,
+        x_a: Array | np.ndarray,
+        x_b: Array | np.ndarray,
+        lambdas: np.ndarray,
+        *,
+        labels: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Decodes what lies on the great circle between pairs of noises, (B, H, W, C) each, as `ddim_interpolate`."""
-        x = _mix_latents(x_a, x_b, np.asarray(lambdas, np.float32))
-        decoded = self._run(self._ddim, Start(unused_keys(len(x)), x), None, doing="interpolating by DDIM")
+        x, told = _mix_latents(x_a, x_b, np.asarray(lambdas, np.float32)), self._told(labels, len(x_a))
+        start = Start(unused_keys(len(x)), x)
+        decoded = self._run(self._ddim, start, _repeat(told, len(lambdas)), doing="interpolating by DDIM")
         return self._pixels(decoded, len(x_a), len(lambdas))
 
     def inpaint(
@@ -404,6 +446,10 @@ class Editor:
         hole = _Hole(_repeat(labels, draws), x0, mask)
         filled = self._run(self._repaint, Start(keys, _initial_noise(keys, self.shape)), hole, doing="inpainting")
         return self._pixels(filled, len(images), draws)
+
+    def _told(self, labels: np.ndarray | None, number: int) -> np.ndarray | None:
+        """Says "not told" to a conditional network where there are no labels."""
+        return self.labels([None] * number) if labels is None else labels
 
     def _pixels(self, images: np.ndarray, number: int, each: int) -> np.ndarray:
         return np.asarray(_to_uint8(images)).reshape(number, each, *self.shape)

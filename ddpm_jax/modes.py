@@ -4,6 +4,7 @@ Each writes a folder. What is made of given pictures is there as pictures of the
 what they were made from. A picture is given as a file, or as the number of one of the run's test images.
 """
 
+import math
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +63,7 @@ def draw_progressive(job: Job, out: Path, *, num: int, columns: int) -> Path:
 
     Ho et al. 2020, sec. 4.3 and Fig. 6.
     """
-    editor, _ = _editor(job, 0, num, "--num")
+    editor = _editor(job, num, "--num")
     _check_number(columns, "--columns")
     drawn, frames = editor.trajectory(num, editor.labels_in_turn(num), depths=editor.depths(columns))
     images = np.asarray(to_uint8(drawn))
@@ -77,7 +78,8 @@ def share_latents(job: Job, out: Path, *, times: Sequence[int], draws: int, labe
     Args:
       job: the weights, the seed and the chain.
       out: the folder to write.
-      times: the paper's t, each in [0, T], a row each; T, 3/4, 1/2 and 1/4 of the chain if none are given.
+      times: the paper's t, each in [0, T], a row each; T, 3/4, 1/2 and 1/4 of it if none are given. The chain visits
+        just these, in as many steps more as are new to it.
       draws: how many images from each, in [1, 64].
       label: of the images, for a conditional run; None: not told.
 
@@ -89,11 +91,11 @@ def share_latents(job: Job, out: Path, *, times: Sequence[int], draws: int, labe
 
     Ho et al. 2020, Fig. 7.
     """
-    for time in times:
-        _check_time(job, time)
-    editor, _ = _editor(job, 0, draws, "--draws")
-    depths = [editor.depth_of(time) for time in times] or editor.depths(4)
-    latents, drawn = editor.share_latents(jax.random.key(job.seed), _labels(editor, label), depths=depths, draws=draws)
+    whole = job.config.diffusion.num_steps
+    times = times or sorted({math.ceil(whole * part / 4) for part in range(1, 5)}, reverse=True)
+    editor = _editor(job, draws, "--draws", times=times)
+    labels, depths = _labels(editor, label), [editor.depth_of(time) for time in times]
+    latents, drawn = editor.share_latents(jax.random.key(job.seed), labels, depths=depths, draws=draws)
     pictures.save_png(out / "share.png", lay_out(np.concatenate([latents[:, None], drawn], axis=1)))
     return out / "share.png"
 
@@ -105,7 +107,7 @@ def reconstruct_picture(job: Job, file: str, out: Path, *, time: int, draws: int
       job: the weights, the seed and the chain.
       file: the picture, cropped and resized as the run's images are; or the number of one of these.
       out: the folder to write.
-      time: the paper's t, in [0, T].
+      time: the paper's t, in [0, T]; the chain visits just it, in a step more where it is new to it.
       draws: how many reconstructions, >= 1.
       label: of the picture, for a conditional run; None: not told.
 
@@ -115,13 +117,30 @@ def reconstruct_picture(job: Job, file: str, out: Path, *, time: int, draws: int
     Raises:
       UserError: a value is out of range, there is no such picture, or the result cannot be written.
     """
-    editor, depth = _editor(job, time, draws, "--draws")
-    image, labels = _read(job, file), _labels(editor, label)
-    made = editor.reconstruct(jax.random.key(job.seed), image[None], labels, np.array([depth]), draws=draws)[0]
+    editor = _editor(job, draws, "--draws", times=[time])
+    labels, image, depth = _labels(editor, label), _read(job, file), np.array([editor.depth_of(time)])
+    made = editor.reconstruct(jax.random.key(job.seed), image[None], labels, depth, draws=draws)[0]
     return _save(out, made, [image], [])
 
 
-def interpolate_pictures(job: Job, files: Sequence[str], out: Path, *, time: int | None, num: int) -> Path:
+def interpolation_sampler(time: int | None, sampler: SamplerName | None) -> SamplerName:
+    """Names the sampler of `interpolate_pictures`: the one asked for, or what suits the way.
+
+    Args:
+      time: where pictures are mixed, or None.
+      sampler: the one asked for, if any.
+
+    Raises:
+      UserError: "ancestral" is to take pictures to their noises, which DDIM alone can.
+    """
+    if time is None and sampler == "ancestral":
+        raise UserError("--sampler ancestral needs --t: without it pictures are taken to their noises, by ddim alone")
+    return sampler or ("ddim" if time is None else "ancestral")
+
+
+def interpolate_pictures(
+    job: Job, files: Sequence[str], out: Path, *, time: int | None, num: int, label: int | None = None
+) -> Path:
     """Interpolates between two pictures; see `editing.interpolate` and `editing.ddim_interpolate`.
 
     Args:
@@ -130,6 +149,7 @@ def interpolate_pictures(job: Job, files: Sequence[str], out: Path, *, time: int
       out: the folder to write.
       time: the paper's t, in [0, T]; None: by DDIM, along the great circle of their noises.
       num: how many steps from the one to the other, >= 2, both ends counted.
+      label: of both pictures, for a conditional run; None: not told.
 
     Returns:
       the row: the first picture, what lies between, the second picture.
@@ -141,13 +161,15 @@ def interpolate_pictures(job: Job, files: Sequence[str], out: Path, *, time: int
         raise UserError(f"--images needs two pictures to interpolate between, not {len(files)}")
     if num < 2:
         raise UserError(f"--num must be at least 2, the two ends, not {num}")
-    editor, depth = _editor(job, time or 0, num, "--num")
+    editor = _editor(job, num, "--num", times=[] if time is None else [time])
+    labels = _labels(editor, label)
     a, b = (_read(job, file) for file in files)
-    lambdas = np.linspace(0, 1, num)
+    pair, lambdas = (a[None], b[None]), np.linspace(0, 1, num)
     if time is None:
-        made = editor.ddim_interpolate(a[None], b[None], lambdas)[0]
+        made = editor.ddim_interpolate(*pair, lambdas, labels=labels)[0]
     else:
-        made = editor.interpolate(jax.random.key(job.seed), a[None], b[None], lambdas, np.array([depth]))[0]
+        depth = np.array([editor.depth_of(time)])
+        made = editor.interpolate(jax.random.key(job.seed), *pair, lambdas, depth, labels=labels)[0]
     return _save(out, made, [a], [b])
 
 
@@ -155,7 +177,7 @@ def inpaint_picture(job: Job, file: str, mask: str, out: Path, *, draws: int, la
     """Draws the black part of a mask anew in a picture; see `editing.inpaint`.
 
     Args:
-      job: the weights, the seed and the chain.
+      job: the weights, the seed, and how many steps.
       file: the picture, cropped and resized as the run's images are; or the number of one of these.
       mask: a picture of the same aspect ratio: white is kept, black is drawn anew.
       out: the folder to write.
@@ -168,8 +190,8 @@ def inpaint_picture(job: Job, file: str, mask: str, out: Path, *, draws: int, la
     Raises:
       UserError: a value is out of range, there is no such picture, or the result cannot be written.
     """
-    editor, _ = _editor(job, 0, draws, "--draws")
-    image, known, labels = _read(job, file), read_mask(mask, editor.shape), _labels(editor, label)
+    editor = _editor(job, draws, "--draws")
+    labels, image, known = _labels(editor, label), _read(job, file), read_mask(mask, editor.shape)
     made = editor.inpaint(jax.random.key(job.seed), image[None], known[None], labels, draws=draws)[0]
     return _save(out, made, [image, hide(image, known)], [])
 
@@ -184,13 +206,14 @@ def _check_time(job: Job, time: int) -> None:
         raise UserError(f"--t {time} must be 0 to {job.config.diffusion.num_steps}, the steps of the run's diffusion")
 
 
-def _editor(job: Job, time: int, number: int, option: str) -> tuple[Editor, int]:
-    """Checks what was asked for; gives the editor and the depth of the chain that is next to the time."""
-    _check_time(job, time)
+def _editor(job: Job, number: int, option: str, *, times: Sequence[int] = ()) -> Editor:
+    """Checks what was asked for; gives the editor whose chain visits the times."""
+    for time in times:
+        _check_time(job, time)
     _check_number(number, option)
-    editor = Editor(job, batch_size=number)
+    editor = Editor(job, batch_size=number, times=times)
     pictures.check_channels(editor.shape[-1])
-    return editor, editor.depth_of(time)
+    return editor
 
 
 def _read(job: Job, given: str) -> np.ndarray:
@@ -208,6 +231,8 @@ def _labels(editor: Editor, label: int | None) -> np.ndarray | None:
     if label is not None and not 0 <= label < classes:
         has = f"its classes are 0 to {classes - 1}" if classes else "it is unconditional and knows no labels"
         raise UserError(f"--label {label}: the run has no such class, {has}")
+    if label is None and editor.job.choice.guidance:
+        raise UserError("--guidance needs --label: it is away from what the network says when it is told none")
     return editor.labels([label])
 
 

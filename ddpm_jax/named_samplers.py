@@ -2,7 +2,7 @@
 
 import difflib
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,7 @@ def make_sampler(
     *,
     num_steps: int | None = None,
     spacing: str | None = None,
+    visited: Sequence[int] = (),
     eta: float | None = None,
     eps_of: EpsOf | None = None,
     prediction: Prediction = "eps",
@@ -85,6 +86,7 @@ def make_sampler(
       predict: the network, which is told times of that schedule.
       num_steps: N, in [1, T]; all T, or as many as `spacing` says, if None.
       spacing: which times are visited, see `respacing.choose_times`; `default_spacing` if None.
+      visited: 0-based times that are visited besides; N is larger by those that are new.
       eta: the share of the noise, in [0, 1], for "ddim" alone; 0 if None.
       eps_of: where a clipped image leaves the noise, for "ddim" alone (see there); "x0" if None.
       prediction: what the network's output means.
@@ -112,20 +114,30 @@ def make_sampler(
         raise ValueError(f"{given} is of the sampler 'ddim': {name!r} has no such choice")
     betas = np.asarray(betas, np.float64)
     spacing = default_spacing(name, num_steps) if spacing is None else spacing
-    times = choose_times(betas, num_steps=num_steps, spacing=spacing)
+    times = choose_times(betas, num_steps=num_steps, spacing=spacing, visited=visited)
     if len(times) < len(betas):
         if name == "ancestral" and variance == "learned":
             raise ValueError(
-                f"a 'learned' variance is of single steps: sample in all {len(betas)} steps, or with another sampler"
+                f"a 'learned' variance is of single steps: sample in all {len(betas)} steps, or with another sampler "
+                "where one can be chosen"
             )
         if prediction == "mean":
-            predict, prediction = _x0_of_mean(betas, predict, variance=variance), "x0"
+            predict, prediction = x0_of_mean(betas, predict, variance=variance), "x0"
     schedule = respace(betas, times)
     return SAMPLERS[name](schedule, predict, prediction=prediction, variance=variance, clip_x0=clip_x0, **options)
 
 
-def _x0_of_mean(betas: np.ndarray, predict: Predict, *, variance: Variance) -> Predict:
-    """Turns a network that predicts the mean of x_{t-1} into one that predicts x0, which is of no step's length."""
+def x0_of_mean(betas: np.ndarray, predict: Predict, *, variance: Variance) -> Predict:
+    """Turns a network that predicts the mean of x_{t-1} into one that predicts x0, which is of no step's length.
+
+    Args:
+      betas: (T,) of the schedule that the network was trained with.
+      predict: the network.
+      variance: whether the output has a second half for the variance, which stays as it is.
+
+    Returns:
+      the network of x0, for chains that skip times too.
+    """
     with jax.ensure_compile_time_eval():
         schedule = schedule_from_betas(betas)
 

@@ -1,10 +1,12 @@
 """What sample.py draws beside samples: of its own, and of pictures that are given."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import chains
+from ddpm_jax import chains, modes
 from ddpm_jax.chains import Choice, network
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.decode import read_picture
@@ -134,7 +136,7 @@ def test_own_pictures_are_reconstructed_interpolated_and_filled_in(colour_job, o
 
 
 def test_what_cannot_be_done_with_own_pictures_is_one_line(colour_job, job, own, tmp_path):
-    a, out = str(own / "a.png"), tmp_path / "out"
+    a, out, guided_job = str(own / "a.png"), tmp_path / "out", job._replace(choice=Choice(guidance=1.0))
     for call, message in [
         (lambda: reconstruct_picture(colour_job, a, out, time=13, draws=1), "--t 13 must be 0 to 12"),
         (lambda: reconstruct_picture(colour_job, a, out, time=1, draws=0), "--draws must be 1 to 64, not 0"),
@@ -149,6 +151,10 @@ def test_what_cannot_be_done_with_own_pictures_is_one_line(colour_job, job, own,
         (lambda: draw_progressive(job, out, num=65, columns=3), "--num must be 1 to 64, not 65"),
         (lambda: draw_progressive(job, out, num=1, columns=0), "--columns must be 1 to 64, not 0"),
         (lambda: share_latents(job, out, times=[5, 13], draws=1), "--t 13 must be 0 to 12"),
+        (lambda: share_latents(guided_job, out, times=[5], draws=1), "--guidance needs --label"),
+        (lambda: reconstruct_picture(guided_job, a, out, time=1, draws=1), "--guidance needs --label"),
+        (lambda: interpolate_pictures(guided_job, [a, a], out, time=None, num=3), "--guidance needs --label"),
+        (lambda: inpaint_picture(guided_job, a, a, out, draws=1), "--guidance needs --label"),
         (lambda: share_latents(job, out, times=[], draws=1, label=10), "--label 10: .* classes are 0 to 9"),
         (lambda: interpolate_pictures(job, [a], out, time=1, num=3), "--images needs two pictures .* not 1"),
         (lambda: interpolate_pictures(job, [a, a], out, time=1, num=1), "--num must be at least 2"),
@@ -175,6 +181,39 @@ def test_the_script_reads_the_run_s_folder_alone(drawing, colour_job, own, tmp_p
     assert said.strip() == str(tmp_path / "out" / "share.png")
 
 
+def test_steps_that_a_run_cannot_skip_are_refused(drawing, job, tmp_path, run_script):
+    diffusion = dataclasses.replace(job.config.diffusion, variance="learned")
+    learned = job._replace(config=dataclasses.replace(job.config, diffusion=diffusion))
+    run = drawing.save_run(learned, tmp_path / "run")
+    for words in (["inpaint", run, "--image", 1, "--mask", "m.png"], ["reconstruct", run, "--image", 1, "--t", 3]):
+        status, _, error = run_script("sample.py", *words, "--steps", 5)
+        assert status == 2
+        assert error.startswith("sample.py: error: a 'learned' variance is of single steps: sample in all 12 steps")
+        assert error.count("\n") == 1
+
+
+def test_what_the_commands_ask_for_reaches_the_chains(drawing, job, tmp_path, monkeypatch, run_script):
+    run, asked = drawing.save_run(job, tmp_path / "run"), []
+    for name in ("interpolate_pictures", "inpaint_picture", "reconstruct_picture"):
+        monkeypatch.setattr(modes, name, lambda job, *given, **options: asked.append(job.choice))
+    guided = ["--guidance", 2, "--label", 3]
+    for words in (
+        ["interpolate", run, "--images", 1, 2, "--steps", 7],
+        ["interpolate", run, "--images", 1, 2, "--t", 5, "--steps", 7],
+        ["interpolate", run, "--images", 1, 2, "--t", 5, "--sampler", "ddim", *guided],
+        ["inpaint", run, "--image", 1, "--mask", "m.png", "--steps", 7, *guided],
+        ["reconstruct", run, "--image", 1, "--t", 5, "--sampler", "ddim", *guided],
+    ):
+        assert run_script("sample.py", *words)[0] == 0
+    assert asked == [
+        Choice("ddim", 7),
+        Choice("ancestral", 7),
+        Choice("ddim", guidance=2.0),
+        Choice("ancestral", 7, guidance=2.0),
+        Choice("ddim", guidance=2.0),
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -183,6 +222,11 @@ def test_the_script_reads_the_run_s_folder_alone(drawing, colour_job, own, tmp_p
         (["reconstruct", "x", "--image", "a.png", "--t", "far"], "--t needs an integer, not 'far'"),
         (["share", "x", "--sampler", "unipc"], "--sampler needs one of ancestral, ddim, not 'unipc'"),
         (["progressive"], "RUN is missing: see --help"),
+        (["inpaint", "x", "--sampler", "ddim"], "unknown option --sampler: see --help"),
+        (
+            ["interpolate", "x", "--images", "1", "2", "--sampler", "ancestral"],
+            "--sampler ancestral needs --t: without it pictures are taken to their noises, by ddim alone",
+        ),
     ],
 )
 def test_slips_are_one_line(run_script, words, line):

@@ -102,6 +102,12 @@ class TestTimes:
     def test_are_all_where_all_are_asked_for(self, spacing):
         assert choose_times(BETAS, spacing=spacing).tolist() == list(range(1000))
 
+    @pytest.mark.parametrize("spacing", SPACINGS)
+    def test_are_visited_besides_where_that_is_asked_for(self, spacing):
+        few = choose_times(BETAS, num_steps=7, spacing=spacing)
+        visited = choose_times(BETAS, num_steps=7, spacing=spacing, visited=[few[2], 123, 999])
+        assert visited.tolist() == sorted({*few.tolist(), 123, 999})
+
     def test_of_published_lists(self):
         of_50 = section_steps(1000, "50").tolist()
         assert of_50[:9] == [0, 20, 41, 61, 82, 102, 122, 143, 163]
