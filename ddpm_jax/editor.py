@@ -4,6 +4,7 @@ Images go in and come out as uint8 NumPy arrays. Whatever is drawn for image i c
 """
 
 import functools
+import itertools
 import math
 import typing
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from ddpm_jax.mesh import by_image, everywhere, make_mesh
 from ddpm_jax.named_samplers import default_spacing, x0_of_mean
 from ddpm_jax.progress import Progress
 from ddpm_jax.respacing import choose_times, respace
-from ddpm_jax.samplers import Chain, Sampler, Trajectory, initial_noise, run_chain, sample_trajectory
+from ddpm_jax.samplers import Chain, Sampler, Trajectory, initial_noise, run_chain
 from ddpm_jax.sampling import Job, cut, whole_batch
 from ddpm_jax.schedules import Schedule
 from ddpm_jax.unet import Params
@@ -60,10 +61,28 @@ class _Rule:
             keys = jax.random.wrap_key_data(start.keys)
             return run_chain(keys, make(params, about), Chain(start.x), first, num_steps=num_steps).x
 
-        self.num_steps = num_steps
-        self.ranges = cut(num_steps, longest=min(_STEPS_AT_ONCE, math.ceil(num_steps / _LOOKS)))
-        self.advance = jax.jit(advance, static_argnames="num_steps")
+        def predict(params: Params, about: Any, start: Start, first: Array) -> Array:
+            keys = jax.random.wrap_key_data(start.keys)
+            return make(params, about).step(keys, Chain(start.x), first)[1].x0
 
+        self.num_steps = num_steps
+        self.advance = jax.jit(advance, static_argnames="num_steps")
+        self.predict = jax.jit(predict)
+        """The clean images that a step believes in, from the images before it."""
+
+    def ranges(self, stops: Sequence[int] = ()) -> list[tuple[int, int]]:
+        """Cuts the chain at the steps given, and between them into ranges of at most so many steps: (first, length)."""
+        longest = min(_STEPS_AT_ONCE, math.ceil(self.num_steps / _LOOKS))
+        edges = sorted({0, *stops, self.num_steps})
+        return [
+            (begin + at, length)
+            for begin, end in itertools.pairwise(edges)
+            for at, length in cut(end - begin, longest=longest)
+        ]
+
+
+# Told the first image of a batch, the step that it stands before, the batch, and what it is about.
+_Watch = Callable[[int, int, Start, Any], object]
 
 # Host arrays as they are made, device arrays where a chain is traced.
 _Either = typing.Any
@@ -223,12 +242,13 @@ class Editor:
         *,
         doing: str,
         steps: tuple[int, int] | None = None,
-        watch: Callable[[int, np.ndarray], object] | None = None,
+        stops: Sequence[int] = (),
+        watch: _Watch | None = None,
     ) -> np.ndarray:
-        """Runs chains batch by batch; `watch` is told the first image of a batch and its images at every look."""
+        """Runs chains batch by batch; `watch` is called at every look, before each of the `stops` in any case."""
         number, size = len(start.x), self._batch_size
         first, stop = steps or (0, rule.num_steps)
-        ranges = [(at, length) for at, length in rule.ranges if first < at + length and at < stop]
+        ranges = [(at, length) for at, length in rule.ranges(stops) if first < at + length and at < stop]
         whole, done = jax.tree.map(_to_host, (start, about)), []
         with (
             matmul_precision(self.job.config),
@@ -240,7 +260,7 @@ class Editor:
                 batch, told = jax.device_put(jax.tree.map(lambda leaf, rows=rows: leaf[rows], whole), self._shared_out)
                 for at, length in ranges:
                     if watch is not None:
-                        watch(begin, np.asarray(batch.x))
+                        watch(begin, at, batch, told)
                     x = rule.advance(self._params, told, batch, np.int32(at), num_steps=length)
                     batch = batch._replace(x=jax.block_until_ready(x))
                     progress.update(length)
@@ -277,41 +297,55 @@ class Editor:
         Returns:
           the images, (number, H, W, C) uint8, and the frames, (F, watched, H, W, C) uint8.
         """
-        keys = _image_keys(jax.random.key(self.job.seed), np.arange(number))
-        start = Start(keys, _initial_noise(keys, self.shape))
-        whole = np.full(number, self.num_steps, np.int32)
+        start, span = self._whole_chain(number, labels)
         seen: dict[int, list[np.ndarray]] = {}
 
-        def watch(begin: int, x: np.ndarray) -> None:
+        def watch(begin: int, at: int, batch: Start, span: _Span) -> None:
             if begin < watched:
-                seen.setdefault(begin, []).append(np.asarray(_to_uint8(x))[: watched - begin])
+                seen.setdefault(begin, []).append(np.asarray(_to_uint8(batch.x))[: watched - begin])
 
-        images = self._run(
-            self._reverse,
-            start,
-            _Span(labels, whole, np.zeros_like(whole)),
-            doing=f"sampling {number} images",
-            watch=watch,
-        )
+        images = self._run(self._reverse, start, span, doing=f"sampling {number} images", watch=watch)
         pixels = np.asarray(_to_uint8(images))
         frames = np.concatenate([np.stack(looks) for looks in seen.values()], axis=1)[:, :watched]
         return pixels, np.concatenate([frames, pixels[None, :watched]])
 
     def trajectory(
-        self, number: int, labels: np.ndarray | None, *, depths: typing.Sequence[int]
-    ) -> tuple[Array, Trajectory]:
-        """Draws the images 0 .. number-1 of the sampling job, with x_t and the predicted x_0 at some depths."""
+        self, number: int, labels: np.ndarray | None, *, depths: Sequence[int]
+    ) -> tuple[np.ndarray, Trajectory]:
+        """Draws the images 0 .. number-1 of the sampling job, with x_t and the predicted x_0 at some depths.
 
-        @jax.jit
-        def draw(params: Params, labels: Array | None) -> tuple[Array, Trajectory]:
-            chain, at = self._make(params, labels), [depth - 1 for depth in depths]
-            return sample_trajectory(jax.random.key(self.job.seed), chain, (number, *self.shape), at=at)
+        Args:
+          number: how many.
+          labels: (number,).
+          depths: K of them, each in [1, T], no two the same.
 
-        with matmul_precision(self.job.config):
-            return draw(self._params, labels)
+        Returns:
+          the images, (number, H, W, C) float32, and the frames, as of `samplers.sample_trajectory`.
+        """
+        start, span = self._whole_chain(number, labels)
+        stops = [self.num_steps - depth for depth in depths]
+        x_t = np.empty((len(depths), *start.x.shape), np.float32)
+        x0 = np.empty_like(x_t)
+
+        def watch(begin: int, at: int, batch: Start, told: _Span) -> None:
+            if at in stops:
+                predicted = self._reverse.predict(self._params, told, batch, np.int32(at))
+                for frames, seen in ((x_t, batch.x), (x0, predicted)):
+                    frame = frames[stops.index(at), begin : begin + self._batch_size]
+                    frame[:] = np.asarray(seen)[: len(frame)]
+
+        doing = f"sampling {number} images over time"
+        images = self._run(self._reverse, start, span, doing=doing, stops=stops, watch=watch)
+        return images, Trajectory(np.asarray(depths, np.int32) - 1, x_t, x0)  # type: ignore[arg-type]
+
+    def _whole_chain(self, number: int, labels: np.ndarray | None) -> tuple[Start, _Span]:
+        """Gives the noise of the images 0 .. number-1 of the sampling job, and the span of all steps."""
+        keys = _image_keys(jax.random.key(self.job.seed), np.arange(number))
+        whole = np.full(number, self.num_steps, np.int32)
+        return Start(keys, _initial_noise(keys, self.shape)), _Span(labels, whole, np.zeros_like(whole))
 
     def share_latents(
-        self, key: Array, labels: np.ndarray | None, *, depths: typing.Sequence[int], draws: int
+        self, key: Array, labels: np.ndarray | None, *, depths: Sequence[int], draws: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Draws one chain, stops it at each depth, and goes on from there several times (Ho et al. 2020, Fig. 7).
 

@@ -1,6 +1,7 @@
 """Chains begun in their middle, in batches, of images that are given."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +9,16 @@ import numpy as np
 import pytest
 
 from ddpm_jax import chains, editing, editor
-from ddpm_jax.chains import Choice
+from ddpm_jax.chains import Choice, make_chain
 from ddpm_jax.config import build_betas, build_schedule
 from ddpm_jax.data.pipeline import to_float, to_uint8
 from ddpm_jax.ddim import ddim, ddim_inversion
 from ddpm_jax.editing import repaint_walk
 from ddpm_jax.editor import Editor
 from ddpm_jax.evaluation.figures import real_images
+from ddpm_jax.progress import Progress
 from ddpm_jax.respacing import evenly_spaced, respace
-from ddpm_jax.samplers import ancestral
+from ddpm_jax.samplers import ancestral, sample_trajectory
 from ddpm_jax.sampling import run_job
 
 
@@ -42,6 +44,39 @@ def test_samples_are_those_of_the_sampling_job(drawing, job, whole, tmp_path):
         assert abs(images.astype(int) - file["arr_0"].astype(int)).max() <= 1
     assert frames.shape == (drawing.T + 1, 3, 8, 8, 1)
     np.testing.assert_array_equal(frames[-1], images[:3])
+
+
+@pytest.mark.parametrize("choice", [Choice(), Choice("ddim", steps=7, labels=(3, 1))])
+def test_the_chain_over_time_is_that_of_the_definition(job, choice):
+    drawn_by = Editor(job._replace(choice=choice), batch_size=8)
+    labels, depths = drawn_by.labels_in_turn(11), [drawn_by.num_steps, 2, 5, 1]
+    images, frames = drawn_by.trajectory(11, labels, depths=depths)
+    chain, key = make_chain(job.config, choice)(None, jnp.asarray(labels)), jax.random.key(job.seed)
+    expected, expected_frames = sample_trajectory(key, chain, (11, 8, 8, 1), at=[depth - 1 for depth in depths])
+    np.testing.assert_allclose(images, expected, atol=1e-4)
+    np.testing.assert_array_equal(frames.times, expected_frames.times)
+    np.testing.assert_allclose(frames.x_t, expected_frames.x_t, atol=1e-4)
+    np.testing.assert_allclose(frames.x0, expected_frames.x0, atol=1e-4)
+
+
+def test_the_chain_over_time_is_compiled_once_shared_out_and_shows_progress(job, monkeypatch, capsys):
+    monkeypatch.setattr(editor, "Progress", functools.partial(Progress, seconds_between_lines=0))
+    drawn_by, placed = Editor(job, batch_size=8), set()
+    predict = drawn_by._reverse.predict
+
+    def watched(params, told, batch, at):
+        placed.add(len(batch.x.sharding.device_set))
+        return predict(params, told, batch, at)
+
+    monkeypatch.setattr(drawn_by._reverse, "predict", watched)
+    first = drawn_by.trajectory(4, drawn_by.labels_in_turn(4), depths=[12, 8, 4])
+    programs = (drawn_by._reverse.advance._cache_size(), predict._cache_size())
+    drawn_by.job = job._replace(seed=1)
+    other = drawn_by.trajectory(4, drawn_by.labels_in_turn(4), depths=[12, 8, 4])
+    assert (drawn_by._reverse.advance._cache_size(), predict._cache_size()) == programs
+    assert abs(first[1].x_t[0] - other[1].x_t[0]).max() > 1
+    assert placed == {jax.local_device_count()}
+    assert "sampling 4 images over time: 12/12 steps" in capsys.readouterr().err
 
 
 def test_no_image_depends_on_the_batch(job, whole, real):
