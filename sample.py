@@ -61,7 +61,7 @@ class ModeOptions:
     run: tyro.conf.Positional[str]
     """The run's folder, as train.py wrote it."""
     out: str | None = None
-    """The folder of the results; RUN/samples/COMMAND if not given. What is in it is written over."""
+    """The folder of the results; RUN/samples/COMMAND if not given. What the command drew there before goes."""
     guidance: float = 0.0
     """w of classifier-free guidance, for a conditional run that is told labels; 0: none."""
     seed: int = 0
@@ -185,7 +185,7 @@ class InpaintOptions(ModeOptions):
     image: str
     """A picture, cropped in the middle and resized as the run's images are; or a number of the run's test images."""
     mask: str
-    """A picture of the same aspect ratio: white is kept, black is drawn anew."""
+    """A picture of the same aspect ratio, or of the size of the run's images: white is kept, black is drawn anew."""
     draws: int = 8
     """How many results."""
     steps: int | None = None

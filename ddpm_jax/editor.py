@@ -17,7 +17,7 @@ from jax import Array
 
 from ddpm_jax.chains import Choice, labels_of, make_chain, network
 from ddpm_jax.config import build_betas, build_unet, image_shape, matmul_precision
-from ddpm_jax.data.decode import read_picture
+from ddpm_jax.data.decode import open_picture, to_array
 from ddpm_jax.data.pipeline import to_float, to_uint8
 from ddpm_jax.ddim import ddim_inversion
 from ddpm_jax.editing import Start, between, branch, encode, mix, mix_latents, repaint, unused_keys
@@ -493,20 +493,31 @@ def _repeat(labels: np.ndarray | None, each: int) -> np.ndarray | None:
     return None if labels is None else np.repeat(labels, each)
 
 
-def read_mask(file: str, shape: tuple[int, int, int]) -> np.ndarray:
+def read_mask(file: str, shape: tuple[int, int, int], *, size: tuple[int, int]) -> np.ndarray:
     """Reads a mask: white is known and kept, black is drawn anew.
 
     Args:
-      file: a picture of the size of the image that it is for, or of its aspect ratio.
+      file: a picture of the aspect ratio of the image that it is for, and cropped as that one; or of the size of the
+        run's images.
       shape: (H, W, C) of the run's images.
+      size: (H, W) of the image that it is for, as it was given.
 
     Returns:
       (H, W) bool, True where white.
 
     Raises:
-      UserError: it is no picture, or nothing of it is black.
+      UserError: it is no picture, of another aspect ratio, or nothing of it is black.
     """
-    known = read_picture(file, (*shape[:2], 1))[..., 0] >= 128
+    mask = open_picture(file)
+    width, height = mask.size
+    # A picture made smaller has its sides rounded to whole pixels.
+    alike = abs(width / size[1] - height / size[0]) <= 0.5 / size[1] + 0.5 / size[0]
+    if not alike and (height, width) != shape[:2]:
+        raise UserError(
+            f"the mask {file} is {width}x{height}, and the picture that it is for {size[1]}x{size[0]}: "
+            f"make it of the same aspect ratio, or {shape[1]}x{shape[0]} as the run's images"
+        )
+    known = to_array(mask, (*shape[:2], 1))[..., 0] >= 128
     if known.all():
         raise UserError(
             f"the mask {file} is white all over: paint black what is to be drawn anew, leave white the rest"

@@ -1,13 +1,18 @@
 """What `sample.py` draws beside samples: `progressive`, `share`, `reconstruct`, `interpolate` and `inpaint`.
 
-Each writes a folder. What is made of given pictures is there as pictures of their own too, beside the row of all with
-what they were made from. A picture is given as a file, or as the number of one of the run's test images.
+Each writes a folder, in which `job.json` says what was drawn. What is made of given pictures is there as pictures of
+their own too, beside the row of all with what they were made from. A picture is given as a file, or as the number of
+one of the run's test images. Drawn again, a folder holds the new results alone.
 """
 
+import contextlib
+import json
 import math
+import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,11 +20,12 @@ from jax import Array
 
 from ddpm_jax import pictures
 from ddpm_jax.config import image_shape
-from ddpm_jax.data.decode import read_picture
+from ddpm_jax.data.decode import open_picture, to_array
 from ddpm_jax.data.pipeline import to_uint8
 from ddpm_jax.data.sources import load_held_out
 from ddpm_jax.editor import Editor, read_mask
 from ddpm_jax.errors import UserError
+from ddpm_jax.files import claimed, write_whole
 from ddpm_jax.sampling import Job
 
 SamplerName = typing.Literal["ancestral", "ddim"]
@@ -65,10 +71,16 @@ def draw_progressive(job: Job, out: Path, *, num: int, columns: int) -> Path:
     """
     editor = _editor(job, num, "--num")
     _check_number(columns, "--columns")
-    drawn, frames = editor.trajectory(num, editor.labels_in_turn(num), depths=editor.depths(columns))
-    images = np.asarray(to_uint8(drawn))
-    for name, over in (("x_t", frames.x_t), ("x0", frames.x0)):
-        pictures.save_png(out / f"{name}.png", lay_out(over_time(over, images)))
+    labels, depths = editor.labels_in_turn(num), editor.depths(columns)
+    with _results("progressive", out):
+        drawn, frames = editor.trajectory(num, labels, depths=depths)
+        images = np.asarray(to_uint8(drawn))
+        shown = {
+            f"{name}.png": lay_out(over_time(over, images)) for name, over in (("x_t", frames.x_t), ("x0", frames.x0))
+        }
+        times = [editor.paper_time(depth) for depth in depths]
+        about = dict(t=times, num=num, labels=None if labels is None else labels.tolist())
+        _save(out, _described("progressive", job, editor.num_steps, **about), shown)
     return out / "x0.png"
 
 
@@ -95,8 +107,11 @@ def share_latents(job: Job, out: Path, *, times: Sequence[int], draws: int, labe
     times = times or sorted({math.ceil(whole * part / 4) for part in range(1, 5)}, reverse=True)
     editor = _editor(job, draws, "--draws", times=times)
     labels, depths = _labels(editor, label), [editor.depth_of(time) for time in times]
-    latents, drawn = editor.share_latents(jax.random.key(job.seed), labels, depths=depths, draws=draws)
-    pictures.save_png(out / "share.png", lay_out(np.concatenate([latents[:, None], drawn], axis=1)))
+    with _results("share", out):
+        latents, drawn = editor.share_latents(jax.random.key(job.seed), labels, depths=depths, draws=draws)
+        about = dict(t=[editor.paper_time(depth) for depth in depths], draws=draws, label=label)
+        shown = lay_out(np.concatenate([latents[:, None], drawn], axis=1))
+        _save(out, _described("share", job, editor.num_steps, **about), {"share.png": shown})
     return out / "share.png"
 
 
@@ -118,9 +133,12 @@ def reconstruct_picture(job: Job, file: str, out: Path, *, time: int, draws: int
       UserError: a value is out of range, there is no such picture, or the result cannot be written.
     """
     editor = _editor(job, draws, "--draws", times=[time])
-    labels, image, depth = _labels(editor, label), _read(job, file), np.array([editor.depth_of(time)])
-    made = editor.reconstruct(jax.random.key(job.seed), image[None], labels, depth, draws=draws)[0]
-    return _save(out, made, [image], [])
+    labels, (image, _), depth = _labels(editor, label), _read(job, file), editor.depth_of(time)
+    with _results("reconstruct", out):
+        made = editor.reconstruct(jax.random.key(job.seed), image[None], labels, np.array([depth]), draws=draws)[0]
+        about = dict(t=editor.paper_time(depth), pictures=[file], draws=draws, label=label)
+        _save(out, _described("reconstruct", job, editor.num_steps, **about), _in_a_row(made, [image], []))
+    return out / "row.png"
 
 
 def interpolation_sampler(time: int | None, sampler: SamplerName | None) -> SamplerName:
@@ -163,14 +181,19 @@ def interpolate_pictures(
         raise UserError(f"--num must be at least 2, the two ends, not {num}")
     editor = _editor(job, num, "--num", times=[] if time is None else [time])
     labels = _labels(editor, label)
-    a, b = (_read(job, file) for file in files)
+    (a, _), (b, _) = (_read(job, file) for file in files)
     pair, lambdas = (a[None], b[None]), np.linspace(0, 1, num)
-    if time is None:
-        made = editor.ddim_interpolate(*pair, lambdas, labels=labels)[0]
-    else:
-        depth = np.array([editor.depth_of(time)])
-        made = editor.interpolate(jax.random.key(job.seed), *pair, lambdas, depth, labels=labels)[0]
-    return _save(out, made, [a], [b])
+    about: dict[str, Any] = dict(pictures=list(files), num=num, label=label)
+    with _results("interpolate", out):
+        if time is None:
+            made = editor.ddim_interpolate(*pair, lambdas, labels=labels)[0]
+            described = _described("interpolate", job, editor.ddim_steps, **about) | dict(sampler="ddim")
+        else:
+            depth = editor.depth_of(time)
+            made = editor.interpolate(jax.random.key(job.seed), *pair, lambdas, np.array([depth]), labels=labels)[0]
+            described = _described("interpolate", job, editor.num_steps, t=editor.paper_time(depth), **about)
+        _save(out, described, _in_a_row(made, [a], [b]))
+    return out / "row.png"
 
 
 def inpaint_picture(job: Job, file: str, mask: str, out: Path, *, draws: int, label: int | None = None) -> Path:
@@ -179,7 +202,7 @@ def inpaint_picture(job: Job, file: str, mask: str, out: Path, *, draws: int, la
     Args:
       job: the weights, the seed, and how many steps.
       file: the picture, cropped and resized as the run's images are; or the number of one of these.
-      mask: a picture of the same aspect ratio: white is kept, black is drawn anew.
+      mask: a picture of the same aspect ratio, or of the size of the run's images: white is kept, black is drawn anew.
       out: the folder to write.
       draws: how many results, >= 1.
       label: of the picture, for a conditional run; None: not told.
@@ -191,9 +214,16 @@ def inpaint_picture(job: Job, file: str, mask: str, out: Path, *, draws: int, la
       UserError: a value is out of range, there is no such picture, or the result cannot be written.
     """
     editor = _editor(job, draws, "--draws")
-    labels, image, known = _labels(editor, label), _read(job, file), read_mask(mask, editor.shape)
-    made = editor.inpaint(jax.random.key(job.seed), image[None], known[None], labels, draws=draws)[0]
-    return _save(out, made, [image, hide(image, known)], [])
+    if job.choice.sampler != "ancestral":
+        raise UserError(f"--sampler {job.choice.sampler}: RePaint draws noise at every step, as ancestral does")
+    labels, (image, size) = _labels(editor, label), _read(job, file)
+    known = read_mask(mask, editor.shape, size=size)
+    with _results("inpaint", out):
+        made = editor.inpaint(jax.random.key(job.seed), image[None], known[None], labels, draws=draws)[0]
+        about = dict(pictures=[file], mask=mask, draws=draws, label=label)
+        described = _described("inpaint", job, editor.repaint_steps, **about)
+        _save(out, described, _in_a_row(made, [image, hide(image, known)], []))
+    return out / "row.png"
 
 
 def _check_number(number: int, option: str) -> None:
@@ -216,14 +246,15 @@ def _editor(job: Job, number: int, option: str, *, times: Sequence[int] = ()) ->
     return editor
 
 
-def _read(job: Job, given: str) -> np.ndarray:
-    """Reads a picture: a file, or a number of the run's test images."""
+def _read(job: Job, given: str) -> tuple[np.ndarray, tuple[int, int]]:
+    """Reads a picture, a file or a number of the run's test images; gives its (H, W) as it was given, too."""
     if not given.isdecimal():
-        return read_picture(given, image_shape(job.config))
+        picture = open_picture(given)
+        return to_array(picture, image_shape(job.config)), picture.size[::-1]
     source = load_held_out(job.config.data)
     if int(given) >= source.num_examples:
         raise UserError(f"there is no image {given}: {source.name} has {source.num_examples}, numbered from 0")
-    return source.read(np.array([int(given)]))[0]
+    return source.read(np.array([int(given)]))[0], source.image_shape[:2]
 
 
 def _labels(editor: Editor, label: int | None) -> np.ndarray | None:
@@ -236,8 +267,53 @@ def _labels(editor: Editor, label: int | None) -> np.ndarray | None:
     return editor.labels([label])
 
 
-def _save(out: Path, made: np.ndarray, before: list[np.ndarray], after: list[np.ndarray]) -> Path:
-    for i, image in enumerate(made):
-        pictures.save_png(out / f"{i:02d}.png", image)
-    pictures.save_png(out / "row.png", lay_out(np.stack([*before, *made, *after])[None]))
-    return out / "row.png"
+def _in_a_row(made: np.ndarray, before: list[np.ndarray], after: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """Names what was made, each image and the row of all between what they were made from."""
+    each = {f"{i:02d}.png": image for i, image in enumerate(made)}
+    return {**each, "row.png": lay_out(np.stack([*before, *made, *after])[None])}
+
+
+@contextlib.contextmanager
+def _results(command: str, out: Path) -> Iterator[None]:
+    """Claims the folder of a command's results.
+
+    Raises:
+      UserError: it holds something else, or another process writes to it.
+    """
+    description = out / "job.json"
+    if description.is_file():
+        try:
+            there = dict(json.loads(description.read_text())).get("command")
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{description} is damaged: give another --out, or remove {out}") from error
+        if there != command:
+            holds = f"the results of {there}" if there else "another job"
+            raise UserError(f"{out} holds {holds}: give another --out, or remove it")
+    elif out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+        raise UserError(f"{out} is not empty and holds no results of {command}: give another --out, or remove it")
+    with claimed(out):
+        yield
+
+
+def _described(command: str, job: Job, num_steps: int | None, **about: Any) -> dict[str, Any]:
+    """Says what was drawn and how, in the kinds that JSON has."""
+    return {
+        "command": command,
+        "checkpoint": job.checkpoint,
+        "seed": job.seed,
+        "sampler": job.choice.sampler,
+        "steps": num_steps,
+        "guidance": job.choice.guidance,
+        **about,
+    }
+
+
+def _save(out: Path, described: dict[str, Any], shown: Mapping[str, np.ndarray]) -> None:
+    """Writes results, in a folder of `_results`; what an earlier job of the command drew more of is removed."""
+    text = json.dumps(described, indent=2) + "\n"
+    write_whole(out / "job.json", lambda file: file.write(text.encode()))
+    for path in out.iterdir():
+        if re.fullmatch(r"\d\d\.png", path.name) and path.name not in shown:
+            path.unlink()
+    for name, image in shown.items():
+        pictures.save_png(out / name, image)

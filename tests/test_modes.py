@@ -1,6 +1,7 @@
 """What sample.py draws beside samples: of its own, and of pictures that are given."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ from PIL import Image
 from ddpm_jax import chains, modes
 from ddpm_jax.chains import Choice, network
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data.decode import read_picture
+from ddpm_jax.data.decode import open_picture, to_array
 from ddpm_jax.data.sources import load_held_out
 from ddpm_jax.editor import Editor, read_mask
 from ddpm_jax.errors import UserError
+from ddpm_jax.files import claimed
 from ddpm_jax.modes import (
     draw_progressive,
     hide,
@@ -107,12 +109,13 @@ def own(tmp_path_factory):
     mask[:20, :30] = 0
     Image.fromarray(mask).save(folder / "mask.png")
     Image.fromarray(np.full((4, 6), 255, np.uint8)).save(folder / "white.png")
+    Image.fromarray(mask[:20, 20:40]).save(folder / "square.png")
     (folder / "no.png").write_text("no picture")
     return folder
 
 
 def test_own_pictures_are_reconstructed_interpolated_and_filled_in(colour_job, own, tmp_path):
-    a, b = (read_picture(str(own / f"{name}.png"), (4, 6, 3)) for name in "ab")
+    a, b = (to_array(open_picture(str(own / f"{name}.png")), (4, 6, 3)) for name in "ab")
     load = lambda path: np.asarray(Image.open(path))
 
     row = reconstruct_picture(colour_job, str(own / "a.png"), tmp_path / "same", time=0, draws=2)
@@ -128,15 +131,105 @@ def test_own_pictures_are_reconstructed_interpolated_and_filled_in(colour_job, o
 
     inpaint_picture(colour_job, str(own / "a.png"), str(own / "mask.png"), tmp_path / "filled", draws=2)
     filled = [load(tmp_path / "filled" / f"{number:02d}.png") for number in range(2)]
-    known = read_mask(str(own / "mask.png"), (4, 6, 3))
+    known = read_mask(str(own / "mask.png"), (4, 6, 3), size=(40, 60))
     assert known.sum() == 24 - 6
     for image in filled:
         np.testing.assert_array_equal(image[known], a[known])
     assert (filled[0][~known] != filled[1][~known]).any()
 
 
+def test_drawn_again_a_folder_holds_the_new_results_alone(job, tmp_path):
+    few = job._replace(choice=Choice("ddim", steps=2))
+    out = tmp_path / "out"
+    reconstruct_picture(few, "17", out, time=3, draws=3)
+    (out / "notes.txt").write_text("mine")
+    (out / "100.png").write_text("mine too")
+    reconstruct_picture(few, "18", out, time=5, draws=2, label=4)
+    assert {path.name for path in out.iterdir()} == {
+        *("00.png", "01.png", "row.png", "job.json", ".lock"),
+        *("notes.txt", "100.png"),
+    }
+    assert json.loads((out / "job.json").read_text()) == {
+        "command": "reconstruct",
+        "checkpoint": 7,
+        "seed": 0,
+        "sampler": "ddim",
+        "steps": 3,
+        "guidance": 0.0,
+        "t": 5,
+        "pictures": ["18"],
+        "draws": 2,
+        "label": 4,
+    }
+
+
+def test_every_command_says_what_it_drew(job, own, tmp_path):
+    few = job._replace(choice=Choice(steps=2))
+    draw_progressive(few, tmp_path / "0", num=2, columns=2)
+    share_latents(few, tmp_path / "1", times=(), draws=1)
+    interpolate_pictures(few, ["1", "2"], tmp_path / "2", time=7, num=2)
+    interpolate_pictures(few, ["1", "2"], tmp_path / "3", time=None, num=2, label=3)
+    inpaint_picture(few, "1", str(own / "square.png"), tmp_path / "4", draws=1)
+    said = [json.loads((tmp_path / str(number) / "job.json").read_text()) for number in range(5)]
+    assert [each["command"] for each in said] == ["progressive", "share", "interpolate", "interpolate", "inpaint"]
+    assert [each["steps"] for each in said] == [2, 5, 3, 2, 2]
+    assert [each.get("t") for each in said] == [[12, 1], [12, 9, 6, 3], 7, None, None]
+    assert [each["sampler"] for each in said] == [*["ancestral"] * 3, "ddim", "ancestral"]
+    assert said[0]["labels"] == [0, 1]
+    assert said[3]["label"] == 3
+
+
+def test_a_folder_of_something_else_is_left_alone(job, tmp_path):
+    reconstruct = lambda: reconstruct_picture(job, "17", tmp_path, time=0, draws=1)
+    (tmp_path / "05.png").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and holds no results of reconstruct"):
+        reconstruct()
+    for there, holds in (
+        ('{"seed": 3}', "holds another job"),
+        ('{"command": "share"}', "holds the results of share"),
+        ("{", "job.json is damaged"),
+    ):
+        (tmp_path / "job.json").write_text(there)
+        with pytest.raises(UserError, match=holds):
+            reconstruct()
+        assert (tmp_path / "job.json").read_text() == there
+    (tmp_path / "job.json").write_text('{"command": "reconstruct"}')
+    with (
+        claimed(tmp_path),
+        pytest.raises(UserError, match="another process is writing"),
+    ):
+        reconstruct()
+    assert (tmp_path / "05.png").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size"),
+    [(50, 33, (67, 100)), (120, 80, (40, 60)), (6, 4, (7, 100))],
+    ids=["made smaller, its sides rounded", "larger", "of the run's size"],
+)
+def test_a_mask_is_of_the_picture_s_aspect_ratio_or_of_the_run_s_size(tmp_path, width, height, size):
+    half = np.full((height, width), 255, np.uint8)
+    half[:, : width // 2] = 0
+    Image.fromarray(half).save(tmp_path / "mask.png")
+    known = read_mask(str(tmp_path / "mask.png"), (4, 6, 3), size=size)
+    assert known.tolist() == [[False] * 3 + [True] * 3] * 4
+
+
+def test_a_mask_of_another_shape_is_refused_before_anything_is_drawn(colour_job, job, own, tmp_path):
+    for run, picture, mask in (
+        (colour_job, str(own / "a.png"), "square.png"),
+        (job, "1", "mask.png"),  # a number of the run's data, 8x8
+    ):
+        with pytest.raises(
+            UserError, match=r"the mask .* for (60x40|8x8): make it of the same aspect ratio, or (6x4|8x8)"
+        ):
+            inpaint_picture(run, picture, str(own / mask), tmp_path / "out", draws=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_done_with_own_pictures_is_one_line(colour_job, job, own, tmp_path):
-    a, out, guided_job = str(own / "a.png"), tmp_path / "out", job._replace(choice=Choice(guidance=1.0))
+    a, out = str(own / "a.png"), tmp_path / "out"
+    guided_job, of_ddim = (job._replace(choice=choice) for choice in (Choice(guidance=1.0), Choice("ddim")))
     for call, message in [
         (lambda: reconstruct_picture(colour_job, a, out, time=13, draws=1), "--t 13 must be 0 to 12"),
         (lambda: reconstruct_picture(colour_job, a, out, time=1, draws=0), "--draws must be 1 to 64, not 0"),
@@ -155,6 +248,7 @@ def test_what_cannot_be_done_with_own_pictures_is_one_line(colour_job, job, own,
         (lambda: reconstruct_picture(guided_job, a, out, time=1, draws=1), "--guidance needs --label"),
         (lambda: interpolate_pictures(guided_job, [a, a], out, time=None, num=3), "--guidance needs --label"),
         (lambda: inpaint_picture(guided_job, a, a, out, draws=1), "--guidance needs --label"),
+        (lambda: inpaint_picture(of_ddim, a, a, out, draws=1), "--sampler ddim: RePaint draws noise at every step"),
         (lambda: share_latents(job, out, times=[], draws=1, label=10), "--label 10: .* classes are 0 to 9"),
         (lambda: interpolate_pictures(job, [a], out, time=1, num=3), "--images needs two pictures .* not 1"),
         (lambda: interpolate_pictures(job, [a, a], out, time=1, num=1), "--num must be at least 2"),
@@ -172,13 +266,15 @@ def test_the_script_reads_the_run_s_folder_alone(drawing, colour_job, own, tmp_p
     status, said, error = run_script("sample.py", "interpolate", run, *pair, "--t", 9, "--num", 2)
     assert status == 0, error
     assert said.strip() == str(run / "samples" / "interpolate" / "row.png")
-    few = ["--sampler", "ddim", "--steps", 3, "--out", tmp_path / "out"]
-    status, said, error = run_script("sample.py", "progressive", run, "--num", 2, "--columns", 3, *few)
+    few = ["--sampler", "ddim", "--steps", 3, "--out"]
+    status, said, error = run_script(
+        "sample.py", "progressive", run, "--num", 2, "--columns", 3, *few, tmp_path / "out"
+    )
     assert status == 0, error
     assert load(tmp_path / "out" / "x0.png").shape[2] == 3
-    status, said, error = run_script("sample.py", "share", run, "--t", 12, 3, "--draws", 2, *few)
+    status, said, error = run_script("sample.py", "share", run, "--t", 12, 3, "--draws", 2, *few, tmp_path / "shared")
     assert status == 0, error
-    assert said.strip() == str(tmp_path / "out" / "share.png")
+    assert said.strip() == str(tmp_path / "shared" / "share.png")
 
 
 def test_steps_that_a_run_cannot_skip_are_refused(drawing, job, tmp_path, run_script):

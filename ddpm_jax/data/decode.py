@@ -95,21 +95,14 @@ def to_array(image: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
     return np.asarray(image).reshape(shape)
 
 
-def read_picture(file: str, shape: tuple[int, int, int]) -> np.ndarray:
-    """Reads a picture as a run's folder of images is read: cropped in the middle, resized, converted.
-
-    Args:
-      file: PNG, JPEG, or whatever Pillow reads.
-      shape: (H, W, C) to bring it to.
-
-    Returns:
-      (H, W, C) uint8.
+def open_picture(file: str) -> Image.Image:
+    """Decodes a picture that a user names.
 
     Raises:
       UserError: it is not there or no picture.
     """
     try:
-        return to_array(decode(pathlib.Path(file).expanduser()), shape)
+        return decode(pathlib.Path(file).expanduser())
     except Unreadable as error:
         reason = "there is no such file" if not pathlib.Path(file).expanduser().is_file() else error
         raise UserError(f"cannot read {file} as a picture ({reason}): give a PNG or JPEG file") from error
