@@ -125,7 +125,7 @@ class FiguresOptions:
 
 
 def figures(arguments: Sequence[str]) -> None:
-    """Draws the paper's figures for a run into one folder: samples, the chain over time, interpolations, inpainting."""
+    """Draws the paper's figures for a run: samples, the chain over time, interpolations, rate and distortion, .."""
     options = parse_options(
         FiguresOptions,
         arguments,

@@ -13,6 +13,7 @@ import pytest
 from ddpm_jax import chains, editor
 from ddpm_jax.chains import Choice
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, build_unet, image_shape, save_config
+from ddpm_jax.evaluation import bits
 from ddpm_jax.sampling import Job, batch_chain
 from ddpm_jax.training.checkpoints import Checkpoints
 from ddpm_jax.training.state import TrainState, init_params
@@ -73,6 +74,9 @@ def drawing():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chains, "network", closed_form)
         patch.setattr(editor, "network", closed_form)
+        patch.setattr(bits, "network", closed_form)
         batch_chain.cache_clear()
+        bits.batch_bound.cache_clear()
         yield types.SimpleNamespace(T=T, make_job=make_job, save_run=save_run)
     batch_chain.cache_clear()
+    bits.batch_bound.cache_clear()

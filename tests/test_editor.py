@@ -12,6 +12,7 @@ from ddpm_jax import chains, editing, editor
 from ddpm_jax.chains import Choice, make_chain
 from ddpm_jax.config import build_betas, build_schedule
 from ddpm_jax.data.pipeline import to_float, to_uint8
+from ddpm_jax.data.sources import load_held_out
 from ddpm_jax.ddim import ddim, ddim_inversion
 from ddpm_jax.editing import repaint_walk
 from ddpm_jax.editor import Editor
@@ -34,7 +35,7 @@ def whole(job):
 
 @pytest.fixture(scope="module")
 def real(job):
-    return real_images(job, 6)
+    return real_images(job, load_held_out(job.config.data), 6)
 
 
 def test_samples_are_those_of_the_sampling_job(drawing, job, whole, tmp_path):

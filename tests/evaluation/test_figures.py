@@ -1,16 +1,18 @@
 """The figures of a run."""
 
 import dataclasses
+import os
 import re
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from ddpm_jax import pictures
-from ddpm_jax.data.sources import load_source
+from ddpm_jax.data.sources import load_held_out, load_source
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import figures
+from ddpm_jax.evaluation import bits, figures
 from ddpm_jax.evaluation.figures import draw_figures, real_images
 
 
@@ -21,12 +23,13 @@ def job(drawing):
 
 @pytest.fixture(scope="module")
 def real(job):
-    return real_images(job, 6)
+    return real_images(job, load_held_out(job.config.data), 6)
 
 
 @pytest.fixture(scope="module")
 def drawn(job, tmp_path_factory):
-    run = tmp_path_factory.mktemp("run")
+    run = tmp_path_factory.mktemp("runs") / "run"
+    run.mkdir()
     pictures.plot_loss(run / "loss.png", [1, 2, 3], [0.5, 0.4, 0.3])
     draw_figures(job, run, run / "figures", num=2, batch_size=16)
     return run
@@ -43,6 +46,7 @@ COLUMNS = {
     "interpolation_over_t": (9, 13),
     "slerp": (2, 13),
     "inpainting": (4, 6),
+    "nearest_neighbours": (2, 9),
 }
 
 
@@ -57,7 +61,7 @@ def cells(path, rows, columns):
 
 def test_all_figures_are_drawn_and_said_what_they_are(drawing, drawn):
     folder = drawn / "figures"
-    files = {*(f"{name}.png" for name in COLUMNS), "reverse.gif", "loss.png"}
+    files = {*(f"{name}.png" for name in COLUMNS), "reverse.gif", "loss.png", "rate_distortion.png"}
     assert {file.name for file in folder.iterdir()} == {*files, "figures.md", ".lock"}
     text = (folder / "figures.md").read_text()
     assert re.findall(r"^## (.*)$", text, re.M) == re.findall(r"\]\((.*)\)", text)
@@ -75,7 +79,8 @@ def test_all_figures_are_drawn_and_said_what_they_are(drawing, drawn):
 def test_the_figures_hold_together(drawn, real, job):
     folder = drawn / "figures"
     shown = {name: cells(folder / f"{name}.png", *size) for name, size in COLUMNS.items()}
-    a = real_images(job, 4).images[:2, ..., 0]
+    held_out = load_held_out(job.config.data)
+    a = real_images(job, held_out, 4).images[:2, ..., 0]
     # The real images are the first of their rows, and progressive generation ends in the samples.
     for name in ("reconstruction", "interpolation", "slerp"):
         np.testing.assert_array_equal(shown[name][:, 0], a)
@@ -93,10 +98,76 @@ def test_the_figures_hold_together(drawn, real, job):
     assert abs(shown["inpainting"][0, 2].astype(int) - shown["inpainting"][0, 3])[~known].max() > 5
 
 
+def test_the_captions_say_where_images_come_from_and_what_is_left_out(drawn):
+    text = (drawn / "figures" / "figures.md").read_text()
+    assert "Real images are of digits, test, those of the nearest neighbours of digits, train." in text
+    assert "64 images, evenly over those, of digits, test, at all T times; in all" in text
+    assert "(Figs. 1, 3, 4, 11, 13, 16-19)" in text
+    left_out = text[text.index("Left out of the paper's figures:") :]
+    assert re.findall(r"^- (Fig. \d+)", left_out, re.M) == ["Fig. 2", "Fig. 10"]
+
+
+def test_nearest_neighbours_are_those_of_the_samples_in_the_training_set(drawn, job):
+    shown = cells(drawn / "figures" / "nearest_neighbours.png", *COLUMNS["nearest_neighbours"]).astype(int)
+    samples = cells(drawn / "figures" / "samples.png", *COLUMNS["samples"]).reshape(4, 8, 8)
+    own = load_source(job.config.data).images[..., 0].astype(int)
+    for row, sample in zip(shown, samples.astype(int), strict=False):
+        np.testing.assert_array_equal(row[0], sample)
+        distances = ((own - sample) ** 2).sum(axis=(1, 2))
+        np.testing.assert_array_equal(((row[1:] - sample) ** 2).sum(axis=(1, 2)), np.sort(distances)[:8])
+
+
+def test_the_curve_is_that_of_the_bound(job, tmp_path, monkeypatch):
+    held_out, plotted = load_held_out(job.config.data), []
+    monkeypatch.setattr(pictures, "plot_rate_distortion", lambda path, *curve: plotted.append(curve))
+    monkeypatch.setattr(figures, "_COUNTED", held_out.num_examples)
+    caption = figures._estimated_curve(job, held_out, tmp_path, batch_size=100).caption
+    likelihood = bits.run_job(job, tmp_path / "job", bits.Request("test", 0, "model", "tanh"), batch_size=400)
+    (time, rate, distortion), (other_time, other_rate, other_distortion) = plotted
+    np.testing.assert_array_equal(time, other_time)
+    # The noise is another.
+    np.testing.assert_allclose(rate, other_rate, rtol=0.02)
+    np.testing.assert_allclose(distortion, other_distortion, rtol=0.02)
+    assert f"all {held_out.num_examples} images of digits, test" in caption
+    assert abs(float(re.search(r"in all ([\d.]+)", caption)[1]) / likelihood.bits_per_dim - 1) < 0.02
+
+
+def test_the_curve_of_the_newest_finished_job_of_the_weights_is_copied(job, tmp_path):
+    def finish(name, counted, of, age):
+        bits.run_job(of, tmp_path / "likelihood" / name, bits.Request("test", counted, "model", "tanh"), batch_size=8)
+        os.utime(tmp_path / "likelihood" / name / "likelihood.json", (age, age))
+
+    assert figures._finished_curve(job, tmp_path) is None
+    finish("old", 2, job, 1)
+    finish("new", 3, job, 2)
+    finish("other", 4, job._replace(params=jax.tree.map(lambda leaf: leaf + 1, job.params)), 3)
+    (tmp_path / "likelihood" / "damaged").mkdir()
+    (tmp_path / "likelihood" / "damaged" / "likelihood.json").write_text("{")
+    folder = figures._finished_curve(job, tmp_path)
+    assert folder == tmp_path / "likelihood" / "new"
+    figure = figures._copied_curve(folder, tmp_path / "out")
+    assert (
+        "3 images of the part 'test', at 12 of the T times each, variances 'model', from likelihood/new"
+        in figure.caption
+    )
+    assert (tmp_path / "out" / figure.file).read_bytes() == (folder / "rate_distortion.png").read_bytes()
+
+
+def test_of_a_large_set_the_first_images_alone_are_looked_at_and_that_is_said(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "_LOOKED_AT", 100)
+    own = load_source(job.config.data)
+    samples = own.read(np.array([3, 1000]))
+    figure = figures._neighbours(samples, own, tmp_path)
+    assert f"among the first 100 of the {own.num_examples} images of digits, train" in figure.caption
+    shown = cells(tmp_path / figure.file, 2, 9)
+    np.testing.assert_array_equal(shown[0, 0], shown[0, 1])
+    assert (shown[1, 0] != shown[1, 1]).any()
+
+
 def test_real_images_are_of_the_test_part_and_chosen_by_the_seed(job):
     held_out = load_source(dataclasses.replace(job.config.data, split="test"))
     known = {(image.tobytes(), int(label)) for image, label in zip(held_out.images, held_out.labels, strict=True)}
-    first, again, other = (real_images(job._replace(seed=seed), 20) for seed in (0, 0, 1))
+    first, again, other = (real_images(job._replace(seed=seed), held_out, 20) for seed in (0, 0, 1))
     assert {(image.tobytes(), label) for image, label in zip(first.images, first.labels, strict=True)} <= known
     np.testing.assert_array_equal(first.images, again.images)
     assert (first.images != other.images).any()
@@ -104,11 +175,12 @@ def test_real_images_are_of_the_test_part_and_chosen_by_the_seed(job):
 
 def test_without_the_data_the_figures_of_noise_are_drawn_and_the_rest_is_said(job, tmp_path, monkeypatch, capsys):
     gone = dataclasses.replace(job.config.data, source="folder", path=str(tmp_path / "gone"))
-    monkeypatch.setattr(figures, "_of_noise", lambda *arguments: [figures.Figure("samples.png", "of noise")])
+    monkeypatch.setattr(figures, "_of_noise", lambda *arguments, **options: [figures.Figure("samples.png", "of noise")])
     job = job._replace(config=dataclasses.replace(job.config, data=gone))
     text = draw_figures(job, tmp_path, tmp_path / "out").read_text()
     assert "## samples.png" in text
-    assert "Left out, for the run's data cannot be read: data.path" in text
+    assert re.search(r"^- What is .*the curve of .* \(Fig. 5\): the run's data cannot be read: data.path", text, re.M)
+    assert "Real images are" not in text
     assert "does not exist" in capsys.readouterr().err
 
 
