@@ -115,7 +115,7 @@ class FiguresOptions:
     num: int = 8
     """Images or pairs of a figure, 1 to 32; its square of samples."""
     steps: int | None = None
-    """Steps of the chain; all T if not given."""
+    """Steps of the chain, of DDIM's way to noise and back and of RePaint; if not given all T, and 250 of these two."""
     seed: int = 0
     """From it comes all that is drawn, and which real images are shown."""
     batch_size: int = 64

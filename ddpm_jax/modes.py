@@ -263,7 +263,9 @@ def _labels(editor: Editor, label: int | None) -> np.ndarray | None:
         has = f"its classes are 0 to {classes - 1}" if classes else "it is unconditional and knows no labels"
         raise UserError(f"--label {label}: the run has no such class, {has}")
     if label is None and editor.job.choice.guidance:
-        raise UserError("--guidance needs --label: it is away from what the network says when it is told none")
+        raise UserError(
+            "--guidance needs --label: it pushes from what the network says without a label to what it says with one"
+        )
     return editor.labels([label])
 
 

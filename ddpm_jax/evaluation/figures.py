@@ -280,13 +280,13 @@ def _estimated_curve(job: Job, source: Source, out: Path, *, batch_size: int) ->
     likelihood, per_time = conclude(sums, dimensions=math.prod(source.image_shape))
     curve = rate_distortion(per_time.means[0], likelihood.prior_bits, per_time.means[1])
     pictures.plot_rate_distortion(out / "rate_distortion.png", curve.reverse_time, curve.rate, curve.distortion)
-    which = f"all {number} images" if number == source.num_examples else f"{number} images, evenly over those,"
+    which = f"all {number}" if number == source.num_examples else f"{number}, evenly over all {source.num_examples},"
     times = (
         "at all T times"
         if num_times == job.config.diffusion.num_steps
         else (f"at {num_times} of the T times each, drawn from ranges of about equal ratio")
     )
-    return _curve(f"of {which} of {source.name}, {times}", likelihood.bits_per_dim, likelihood.standard_error)
+    return _curve(f"of {which} images of {source.name}, {times}", likelihood.bits_per_dim, likelihood.standard_error)
 
 
 def _curve(of: str, bits: float, error: float | None) -> Figure:
