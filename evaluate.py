@@ -9,12 +9,12 @@ import tyro
 from ddpm_jax.bound import Cdf
 from ddpm_jax.chains import Choice
 from ddpm_jax.command import Command, parse_options, run_command, run_script
+from ddpm_jax.data.sources import load_source
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import bits
 from ddpm_jax.evaluation.figures import draw_figures
-from ddpm_jax.evaluation.quality import config_of, judge_file, summary
-from ddpm_jax.progress import say
-from ddpm_jax.sampling import default_folder, load_job, run_config, run_job
+from ddpm_jax.evaluation.quality import check_real, config_of, judge_file, summary
+from ddpm_jax.sampling import default_folder, load_average, load_job, run_job
 from ddpm_jax.training import checkpoints
 from ddpm_jax.training.weights import save_weights
 
@@ -91,12 +91,15 @@ def quality(arguments: Sequence[str]) -> None:
         description="Compares samples with real images of a small labelled set; writes quality.json beside them.",
     )
     given = Path(options.run)
+    if options.num < 2:
+        raise UserError(f"--num must be at least 2 to compare with real images, not {options.num}")
     if given.suffix == ".npz":
         if options.alone() != Choice():
             raise UserError(f"{given} holds images that are drawn already: a sampler goes with the folder of a run")
         file, config = given, config_of(given, options.config)
     else:
         job = load_job(given, seed=options.seed, step=options.step, choice=options.alone())
+        check_real(load_source(job.config.data))  # before anything is drawn
         out = default_folder(given, job)
         file = run_job(job, out, number=options.num, batch_size=options.batch_size, format="npz")
         config = job.config
@@ -185,8 +188,7 @@ def export(arguments: Sequence[str]) -> None:
         ExportOptions, arguments, description="Writes the averaged weights of a run alone into one .safetensors file."
     )
     run = Path(options.run)
-    config = run_config(run)
-    step, params = checkpoints.load_ema(run, step=options.step, warn=say)
+    config, step, params = load_average(run, step=options.step)
     file = run / f"weights_{step}.safetensors" if options.out is None else Path(options.out)
     save_weights(file, params, config=config, step=step)
     print(file)

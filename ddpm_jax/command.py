@@ -130,6 +130,8 @@ def run_command(
             return
         print("\nWithout a COMMAND:\n", flush=True)
     # Two words in front: the first of them was to be a command.
+    elif otherwise is not None and rest and rest[0] in commands:
+        raise UserError(f"the command comes first: {program} {rest[0]} {name}")
     elif otherwise is None or (rest and not name.startswith("-") and not rest[0].startswith("-")):
         hint = nearest(name, commands) or f": choose {', '.join(commands)}"
         raise UserError(f"there is no command {name!r}{hint}")
@@ -155,6 +157,7 @@ def run_script(main: Callable[[], int | None], *, give_up: Callable[[int], NoRet
     ========================  ======================================================  ================
     returns a status or None  nothing                                                 it, or 0
     raises `UserError`        one line on stderr: `NAME: error: LINE`                 2
+    may not read or write     one line on stderr, which names the file                2
     raises `Stopped`          one line on stderr                                      128 + the signal
     is stopped by Ctrl-C      one line on stderr                                      130
     writes to a closed pipe   nothing (the reader has gone: `train.py --help | head`) 141
@@ -180,6 +183,9 @@ def run_script(main: Callable[[], int | None], *, give_up: Callable[[int], NoRet
     except UserError as error:
         line = LOST if are_joined() and is_loss_of_a_host(error) else _one_line(error)
         print(f"{program}: error: {line}", file=sys.stderr)
+        status = 2
+    except PermissionError as error:
+        print(f"{program}: error: no permission for {error.filename}", file=sys.stderr)
         status = 2
     except Stopped as stop:
         print(f"{program}: {_one_line(stop)}", file=sys.stderr)

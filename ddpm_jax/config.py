@@ -495,7 +495,7 @@ def validate(config: Config) -> None:
         raise UserError(f"train.learning_rate={train.learning_rate} must be above 0")
     if train.seed >= 2**32:
         raise UserError(f"train.seed={train.seed} must be below 2^32")
-    if config.log.sample_steps > diffusion.num_steps:
+    if config.log.samples_every and config.log.sample_steps > diffusion.num_steps:
         raise UserError(
             f"log.sample_steps={config.log.sample_steps} is more than diffusion.num_steps={diffusion.num_steps}: "
             f"use --log.sample-steps {diffusion.num_steps} or less, or 0 for the whole chain"

@@ -62,13 +62,18 @@ def enlarge(images: np.ndarray, *, side: int = 768) -> np.ndarray:
     return images.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
+def can_show(channels: int) -> bool:
+    """Says whether images of so many channels are something to look at: grey, colour, or colour with alpha."""
+    return channels in _MODES
+
+
 def check_channels(channels: int) -> None:
     """Checks that images of so many channels are something to look at.
 
     Raises:
       UserError: they are not grey, colour, or colour with alpha.
     """
-    if channels not in _MODES:
+    if not can_show(channels):
         raise UserError(
             f"images of {channels} channels cannot be shown as a picture (1, 3 and 4 can): save them as npz instead"
         )

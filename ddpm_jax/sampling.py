@@ -22,7 +22,7 @@ from PIL import Image
 
 from ddpm_jax import pictures
 from ddpm_jax.chains import Choice, MakeChain, labels_of, make_chain
-from ddpm_jax.config import Config, image_shape, matmul_precision, read_config
+from ddpm_jax.config import Config, build_unet, image_shape, matmul_precision, read_config
 from ddpm_jax.data.pipeline import to_uint8
 from ddpm_jax.errors import UserError
 from ddpm_jax.files import check_same_job, claimed
@@ -32,6 +32,7 @@ from ddpm_jax.progress import Progress, say
 from ddpm_jax.samplers import Chain, initial_noise, run_chain
 from ddpm_jax.stored_images import Parts, StoredImages, missing_ranges
 from ddpm_jax.training.checkpoints import load_ema
+from ddpm_jax.training.state import init_params
 from ddpm_jax.unet import Params
 
 Format = typing.Literal["grid", "png", "npz", "gif"]
@@ -224,6 +225,36 @@ def run_config(run: Path) -> Config:
     return read_config(run / "config.json")
 
 
+def load_average(run: Path, *, step: int | None = None) -> tuple[Config, int, Params]:
+    """Loads a run's configuration and its averaged weights.
+
+    Args:
+      run: the folder.
+      step: which checkpoint; the newest that is whole if None.
+
+    Returns:
+      the configuration, the step and the parameters.
+
+    Raises:
+      UserError: the folder is not there or no run's, has no such checkpoint, or one of another network.
+    """
+    config = run_config(run)
+    checkpoint, params = load_ema(run, step=step, warn=say)
+    shapes = jax.eval_shape(lambda key: init_params(key, build_unet(config), image_shape(config)), jax.random.key(0))
+    kinds = lambda tree: {
+        jax.tree_util.keystr(path): f"{leaf.shape} {leaf.dtype}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    here, there = kinds(shapes), kinds(params)
+    for name in sorted({*here, *there}):
+        if here.get(name) != there.get(name):
+            raise UserError(
+                f"checkpoint {checkpoint} does not fit {run / 'config.json'}: {name} is {there.get(name, 'absent')} "
+                f"there and {here.get(name, 'absent')} by the configuration; put back the file that the run wrote"
+            )
+    return config, checkpoint, params
+
+
 def load_job(run: Path, *, seed: int, step: int | None = None, choice: Choice = _ALGORITHM_2) -> Job:
     """Loads what a job needs from a run's folder.
 
@@ -241,7 +272,7 @@ def load_job(run: Path, *, seed: int, step: int | None = None, choice: Choice = 
         raise UserError(f"--seed must be in [0, 2^32), not {seed}")
     config = run_config(run)
     make_chain(config, choice)  # refuses what cannot be, before the weights are read
-    checkpoint, params = load_ema(run, step=step, warn=say)
+    config, checkpoint, params = load_average(run, step=step)
     return Job(config, params, checkpoint, seed, choice)
 
 

@@ -362,6 +362,14 @@ def test_every_ending_has_its_status_and_at_most_one_line(capsys, monkeypatch, m
     assert error.count("\n") == bool(said)
 
 
+def test_a_file_that_may_not_be_read_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["somewhere/sample.py"])
+    with pytest.raises(SystemExit) as ending:
+        run_script(raises(PermissionError(13, "Permission denied", "runs/digits/config.json")))
+    assert ending.value.code == 2
+    assert capsys.readouterr().err == "sample.py: error: no permission for runs/digits/config.json\n"
+
+
 def test_a_defect_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_script(lambda: 1 // 0)

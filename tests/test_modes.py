@@ -318,6 +318,7 @@ def test_what_the_commands_ask_for_reaches_the_chains(drawing, job, tmp_path, mo
         (["reconstruct", "x", "--image", "a.png", "--t", "far"], "--t needs an integer, not 'far'"),
         (["share", "x", "--sampler", "unipc"], "--sampler needs one of ancestral, ddim, not 'unipc'"),
         (["progressive"], "RUN is missing: see --help"),
+        (["x", "progressive"], "the command comes first: sample.py progressive x"),
         (["inpaint", "x", "--sampler", "ddim"], "unknown option --sampler: see --help"),
         (
             ["interpolate", "x", "--images", "1", "2", "--sampler", "ancestral"],

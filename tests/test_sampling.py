@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -397,6 +398,15 @@ def test_the_script_refuses_in_one_line_with_status_2(run, job, tmp_path, run_sc
     chex.assert_equal(err.count("\n"), 1)
     assert err.startswith("sample.py: error: ")
     assert re.search(line, err)
+
+
+def test_weights_of_another_network_are_refused_in_one_line(run, job, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    wider = dataclasses.replace(job.config, model=dataclasses.replace(job.config.model, width=16))
+    save_config(wider, other / "config.json")
+    with pytest.raises(UserError, match=r"checkpoint 7 does not fit .*config.json: \['.*\] is \(.*\) float32 there"):
+        load_job(other, seed=0)
 
 
 def test_the_script_runs_alone():

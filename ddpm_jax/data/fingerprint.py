@@ -73,16 +73,19 @@ def check_same_set(file: Path, source: Source, *, write: bool = True) -> None:
     Args:
       file: the fingerprint, in the run's folder.
       source: the images.
-      write: whether to write the file where it is missing, damaged or has less; of many hosts one does.
+      write: whether to write the file where it is missing or has less; of many hosts one does.
 
     Raises:
-      UserError: the run was begun on another set, and in what they differ.
+      UserError: the run was begun on another set, and in what they differ; or the file is damaged.
     """
     here = fingerprint(source)
     try:
-        there = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError):  # missing, or damaged: no reason not to go on
-        there = {}
+        there = dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(
+            f"{file}, which says what images the run was begun on, is damaged: put it back; to go on with "
+            f"{source.name} all the same, remove it"
+        ) from error
     different = [
         _DIFFERENT.get(name) or f"{name} {there[name]} there, {here[name]} here"
         for name in here

@@ -41,10 +41,12 @@ def _list_folder(config: DataConfig) -> _Files:
         raise no_split(config, ("train", "test", "all"))
     parts = {name: folder / name for name in ("train", "test") if (folder / name).is_dir()}
     if config.split == "test" and not parts.get("test"):
-        raise NoSuchSplit(f"data.split: {config.path} has no test part; put those images into its sub-folder 'test'")
+        raise NoSuchSplit(
+            f"data.split: {config.path} has no test part: that would be a sub-folder 'test' beside one 'train'"
+        )
     if config.split == "train" and list(parts) == ["test"]:
         raise UserError(
-            f"data.split: {config.path} has a sub-folder 'test' but none 'train'; put the images to learn from there"
+            f"data.split: {config.path} has a sub-folder 'test' but none 'train': move the other images into one"
         )
     listed = {name: _walk(part) for name, part in (parts or {"all": folder}).items()}
     chosen = [name for name in listed if name == config.split or config.split == "all" or not parts]

@@ -9,6 +9,7 @@ not.
 
 import dataclasses
 import difflib
+import pathlib
 import types
 
 from ddpm_jax.config import DataConfig
@@ -63,17 +64,19 @@ def load_held_out(config: DataConfig) -> Source:
 
 
 def resolve(config: DataConfig) -> DataConfig:
-    """Fills in what a configuration leaves to the files: the number of channels.
+    """Fills in what a configuration leaves open: from where its path is, and the number of channels of the files.
 
     Args:
       config: which images.
 
     Returns:
-      The configuration with `channels` a number.
+      The configuration with an absolute `path`, if it has one, and `channels` a number.
 
     Raises:
       UserError: as `probe_channels`.
     """
+    if config.path and "://" not in config.path:
+        config = dataclasses.replace(config, path=str(pathlib.Path(config.path).expanduser().absolute()))
     return config if config.channels is not None else dataclasses.replace(config, channels=probe_channels(config))
 
 

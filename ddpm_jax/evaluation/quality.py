@@ -114,6 +114,21 @@ def own_frechet_distances(generated: np.ndarray, real: np.ndarray) -> tuple[floa
     return float(of_generated), float(of_real), size
 
 
+def check_real(source: Source) -> None:
+    """Checks that real images are such that others can be judged by them, before any are drawn.
+
+    Raises:
+      UserError: they have no labels, or are too large or too few.
+    """
+    if source.labels is None:
+        raise UserError(f"{source.name}: the images have no labels, and quality is judged by naming their classes")
+    if np.prod(source.image_shape) > _MOST_PIXELS:
+        shape = "x".join(map(str, source.image_shape))
+        raise UserError(f"{source.name}: images of {shape} are too large for quality, which is for 64x64x3 and less")
+    if len(np.unique(source.labels)) < 2 or source.num_examples < 4:
+        raise UserError(f"{source.name}: quality needs at least 4 real images of at least 2 classes")
+
+
 def judge(images: np.ndarray, source: Source, held_out: Source | None = None) -> Quality:
     """Judges generated images by a classifier fitted on real ones.
 
@@ -129,13 +144,7 @@ def judge(images: np.ndarray, source: Source, held_out: Source | None = None) ->
       UserError: the real images have no labels, are too large or too few, or the generated ones are of another shape
         or too few.
     """
-    if source.labels is None:
-        raise UserError(f"{source.name}: the images have no labels, and quality is judged by naming their classes")
-    if np.prod(source.image_shape) > _MOST_PIXELS:
-        shape = "x".join(map(str, source.image_shape))
-        raise UserError(f"{source.name}: images of {shape} are too large for quality, which is for 64x64x3 and less")
-    if len(np.unique(source.labels)) < 2 or source.num_examples < 4:
-        raise UserError(f"{source.name}: quality needs at least 4 real images of at least 2 classes")
+    check_real(source)
     if images.shape[1:] != source.image_shape or images.dtype != np.uint8:
         raise UserError(
             f"the generated images are {images.shape[1:]} {images.dtype}, the real ones {source.image_shape} uint8: "
@@ -229,8 +238,10 @@ def config_of(file: Path, experiment: str | None) -> Config:
       experiment: a config file or the name of one, which goes first.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or no such file.
     """
+    if not file.is_file():
+        raise UserError(f"there is no file {file}")
     if experiment is not None:
         return load_config(experiment)
     for folder in file.absolute().parents:

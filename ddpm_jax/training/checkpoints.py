@@ -257,6 +257,11 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:200]
 
 
+def has_saved(run: Path) -> bool:
+    """Says whether there is anything in a run's folder that its steps have saved, whole or damaged."""
+    return any(re.fullmatch(r"\d+|damaged_\d+_\d+", path.name) for path in (run / _FOLDER).glob("*"))
+
+
 class Checkpoints:
     """The checkpoints of a run that is being trained."""
 
@@ -580,6 +585,8 @@ def _check_items(
 def _reading(run: Path) -> Iterator[tuple[ocp.CheckpointManager, list[int]]]:
     """Opens the checkpoints of a run to read only; gives the steps that there are, in rising order."""
     folder = run.absolute() / _FOLDER
+    if not run.is_dir():
+        raise UserError(f"there is no folder {run}: give the folder of a run, such as runs/digits")
     if not folder.is_dir():
         raise UserError(f"no checkpoints in {run}: it is not the folder of a run, or the run has not saved yet")
     _hush_closed_loops()

@@ -33,14 +33,14 @@ from ddpm_jax.data.pipeline import to_uint8
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source
 from ddpm_jax.errors import Stopped, UserError
-from ddpm_jax.files import claimed
+from ddpm_jax.files import claimed, write_whole
 from ddpm_jax.hosts import Agreement, are_joined, end_all, is_first, wait_for_all
 from ddpm_jax.mesh import by_image, everywhere, gather
 from ddpm_jax.progress import Progress, say
 from ddpm_jax.samplers import sample
 from ddpm_jax.training.assembly import assemble
 from ddpm_jax.training.boards import open_boards
-from ddpm_jax.training.checkpoints import Checkpoints
+from ddpm_jax.training.checkpoints import Checkpoints, has_saved
 from ddpm_jax.training.feeds import fed, make_feed
 from ddpm_jax.training.metrics import StepNumbers, append_line, read_lines, rewind, summarise
 from ddpm_jax.training.speed import peak_memory_gib, peak_tflops, training_flops, utilisation
@@ -73,10 +73,7 @@ def train(config: Config, run: Path) -> None:
     with contextlib.ExitStack() as held:
         received = held.enter_context(_signals())
         held.enter_context(matmul_precision(config))
-        if is_first():
-            held.enter_context(claimed(run))
-            check_same_run(run / "config.json", config)
-            save_config(config, run / "config.json")
+        begun = held.enter_context(_adopted(config, run)) if is_first() else lambda: None
         wait_for_all("the run's folder is this run's")
         if not is_first():
             _check_shared(config, run)
@@ -87,10 +84,10 @@ def train(config: Config, run: Path) -> None:
         wait_for_all("the images are this run's")
         if not is_first():
             check_same_set(run / "data.json", source, write=False)
-        _train(config, run, source, received)
+        _train(config, run, source, received, begun)
 
 
-def _train(config: Config, run: Path, source: Source, received: list[int]) -> None:
+def _train(config: Config, run: Path, source: Source, received: list[int], begun: Callable[[], None]) -> None:
     check_classes(config, source)
     parts = assemble(config, source.image_shape)
     layout, init = parts.layout, parts.init
@@ -131,6 +128,11 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
         if first:
             say(f"{run}: going on from step {first}")
         say(f"the images are {feed.kept}")
+        grids = config.log.samples_every > 0
+        if grids and not pictures.can_show(source.image_shape[-1]):
+            say(f"no grids are drawn: images of {source.image_shape[-1]} channels are no pictures")
+            grids = False
+        begun()
 
         losses_since_save: list[float] = []
         saved_at = time.monotonic()
@@ -187,7 +189,7 @@ def _train(config: Config, run: Path, source: Source, received: list[int]) -> No
                 last = step == config.train.steps
                 logs = step % config.log.every == 0 or last
                 saves = step % rules.every == 0 or due or last
-                draws = config.log.samples_every > 0 and (step % config.log.samples_every == 0 or last)
+                draws = grids and (step % config.log.samples_every == 0 or last)
                 if not (logs or saves or draws or stopped_by):
                     continue
                 collect(0)
@@ -267,6 +269,36 @@ def _plot(run: Path, metrics_file: Path) -> None:
         quartiles = np.array([line["loss_quartiles"] for line in lines], np.float64)
         steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
         pictures.plot_loss(run / "loss.png", steps, losses, quartiles)
+
+
+@contextlib.contextmanager
+def _adopted(config: Config, run: Path) -> Iterator[Callable[[], None]]:
+    """Keeps others out of a run's folder, and writes the configuration into it.
+
+    What is refused leaves no trace: unless the function that is given is called, the configuration that was there comes
+    back. A folder whose run has saved nothing yet takes any other.
+    """
+    file = run / "config.json"
+    with claimed(run):
+        if not has_saved(run):
+            (run / "data.json").unlink(missing_ok=True)
+        elif file.exists():
+            check_same_run(file, config)
+        else:
+            raise UserError(
+                f"{run} has checkpoints but no config.json, which says what run they are of: put it back, or use "
+                "another --workdir"
+            )
+        before = file.read_bytes() if file.exists() else None
+        save_config(config, file)
+        begun: list[bool] = []
+        try:
+            yield lambda: begun.append(True)
+        finally:
+            if not begun and before is None:
+                file.unlink(missing_ok=True)
+            elif not begun and before is not None:
+                write_whole(file, lambda opened: opened.write(before))
 
 
 def _check_shared(config: Config, run: Path) -> None:

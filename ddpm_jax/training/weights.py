@@ -67,8 +67,16 @@ def save_weights(file: Path, params: Params, *, config: Config, step: int) -> No
         "config": json.dumps(dataclasses.asdict(config)),
         "crc32": json.dumps({name: _crc32(array) for name, array in arrays.items()}),
     }
-    content = safetensors.numpy.save(arrays, metadata)
+    content = _in_order(safetensors.numpy.save(arrays, metadata))
     write_whole(file, lambda opened: opened.write(content))
+
+
+def _in_order(content: bytes) -> bytes:
+    """Sorts the header of a .safetensors file, which the library writes in another order each time."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the arrays begin at a multiple of 8
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
 def load_weights(file: Path) -> tuple[Params, dict[str, str]]:

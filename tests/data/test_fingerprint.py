@@ -121,9 +121,10 @@ def test_of_many_hosts_one_writes(sets, folder, tmp_path):
     assert not (tmp_path / "data.json").exists()
 
 
-def test_a_damaged_note_is_written_anew(sets, folder, tmp_path):
+def test_a_damaged_note_is_no_leave_to_go_on(sets, folder, tmp_path):
     file = tmp_path / "data.json"
-    file.write_text('{"images": 6, "sha')
-    check_same_set(file, loaded(sets, folder))
-    assert json.loads(file.read_text()) == fingerprint(loaded(sets, folder))
-    assert np.uint32(json.loads(file.read_text())["crc32"]) == json.loads(file.read_text())["crc32"]
+    for content in ("junk", "[1]", ""):
+        file.write_text(content)
+        with pytest.raises(UserError, match=r"data.json, which says .* is damaged: put it back; .*, remove it$"):
+            check_same_set(file, loaded(sets, folder))
+        assert file.read_text() == content

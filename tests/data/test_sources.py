@@ -3,6 +3,7 @@ import struct
 import numpy as np
 import pytest
 
+from ddpm_jax.config import DataConfig
 from ddpm_jax.data import sources
 from ddpm_jax.errors import UserError
 
@@ -69,3 +70,10 @@ def test_a_file_without_a_test_part_holds_out_what_it_has(sets, tmp_path, names)
 def test_a_set_that_is_not_there_holds_out_nothing(sets, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         sources.load_held_out(sets.config("folder", tmp_path / "gone", (4, 4), channels=1))
+
+
+def test_a_path_is_where_it_was_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sources.resolve(DataConfig(source="folder", path="images", channels=3)).path == str(tmp_path / "images")
+    assert sources.resolve(DataConfig(source="tfds:cifar10", path="gs://bucket/data")).path == "gs://bucket/data"
+    assert sources.resolve(DataConfig()).path == ""

@@ -14,6 +14,7 @@ import pytest
 from ddpm_jax.config import (
     CheckpointConfig,
     Config,
+    DataConfig,
     DiffusionConfig,
     LogConfig,
     ModelConfig,
@@ -89,6 +90,56 @@ def test_a_longer_run_goes_on_by_pmap_as_by_jit(trained, tmp_path):
     assert by_jit[:3] == by_pmap[:3] == lines_of(trained / "metrics.jsonl")
     np.testing.assert_allclose(by_jit[3]["loss"], by_pmap[3]["loss"], rtol=1e-5)
     assert load_ema(runs["pmap"], warn=pytest.fail)[0] == 8
+
+
+def contents(run):
+    return {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("choices", "line"),
+    [
+        (dict(seed=1, steps=8), "train.seed: 0 there, 1 here"),
+        (dict(steps=8, fsdp=3), "train.fsdp=3 does not divide"),
+        (dict(steps=8, accumulate=3), "cannot be shared out"),
+    ],
+)
+def test_a_command_that_is_refused_leaves_the_folder_as_it_was(trained, choices, line):
+    before = contents(trained)
+    with pytest.raises(UserError, match=line):
+        train(with_train(**choices), trained)
+    assert contents(trained) == before
+
+
+def test_what_a_refused_first_start_said_can_be_done(tmp_path):
+    run = tmp_path / "run"
+    classes = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, num_classes=5))
+    with pytest.raises(UserError, match="num-classes 10|num_classes=10|10"):
+        train(classes, run)
+    assert not (run / "config.json").exists()
+    with pytest.raises(UserError, match="there is no such folder"):
+        train(with_train(init_from=str(tmp_path / "typo")), run)
+    train(with_train(steps=1, seed=3), run)
+    assert read_config(run / "config.json").train.seed == 3
+
+
+def test_checkpoints_without_a_configuration_are_no_run(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "config.json").unlink()
+    before = contents(run)
+    with pytest.raises(UserError, match="has checkpoints but no config.json"):
+        train(with_train(steps=8, seed=3), run)
+    assert contents(run) == before
+
+
+def test_images_that_are_no_pictures_are_trained_on_without_grids(tmp_path, capsys):
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (16, 8, 8, 2), np.uint8))
+    data = DataConfig(source="npy", path=str(tmp_path / "images.npy"), channels=2)
+    log = dataclasses.replace(TINY.log, samples_every=1)
+    train(dataclasses.replace(with_train(steps=2), data=data, log=log), tmp_path / "run")
+    assert "no grids are drawn: images of 2 channels are no pictures" in capsys.readouterr().err
+    assert load_ema(tmp_path / "run", warn=pytest.fail)[0] == 2
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(tmp_path):

@@ -154,6 +154,27 @@ class TestStart:
         assert checksum(jax.tree.map(jnp.asarray, weights_of(0))) == whole
 
 
+def test_a_run_starts_from_the_average_of_another(training, tmp_path, monkeypatch):
+    monkeypatch.setattr(assembly, "build_unet", lambda config: training.Linear())
+    monkeypatch.setattr(loop, "training_flops", lambda unet, image_shape: 1e6)
+    first, second = tmp_path / "first", tmp_path / "second"
+    with jax.numpy_dtype_promotion("standard"):
+        train(CONFIG, first)
+        train(dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, init_from=str(first))), second)
+    before, after = (load_ema(run, warn=pytest.fail)[1] for run in (first, second))
+    np.testing.assert_allclose(after["scale"], before["scale"], atol=2e-3)
+
+
+def test_two_exports_are_the_same_bytes(tmp_path):
+    files = [tmp_path / name for name in ("a", "b", "c")]
+    for file in files:
+        save_weights(file, weights_of(0), config=CONFIG, step=7)
+    assert len({file.read_bytes() for file in files}) == 1
+    weights, metadata = load_weights(files[0])
+    assert checksum(weights) == checksum(weights_of(0))
+    assert metadata["step"] == "7"
+
+
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
 def test_a_run_goes_on_from_its_own_checkpoint_not_from_the_weights(training, tmp_path, monkeypatch, parallel):
     monkeypatch.setattr(assembly, "build_unet", lambda config: training.Linear())
