@@ -9,6 +9,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
+        # On a busy machine one device may wait long for another; XLA would end the process after 40 seconds.
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
         os.environ.get("XLA_FLAGS", ""),  # what is given by hand comes last and counts
     ]
 ).strip()

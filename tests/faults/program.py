@@ -11,14 +11,12 @@ at the end every array and every byte of `metrics.jsonl` are those of the whole 
 import argparse
 import collections
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -49,8 +47,8 @@ KEPT = [f"--checkpoints.{rule}" for rule in ("every=10", "keep=2", "keep-every=2
 STREAMED = ["--data.memory-gib", "0", "--data.device-gib", "0"]
 ARRAYS = "*/d/*"  # in a checkpoint: where Orbax has arrays as small as these; it keeps more files than it reads
 TWICE_TERMINATED = 128 + signal.SIGTERM
-# Of Linux: the capability by which root writes where it may not, and the call that gives it up.
-_CAP_DAC_OVERRIDE, _PR_CAPBSET_DROP = 1, 24
+# Takes from root what modes do not hold back: of Linux, the capability CAP_DAC_OVERRIDE by PR_CAPBSET_DROP.
+_WITHOUT_PRIVILEGE = "import ctypes, os; os.geteuid() or ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)"
 
 
 class Lost(AssertionError):
@@ -69,12 +67,11 @@ class Process:
     may_find_damage = False
     """Whether it may say that a checkpoint is damaged."""
 
-    def __init__(self, command: list[str], environment: dict[str, str], before: Callable[[], None] | None = None):
+    def __init__(self, command: list[str], environment: dict[str, str]):
         self._process = subprocess.Popen(
             command,
             cwd=REPOSITORY,
             env=environment,
-            preexec_fn=before,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -173,10 +170,13 @@ class Bench:
             file.stat().st_size for file in (whole / "checkpoints" / str(STEPS)).rglob("*") if file.is_file()
         )
 
-    def start(self, run: Path, *words: str, before: Callable[[], None] | None = None) -> Process:
-        """Starts the command of a run."""
+    def start(self, run: Path, *words: str, before: str = "") -> Process:
+        """Starts the command of a run; the process first does `before`, a line of Python."""
         command = [sys.executable, self.script, "--workdir", str(run), "--data.path", str(self.images)]
-        return Process([*command, *WORDS, *KEPT, *words], self.environment, before)
+        if before:
+            then = "import os, sys; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+            command[1:1] = ["-c", f"{before}; {then}"]
+        return Process([*command, *WORDS, *KEPT, *words], self.environment)
 
     def start_hosts(self, run: Path, *words: str) -> list[Process]:
         """Starts the command of a run on two hosts that train it together."""
@@ -363,15 +363,9 @@ def too_large(bench: Bench, run: Path) -> str:
     """Trains where no file may be larger than a part of a checkpoint's largest."""
     largest = max(file.stat().st_size for file in (run / "checkpoints").rglob("*") if file.is_file())
     limit = bench.random.randrange(largest // 2, largest)
-    limits = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
+    limits = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
     line = bench.start(run, before=limits).refused("cannot save step", "cannot write")
     return "one line: cannot save" if "cannot save" in line else "one line: cannot write"
-
-
-def _without_privilege() -> None:
-    """Takes from root what modes do not hold back."""
-    if os.geteuid() == 0:
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE, 0, 0, 0)
 
 
 @contextlib.contextmanager
@@ -390,9 +384,9 @@ def read_only(bench: Bench, run: Path, when: str) -> str:
     """Takes the right to write a run's folder, before or while it trains."""
     if when == "before":
         with _read_only(run):
-            bench.start(run, before=_without_privilege).refused("cannot write to")
+            bench.start(run, before=_WITHOUT_PRIVILEGE).refused("cannot write to")
         return "one line: cannot write"
-    process, before = bench.start(run, before=_without_privilege), set(bench.steps(run))
+    process, before = bench.start(run, before=_WITHOUT_PRIVILEGE), set(bench.steps(run))
     process.wait_until(lambda: bool(set(bench.steps(run)) - before))
     process.send(signal.SIGSTOP)  # what it writes just now must not come and go meanwhile
     with _read_only(run):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ddpm_jax.training.checkpoints import sealed, unsealed
+
 HERE = Path(__file__).parent
 SHORT = [
     "kill -9 while training",
@@ -51,6 +53,16 @@ def test_what_is_other_than_it_was_would_be_seen(program, bench):
         name = next(iter(bench.whole.saved[program.STEPS][0]))
         crc = bench.whole.saved[program.STEPS][0][name]["crc32"]
         notes.write_text(before.replace(str(crc), str(crc ^ 1)))
+        with pytest.raises(program.Lost, match=f"step {program.STEPS} is damaged on disk: their checksum differs"):
+            bench.check(run)
+        others = unsealed(before)
+        others["leaves"][name]["crc32"] ^= 1
+        notes.write_text(sealed(others))
+        with pytest.raises(program.Lost, match=f"step {program.STEPS} is damaged on disk: the checksum of .* differs"):
+            bench.check(run)
+        others = unsealed(before)
+        others["window"] = [[0.5] * 11]
+        notes.write_text(sealed(others))
         with pytest.raises(program.Lost, match=f"step {program.STEPS} is not that of the whole run"):
             bench.check(run)
     finally:
