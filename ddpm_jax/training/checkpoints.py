@@ -46,12 +46,15 @@ Warn = Callable[[str], None]
 
 
 @functools.cache
-def _hush_closed_loops() -> None:
-    """Keeps from the screen what TensorStore's threads say to Orbax's event loops that have ended with a failure."""
+def _hush_orbax() -> None:
+    """Keeps from the screen what is left over in Orbax where it has failed: we tell of the failure."""
     tell = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+        # TensorStore's threads speak to event loops that have ended; other arrays of the same step fail unheard.
+        closed = isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"
+        code = getattr(unraisable.object, "cr_code", None)
+        if not closed and not (code and "orbax" in code.co_filename):
             tell(unraisable)
 
     sys.unraisablehook = hook
@@ -289,7 +292,7 @@ class Checkpoints:
             todelete_subdir=_DELETED,
             cleanup_tmp_directories=True,
         )
-        _hush_closed_loops()
+        _hush_orbax()
         try:
             self._sweep()
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=_handlers())
@@ -589,7 +592,7 @@ def _reading(run: Path) -> Iterator[tuple[ocp.CheckpointManager, list[int]]]:
         raise UserError(f"there is no folder {run}: give the folder of a run, such as runs/digits")
     if not folder.is_dir():
         raise UserError(f"no checkpoints in {run}: it is not the folder of a run, or the run has not saved yet")
-    _hush_closed_loops()
+    _hush_orbax()
     with ocp.CheckpointManager(
         folder, options=ocp.CheckpointManagerOptions(read_only=True), item_handlers=_handlers()
     ) as manager:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import types
 import zlib
 
 import chex
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.training.checkpoints import Checkpoints, Damage, kept, load_ema, sealed, unsealed, verify
+from ddpm_jax.training.checkpoints import Checkpoints, Damage, _hush_orbax, kept, load_ema, sealed, unsealed, verify
 from ddpm_jax.training.state import TrainState
 
 # Of threads that Orbax leaves where it found damage.
@@ -364,6 +365,22 @@ class TestDamaged:
             restore(run)
             save(run, 20)
         assert sorted(path.name for path in (run / "checkpoints").glob("damaged*")) == ["damaged_20_0", "damaged_20_1"]
+
+
+def test_what_is_left_over_in_orbax_is_not_told_of(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    _hush_orbax.__wrapped__()
+    names = {}
+    exec(compile("async def read(): pass", "site-packages/orbax/serialization.py", "exec"), names)
+    left_over = names["read"]()
+    left_over.close()
+    unraisable = lambda error, of: types.SimpleNamespace(exc_value=error, object=of)
+    sys.unraisablehook(unraisable(Exception("Encountered error while reading array index"), left_over))
+    sys.unraisablehook(unraisable(RuntimeError("Event loop is closed"), None))
+    other = unraisable(ValueError("of our own"), None)
+    sys.unraisablehook(other)
+    assert told == [other]
 
 
 class TestVerified:
