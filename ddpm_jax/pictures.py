@@ -162,7 +162,8 @@ def plot_loss(path: Path, steps: Sequence[int], losses: Sequence[float], quartil
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.grid(True, which="both", alpha=0.3)
-    axes.legend()
+    # Above the curves, which leave it no room.
+    axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     write_whole(path, lambda file: figure.savefig(file, format="png"))
 
 
