@@ -161,6 +161,13 @@ def _described(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> j
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
+def _of_first_device(leaf: Array) -> Array:
+    """Takes the copy that the first device has of what pmap gives, (devices, ...)."""
+    # Not leaf[0]: that is a program of all devices, and several of them at once were seen to wait for each other for
+    # ever on CPUs with fewer cores than devices.
+    return leaf.addressable_data(0)[0]
+
+
 def _pmap_layout(devices: Sequence[jax.Device], steps: dict[str, Any]) -> Layout:
     alone = jax.sharding.SingleDeviceSharding(devices[0])
 
@@ -174,7 +181,7 @@ def _pmap_layout(devices: Sequence[jax.Device], steps: dict[str, Any]) -> Layout
 
         def first_of(key: Array, state: TrainState, batch: Batch) -> tuple[TrainState, StepInfo]:
             state, info = lifted(key, state, batch)
-            return state, jax.tree.map(lambda leaf: leaf[0], info)
+            return state, jax.tree.map(_of_first_device, info)
 
         return first_of
 
@@ -195,7 +202,7 @@ def _pmap_layout(devices: Sequence[jax.Device], steps: dict[str, Any]) -> Layout
         place_whole=None,
         share_out=lambda array: array,
         place_state=place_state,
-        saved_state=lambda state: jax.tree.map(lambda leaf: leaf[0], state),
+        saved_state=lambda state: jax.tree.map(_of_first_device, state),
         abstract_state=lambda init, key: jax.tree.map(lambda leaf: _described(leaf, alone), jax.eval_shape(init, key)),
         mesh=make_mesh(devices[:1]),
         rows=slice(None),
