@@ -14,7 +14,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import bits
 from ddpm_jax.evaluation.figures import draw_figures
 from ddpm_jax.evaluation.quality import check_real, config_of, judge_file, summary
-from ddpm_jax.sampling import default_folder, load_average, load_job, run_job
+from ddpm_jax.sampling import default_folder, load_average, load_job, run_config, run_job
 from ddpm_jax.training import checkpoints
 from ddpm_jax.training.weights import save_weights
 
@@ -188,7 +188,8 @@ def export(arguments: Sequence[str]) -> None:
         ExportOptions, arguments, description="Writes the averaged weights of a run alone into one .safetensors file."
     )
     run = Path(options.run)
-    config, step, params = load_average(run, step=options.step)
+    config = run_config(run)
+    step, params = load_average(run, config, step=options.step)
     file = run / f"weights_{step}.safetensors" if options.out is None else Path(options.out)
     save_weights(file, params, config=config, step=step)
     print(file)

@@ -225,20 +225,20 @@ def run_config(run: Path) -> Config:
     return read_config(run / "config.json")
 
 
-def load_average(run: Path, *, step: int | None = None) -> tuple[Config, int, Params]:
-    """Loads a run's configuration and its averaged weights.
+def load_average(run: Path, config: Config, *, step: int | None = None) -> tuple[int, Params]:
+    """Loads a run's averaged weights, and holds them against its configuration.
 
     Args:
       run: the folder.
+      config: as `run_config` reads it there.
       step: which checkpoint; the newest that is whole if None.
 
     Returns:
-      the configuration, the step and the parameters.
+      the step and the parameters.
 
     Raises:
-      UserError: the folder is not there or no run's, has no such checkpoint, or one of another network.
+      UserError: the folder has no such checkpoint, or one of another network.
     """
-    config = run_config(run)
     checkpoint, params = load_ema(run, step=step, warn=say)
     shapes = jax.eval_shape(lambda key: init_params(key, build_unet(config), image_shape(config)), jax.random.key(0))
     kinds = lambda tree: {
@@ -252,7 +252,7 @@ def load_average(run: Path, *, step: int | None = None) -> tuple[Config, int, Pa
                 f"checkpoint {checkpoint} does not fit {run / 'config.json'}: {name} is {there.get(name, 'absent')} "
                 f"there and {here.get(name, 'absent')} by the configuration; put back the file that the run wrote"
             )
-    return config, checkpoint, params
+    return checkpoint, params
 
 
 def load_job(run: Path, *, seed: int, step: int | None = None, choice: Choice = _ALGORITHM_2) -> Job:
@@ -272,7 +272,7 @@ def load_job(run: Path, *, seed: int, step: int | None = None, choice: Choice = 
         raise UserError(f"--seed must be in [0, 2^32), not {seed}")
     config = run_config(run)
     make_chain(config, choice)  # refuses what cannot be, before the weights are read
-    config, checkpoint, params = load_average(run, step=step)
+    checkpoint, params = load_average(run, config, step=step)
     return Job(config, params, checkpoint, seed, choice)
 
 

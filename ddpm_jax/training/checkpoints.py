@@ -436,10 +436,7 @@ def _restore(
     try:
         notes = _read_notes(manager, step)
     except Exception as error:
-        failure = _failure(error)
-        _raise(
-            Damage(f"its notes cannot be read: {failure}") if isinstance(failure, Damage) else failure, manager, step
-        )
+        _raise(_failure(error, "its notes cannot be read: "), manager, step)
     saved = notes["leaves"]
     _check_shapes(step, saved, abstract, of=of)
     restored: Any = {}
