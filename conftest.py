@@ -4,7 +4,7 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Read when jax starts, so set before it is imported. Compiling is most of what the tests do: without LLVM's
-# optimisations it takes half the time, and the numbers are as right.
+# optimizations it takes half the time, and the numbers are as right.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_force_host_platform_device_count=8",
@@ -23,7 +23,8 @@ import pytest
 
 from ddpm_jax.forward import q_sample
 from ddpm_jax.keys import image_keys
-from ddpm_jax.samplers import ancestral, sample
+from ddpm_jax.samplers.ancestral import ancestral
+from ddpm_jax.samplers.chain import sample
 from ddpm_jax.schedules import make_schedule
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -7,16 +7,18 @@ from pathlib import Path
 import tyro
 
 from ddpm_jax.bound import Cdf
-from ddpm_jax.chains import Choice
-from ddpm_jax.command import Command, parse_options, run_command, run_script
 from ddpm_jax.data.sources import load_source
-from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import bits
+from ddpm_jax.evaluation import bits_per_dim
 from ddpm_jax.evaluation.figures import draw_figures
 from ddpm_jax.evaluation.quality import check_real, config_of, judge_file, summary
-from ddpm_jax.sampling import default_folder, load_average, load_job, run_config, run_job
-from ddpm_jax.training import checkpoints
-from ddpm_jax.training.weights import save_weights
+from ddpm_jax.generation.job import default_folder, load_job, run_job
+from ddpm_jax.generation.sampler_config import SamplerConfig
+from ddpm_jax.run import checkpoints
+from ddpm_jax.run.command import Command, parse_options, run_command
+from ddpm_jax.run.trained import load_average, run_config
+from ddpm_jax.run.weights import save_weights
+from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.exits import run_script
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,7 @@ class LikelihoodOptions:
     """From it, its index and the time comes the noise of each image."""
     step: int | None = None
     """The checkpoint of which training step; the newest if not given."""
-    sigma: bits.Sigma = "model"
+    sigma: bits_per_dim.Sigma = "model"
     """The variance of the reverse steps: the run's own, fixed_small, fixed_large, or the one that makes the bound
     least, estimated from 512 training images (which are not counted then)."""
     cdf: Cdf = "tanh"
@@ -59,14 +61,14 @@ def likelihood(arguments: Sequence[str]) -> None:
     )
     run = Path(options.run)
     job = load_job(run, seed=options.seed, step=options.step)
-    request = bits.Request(options.split, options.num, options.sigma, options.cdf, options.times)
-    out = bits.default_folder(run, job, request) if options.out is None else Path(options.out)
-    print(bits.summary(bits.run_job(job, out, request, batch_size=options.batch_size)))
+    request = bits_per_dim.Request(options.split, options.num, options.sigma, options.cdf, options.times)
+    out = bits_per_dim.default_folder(run, job, request) if options.out is None else Path(options.out)
+    print(bits_per_dim.summary(bits_per_dim.run_job(job, out, request, batch_size=options.batch_size)))
     print(f"{out}: likelihood.json, terms.csv, rate_distortion.csv and their plots")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QualityOptions(Choice):
+class QualityOptions(SamplerConfig):
     """What to judge."""
 
     run: tyro.conf.Positional[str]
@@ -88,13 +90,13 @@ def quality(arguments: Sequence[str]) -> None:
     options = parse_options(
         QualityOptions,
         arguments,
-        description="Compares samples with real images of a small labelled set; writes quality.json beside them.",
+        description="Compares samples with real images of a small labeled set; writes quality.json beside them.",
     )
     given = Path(options.run)
     if options.num < 2:
         raise UserError(f"--num must be at least 2 to compare with real images, not {options.num}")
     if given.suffix == ".npz":
-        if options.alone() != Choice():
+        if options.alone() != SamplerConfig():
             raise UserError(f"{given} holds images that are drawn already: a sampler goes with the folder of a run")
         file, config = given, config_of(given, options.config)
     else:
@@ -135,7 +137,7 @@ def figures(arguments: Sequence[str]) -> None:
         description="Draws the paper's figures for a run into one folder; figures.md there says what each is.",
     )
     run = Path(options.run)
-    job = load_job(run, seed=options.seed, step=options.step, choice=Choice(steps=options.steps))
+    job = load_job(run, seed=options.seed, step=options.step, choice=SamplerConfig(steps=options.steps))
     out = run / "figures" if options.out is None else Path(options.out)
     print(draw_figures(job, run, out, num=options.num, batch_size=options.batch_size))
 

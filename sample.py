@@ -6,14 +6,15 @@ from pathlib import Path
 
 import tyro
 
-from ddpm_jax import modes
-from ddpm_jax.chains import Choice
-from ddpm_jax.command import Command, parse_options, run_command, run_script
-from ddpm_jax.sampling import Format, Job, default_folder, load_job, run_job
+from ddpm_jax.generation import edits
+from ddpm_jax.generation.job import Format, Job, default_folder, load_job, run_job
+from ddpm_jax.generation.sampler_config import SamplerConfig
+from ddpm_jax.run.command import Command, parse_options, run_command
+from ddpm_jax.system.exits import run_script
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(Choice):
+class Options(SamplerConfig):
     """What to draw."""
 
     run: tyro.conf.Positional[str]
@@ -62,15 +63,15 @@ class ModeOptions:
     """The run's folder, as train.py wrote it."""
     out: str | None = None
     """The folder of the results; RUN/samples/COMMAND if not given. What the command drew there before goes."""
-    guidance: float = 0.0
-    """w of classifier-free guidance, for a conditional run that is told labels; 0: none."""
+    guidance_scale: float = 1.0
+    """Scale of classifier-free guidance, for a class-conditional run given labels; 1: none."""
     seed: int = 0
     """From it comes all that is drawn."""
     step: int | None = None
     """The checkpoint of which training step; the newest if not given."""
 
-    def load(self, choice: Choice) -> Job:
-        choice = dataclasses.replace(choice, guidance=self.guidance)
+    def load(self, choice: SamplerConfig) -> Job:
+        choice = dataclasses.replace(choice, guidance_scale=self.guidance_scale)
         return load_job(Path(self.run), seed=self.seed, step=self.step, choice=choice)
 
     def folder(self, command: str) -> Path:
@@ -81,13 +82,13 @@ class ModeOptions:
 class ChainOptions(ModeOptions):
     """What is the same for the commands that run a chain of any sampler."""
 
-    sampler: modes.SamplerName = "ancestral"
+    sampler: edits.SamplerName = "ancestral"
     """Algorithm 2 of the paper, or DDIM (eta = 0)."""
     steps: int | None = None
     """Steps of the chain; all T if not given. A time that is asked for and not among them is a step more."""
 
-    def chain(self) -> Choice:
-        return Choice(sampler=self.sampler, steps=self.steps)
+    def chain(self) -> SamplerConfig:
+        return SamplerConfig(sampler=self.sampler, steps=self.steps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ def progressive(arguments: Sequence[str]) -> None:
     options = parse_options(ProgressiveOptions, arguments, description="Draws a grid of the chain over time.")
     job = options.load(dataclasses.replace(options.chain(), labels=options.labels))
     out = options.folder("progressive")
-    print(modes.draw_progressive(job, out, num=options.num, columns=options.columns))
+    print(edits.draw_progressive(job, out, num=options.num, columns=options.columns))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,7 +127,7 @@ def share(arguments: Sequence[str]) -> None:
     """Draws images that share x_t of one chain, and go their own ways from there (Fig. 7)."""
     options = parse_options(ShareOptions, arguments, description="Draws images that share x_t of one chain.")
     job, out = options.load(options.chain()), options.folder("share")
-    print(modes.share_latents(job, out, times=options.t, draws=options.draws, label=options.label))
+    print(edits.share_latents(job, out, times=options.t, draws=options.draws, label=options.label))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,7 +149,7 @@ def reconstruct(arguments: Sequence[str]) -> None:
     """Diffuses a picture to t and takes it back."""
     options = parse_options(ReconstructOptions, arguments, description="Diffuses a picture to t and takes it back.")
     job, out = options.load(options.chain()), options.folder("reconstruct")
-    print(modes.reconstruct_picture(job, options.image, out, time=options.t, draws=options.draws, label=options.label))
+    print(edits.reconstruct_picture(job, options.image, out, time=options.t, draws=options.draws, label=options.label))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,7 +162,7 @@ class InterpolateOptions(ModeOptions):
     """Where to mix them: the paper's t, 0 (pixels) to T; if not given by DDIM, on the great circle of their noises."""
     num: int = 11
     """How many steps from the one to the other, both ends counted."""
-    sampler: modes.SamplerName | None = None
+    sampler: edits.SamplerName | None = None
     """Algorithm 2 of the paper (with --t alone), or DDIM (eta = 0); ancestral with --t, ddim without, if not given."""
     steps: int | None = None
     """Steps of the chain; if not given all T with --t, where t is a step more if it is not among them, and 250 each way
@@ -173,9 +174,9 @@ class InterpolateOptions(ModeOptions):
 def interpolate(arguments: Sequence[str]) -> None:
     """Interpolates between two pictures, at a time t or along the noises of DDIM (Fig. 8)."""
     options = parse_options(InterpolateOptions, arguments, description="Interpolates between two pictures.")
-    sampler = modes.interpolation_sampler(options.t, options.sampler)
-    job, out = options.load(Choice(sampler=sampler, steps=options.steps)), options.folder("interpolate")
-    print(modes.interpolate_pictures(job, options.images, out, time=options.t, num=options.num, label=options.label))
+    sampler = edits.interpolation_sampler(options.t, options.sampler)
+    job, out = options.load(SamplerConfig(sampler=sampler, steps=options.steps)), options.folder("interpolate")
+    print(edits.interpolate_pictures(job, options.images, out, time=options.t, num=options.num, label=options.label))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,8 +198,8 @@ class InpaintOptions(ModeOptions):
 def inpaint(arguments: Sequence[str]) -> None:
     """Draws a part of a picture anew, the black one of a mask (RePaint)."""
     options = parse_options(InpaintOptions, arguments, description="Draws the black part of a mask anew in a picture.")
-    job, out = options.load(Choice(steps=options.steps)), options.folder("inpaint")
-    print(modes.inpaint_picture(job, options.image, options.mask, out, draws=options.draws, label=options.label))
+    job, out = options.load(SamplerConfig(steps=options.steps)), options.folder("inpaint")
+    print(edits.inpaint_picture(job, options.image, options.mask, out, draws=options.draws, label=options.label))
 
 
 COMMANDS: dict[str, Command] = {

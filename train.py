@@ -6,15 +6,17 @@ Starting the same command again goes on where the run was.
 import dataclasses
 from pathlib import Path
 
-from ddpm_jax.command import exit_at_once, parse_run, run_script
-from ddpm_jax.config import build_unet, image_shape, validate, warnings_of
 from ddpm_jax.data.check import check_data
 from ddpm_jax.data.sources import resolve
-from ddpm_jax.hosts import Hosts, join
-from ddpm_jax.progress import say
-from ddpm_jax.summary import summary
+from ddpm_jax.run.build import build_unet, image_shape
+from ddpm_jax.run.command import parse_run
+from ddpm_jax.run.validation import validate, warnings_of
+from ddpm_jax.system.exits import exit_at_once, run_script
+from ddpm_jax.system.hosts import Hosts, join
+from ddpm_jax.system.progress import say
 from ddpm_jax.training.diagnosis import find_not_finite
 from ddpm_jax.training.loop import train
+from ddpm_jax.training.summary import summary
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,11 +19,12 @@ import jax
 import numpy as np
 from PIL import Image
 
-from ddpm_jax.config import Config, DataConfig, ModelConfig, TrainConfig, validate
+from ddpm_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source
-from ddpm_jax.training.assembly import Assembly, assemble
-from ddpm_jax.training.feeds import Feed, fed, make_feed
+from ddpm_jax.run.validation import validate
+from ddpm_jax.training.input_pipeline import InputPipeline, make_input_pipeline, with_inputs
+from ddpm_jax.training.setup import Setup, make_setup
 
 NUMBER, FILES, BATCH = 50_000, 5_000, 128
 SHAPE = {"height": 32, "width": 32, "channels": 3}
@@ -32,8 +33,8 @@ SHAPE = {"height": 32, "width": 32, "channels": 3}
 def config_of(data: DataConfig) -> Config:
     config = Config(
         data=data,
-        model=ModelConfig(width=16, multipliers=(1,), blocks=1, attention_resolutions=(), groups=8),
-        train=TrainConfig(batch_size=BATCH, warmup=1, ema_decay=0.9),
+        model=ModelConfig(width=16, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(), num_groups=8),
+        train=TrainConfig(batch_size=BATCH, warmup_steps=1, ema_decay=0.9),
     )
     validate(config)
     return config
@@ -57,20 +58,20 @@ def places(folder: Path) -> dict[str, DataConfig]:
     }
 
 
-def feed_of(config: Config, source: Source, parts: Assembly) -> Feed:
+def feed_of(config: Config, source: Source, parts: Setup) -> InputPipeline:
     data = config.data
-    return make_feed(
+    return make_input_pipeline(
         source,
         parts.layout,
         seed=0,
         batch_size=BATCH,
-        labelled=False,
+        labeled=False,
         device_gib=data.device_gib,
         workers=data.workers,
     )
 
 
-def alone(feed: Feed, seconds: float = 4.0) -> float:
+def alone(feed: InputPipeline, seconds: float = 4.0) -> float:
     """Images a second that the feed gives when nothing else is done."""
     with feed.open(0, 10**9) as opened:
         jax.block_until_ready(next(opened).data)
@@ -81,9 +82,9 @@ def alone(feed: Feed, seconds: float = 4.0) -> float:
         return taken / (time.perf_counter() - begun)
 
 
-def trained(feed: Feed, parts: Assembly, steps: int) -> tuple[float, float]:
+def trained(feed: InputPipeline, parts: Setup, steps: int) -> tuple[float, float]:
     """The share of time waited, and images a second, of training; compiling and the first steps are left out."""
-    step = parts.layout.lift(fed(parts.make_step, feed))
+    step = parts.layout.lift(with_inputs(parts.make_step, feed))
     state = parts.layout.init(parts.init, parts.keys.init)
     in_flight: collections.deque[jax.Array] = collections.deque()
     with feed.open(0, steps + 3) as opened:
@@ -107,7 +108,7 @@ def main(steps: int) -> None:
         for name, data in places(Path(folder)).items():
             config = config_of(data)
             source = load_source(data)
-            parts = assemble(config, source.image_shape)
+            parts = make_setup(config, source.image_shape)
             feed = feed_of(config, source, parts)
             rate = alone(feed)
             share, images = trained(feed, parts, steps)

@@ -22,7 +22,7 @@ RUNS = Path("runs") / "digits_tables"
 LOSSES = {
     "simple": [],
     "hybrid": ["--loss.kind=hybrid", "--diffusion.variance=learned_range"],
-    "vlb": ["--loss.kind=vlb", "--diffusion.variance=learned_range", "--loss.times=loss_aware"],
+    "vlb": ["--loss.kind=vlb", "--diffusion.variance=learned_range", "--loss.time-sampling=loss_aware"],
 }
 # "model" is the variance of the run itself: fixed_large for the simple loss, learned for the others.
 VARIANCES = ("model", "optimal", "fixed_small", "fixed_large")
@@ -75,7 +75,7 @@ def plot(rows: list[dict[str, object]]) -> None:
     for sampler in SAMPLERS:
         steps, ratios = zip(*[(row["steps"], row["ratio"]) for row in rows if row["sampler"] == sampler], strict=True)
         axes.plot(steps, ratios, marker="o", label=sampler)
-    axes.axhline(1, color="grey", linestyle="--", label="real images among themselves")
+    axes.axhline(1, color="gray", linestyle="--", label="real images among themselves")
     axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="Frechet distance, relative to real images'")
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()

@@ -9,7 +9,7 @@ is worked out from the sampler's own steps, without drawing a sample: what is me
 - "order": from the exact q(x_T), over steps of one length in log(alpha / sigma), to the first time of the schedule,
   where the exact law is known too. The slope is the order of convergence.
 - "chain": the whole chain of the paper's schedule (linear, T = 1000), from N(0, I) to images, as `sample.py` runs it.
-  It ends in a floor: that of a thousand steps' own discretisation.
+  It ends in a floor: that of a thousand steps' own discretization.
 
 The error is that of the mean and of the covariance together, relative to the covariance.
 """
@@ -28,10 +28,10 @@ import numpy as np
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
-from ddpm_jax import ddim, samplers, solvers
-from ddpm_jax.named_samplers import SAMPLERS, default_spacing
-from ddpm_jax.respacing import choose_times, evenly_spaced, respace
-from ddpm_jax.samplers import Sampler
+from ddpm_jax.samplers import ancestral, ddim, multistep
+from ddpm_jax.samplers.by_name import SAMPLERS, default_spacing
+from ddpm_jax.samplers.chain import Sampler
+from ddpm_jax.samplers.respacing import choose_times, evenly_spaced, respace
 from ddpm_jax.schedules import Schedule, make_betas
 
 matplotlib.use("Agg")
@@ -109,7 +109,7 @@ def law_of_chain(sampler: Sampler, start: Law, *, num_steps: int | None = None) 
 
     def advance(held: Array, z: Array, k: Array) -> Array:
         with contextlib.ExitStack() as stack:
-            for module in (samplers, ddim, solvers):
+            for module in (ancestral, ddim, multistep):
                 drawn = lambda keys, time, shape: z.reshape(len(keys), *shape)
                 stack.enter_context(mock.patch.object(module, "step_noise", drawn))
             return ravel_pytree(sampler.step(keys, unravel(held), k)[0])[0]

@@ -16,6 +16,8 @@ config = Config(
     name="cifar10",
     data=DataConfig(source="cifar10", height=32, width=32, channels=3, flip=True),
     diffusion=DiffusionConfig(schedule="linear", num_steps=1000, variance="fixed_large"),
-    model=ModelConfig(width=128, multipliers=(1, 2, 2, 2), blocks=2, attention_resolutions=(16,), dropout=0.1),
-    train=TrainConfig(steps=800_000, batch_size=128, learning_rate=2e-4, warmup=5000, grad_clip=1.0, ema_decay=0.9999),
+    model=ModelConfig(width=128, channel_mult=(1, 2, 2, 2), num_res_blocks=2, attention_resolutions=(16,), dropout=0.1),
+    train=TrainConfig(
+        steps=800_000, batch_size=128, learning_rate=2e-4, warmup_steps=5000, grad_clip=1.0, ema_decay=0.9999
+    ),
 )

@@ -1,4 +1,4 @@
-"""Fashion-MNIST, 28x28 padded to 32x32, grey: clothes, 60,000 real images that Debian packages.
+"""Fashion-MNIST, 28x28 padded to 32x32, gray: clothes, 60,000 real images that Debian packages.
 
     apt-get install dataset-fashion-mnist
     python train.py configs/fashion_mnist.py
@@ -14,6 +14,6 @@ config = Config(
     name="fashion_mnist",
     data=DataConfig(source="idx", height=32, width=32, channels=1, flip=False),
     diffusion=DiffusionConfig(schedule="linear", num_steps=1000, variance="fixed_large"),
-    model=ModelConfig(width=64, multipliers=(1, 2, 2), blocks=2, attention_resolutions=(16,), dropout=0.1),
-    train=TrainConfig(steps=50_000, batch_size=128, learning_rate=5e-4, warmup=1000, ema_decay=0.9995),
+    model=ModelConfig(width=64, channel_mult=(1, 2, 2), num_res_blocks=2, attention_resolutions=(16,), dropout=0.1),
+    train=TrainConfig(steps=50_000, batch_size=128, learning_rate=5e-4, warmup_steps=1000, ema_decay=0.9995),
 )

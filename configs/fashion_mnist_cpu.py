@@ -1,4 +1,4 @@
-"""Fashion-MNIST, 28x28, grey, on two CPU cores in about two hours: 60,000 real images that Debian packages.
+"""Fashion-MNIST, 28x28, gray, on two CPU cores in about two hours: 60,000 real images that Debian packages.
 
     apt-get install dataset-fashion-mnist
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python train.py configs/fashion_mnist_cpu.py
@@ -14,8 +14,10 @@ config = Config(
     name="fashion_mnist_cpu",
     data=DataConfig(source="idx", height=28, width=28, channels=1, flip=False),
     diffusion=DiffusionConfig(schedule="linear", num_steps=1000, variance="fixed_large"),
-    model=ModelConfig(width=32, multipliers=(1, 2, 2), blocks=1, attention_resolutions=(7,), groups=8, dropout=0.0),
-    train=TrainConfig(steps=10_000, batch_size=32, learning_rate=1e-3, warmup=500, ema_decay=0.999),
+    model=ModelConfig(
+        width=32, channel_mult=(1, 2, 2), num_res_blocks=1, attention_resolutions=(7,), num_groups=8, dropout=0.0
+    ),
+    train=TrainConfig(steps=10_000, batch_size=32, learning_rate=1e-3, warmup_steps=500, ema_decay=0.999),
     checkpoints=CheckpointConfig(every=500),
     log=LogConfig(every=100, samples_every=2000, num_samples=64, sample_steps=50),
 )

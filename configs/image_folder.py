@@ -1,4 +1,4 @@
-"""A folder of your own images, 64x64: PNG, JPEG or WebP of any size, grey, colour or with alpha.
+"""A folder of your own images, 64x64: PNG, JPEG or WebP of any size, gray, color or with alpha.
 
     python train.py configs/image_folder.py --data.path FOLDER
 
@@ -14,6 +14,8 @@ config = Config(
     name="image_folder",
     data=DataConfig(source="folder", height=64, width=64, channels=None, flip=True),
     diffusion=DiffusionConfig(schedule="linear", num_steps=1000, variance="fixed_large"),
-    model=ModelConfig(width=128, multipliers=(1, 2, 2, 2, 4), blocks=2, attention_resolutions=(16,), dropout=0.1),
-    train=TrainConfig(steps=500_000, batch_size=128, learning_rate=2e-4, warmup=5000, ema_decay=0.9999),
+    model=ModelConfig(
+        width=128, channel_mult=(1, 2, 2, 2, 4), num_res_blocks=2, attention_resolutions=(16,), dropout=0.1
+    ),
+    train=TrainConfig(steps=500_000, batch_size=128, learning_rate=2e-4, warmup_steps=5000, ema_decay=0.9999),
 )

@@ -13,6 +13,10 @@ config = Config(
     name="lsun_church256",
     data=DataConfig(source="tfds:lsun/church_outdoor", height=256, width=256, channels=3, flip=True),
     diffusion=DiffusionConfig(schedule="linear", num_steps=1000, variance="fixed_small"),
-    model=ModelConfig(width=128, multipliers=(1, 1, 2, 2, 4, 4), blocks=2, attention_resolutions=(16,), dropout=0.0),
-    train=TrainConfig(steps=1_200_000, batch_size=64, learning_rate=2e-5, warmup=5000, grad_clip=1.0, ema_decay=0.9999),
+    model=ModelConfig(
+        width=128, channel_mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2, attention_resolutions=(16,), dropout=0.0
+    ),
+    train=TrainConfig(
+        steps=1_200_000, batch_size=64, learning_rate=2e-5, warmup_steps=5000, grad_clip=1.0, ema_decay=0.9999
+    ),
 )

@@ -22,7 +22,7 @@ from jax import Array
 
 from ddpm_jax import keys as per_image_keys
 from ddpm_jax.forward import per_image, q_sample, q_step
-from ddpm_jax.samplers import Chain, Sampler, StepInfo, initial_noise, run_chain
+from ddpm_jax.samplers.chain import Chain, ChainInfo, Sampler, initial_noise, run_chain
 from ddpm_jax.schedules import Schedule
 
 
@@ -107,7 +107,7 @@ def between(sampler: Sampler, depth: Array, until: Array) -> Sampler:
       ValueError: the sampler remembers earlier steps.
     """
 
-    def step(keys: Array, state: Chain, k: Array) -> tuple[Chain, StepInfo]:
+    def step(keys: Array, state: Chain, k: Array) -> tuple[Chain, ChainInfo]:
         _check_single_step(state)
         left = sampler.num_steps - k
         moved, info = sampler.step(keys, state, k)
@@ -462,21 +462,21 @@ def repaint(
     chex.assert_shape(mask, (*x0.shape[:3], 1))
     walk, known = repaint_walk(sampler.num_steps, jump=jump, resamples=resamples), mask.astype(bool)
 
-    def step(keys: Array, state: Chain, k: Array) -> tuple[Chain, StepInfo]:
+    def step(keys: Array, state: Chain, k: Array) -> tuple[Chain, ChainInfo]:
         _check_single_step(state)
         depth = jnp.asarray(walk.depth, jnp.int32)[k]
         # A depth is passed many times, so the noise is the move's, not the time's.
         reverse_keys, forward_keys = per_image_keys.split(per_image_keys.fold(keys, 1 + k), 2)
         each = lambda value: jnp.full(state.x.shape[:1], value, jnp.int32)
 
-        def go_down() -> tuple[Chain, StepInfo]:
+        def go_down() -> tuple[Chain, ChainInfo]:
             unknown, info = sampler.step(reverse_keys, state, sampler.num_steps - depth)
             return Chain(jnp.where(known, diffuse(forward_keys, schedule, x0, each(depth - 1)), unknown.x)), info
 
-        def go_up() -> tuple[Chain, StepInfo]:
+        def go_up() -> tuple[Chain, ChainInfo]:
             eps = per_image_keys.normal(forward_keys, state.x.shape[1:])
             x = q_step(schedule, state.x, each(depth), eps)
-            return Chain(x), StepInfo(depth - 1, state.x, state.x)
+            return Chain(x), ChainInfo(depth - 1, state.x, state.x)
 
         return jax.lax.cond(jnp.asarray(walk.down)[k], go_down, go_up)
 

@@ -137,7 +137,7 @@ def bound_at(
     def body(carry: None, t: Array) -> tuple[None, tuple[Array, ...]]:
         eps = per_image_keys.normal(per_image_keys.fold(keys, t), x0.shape[1:])
         x_t = q_sample(schedule, x0, t, eps)
-        output = predict(x_t, schedule.times[t])
+        output = predict(x_t, schedule.timesteps[t])
         reverse = p_mean_variance(schedule, output, x_t, t, prediction=prediction, variance=variance, clip_x0=clip_x0)
         if log_variances is not None:
             reverse = reverse._replace(log_variance=per_image(log_variances[t]))

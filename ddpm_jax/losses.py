@@ -146,7 +146,7 @@ def diffuse_and_predict(keys: Array, schedule: Schedule, predict: Predict, x0: A
     chex.assert_shape([keys, t], x0.shape[:1])
     eps = per_image_keys.normal(keys, x0.shape[1:])
     x_t = q_sample(schedule, x0, t, eps)
-    return LossInfo(x_t, eps, predict(x_t, schedule.times[t]))
+    return LossInfo(x_t, eps, predict(x_t, schedule.timesteps[t]))
 
 
 def l_simple(

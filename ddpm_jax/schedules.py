@@ -54,7 +54,7 @@ class Schedule:
     fixed_large_log_variance: Array
     r""":math:`\log\beta_t` with entry 0 replaced by :math:`\log\tilde\beta_1`: "to get a better decoder log
     likelihood", says the original code."""
-    times: Array
+    timesteps: Array
     """(T,) int32: the time that the network is told at step t. 0..T-1, but for a respaced schedule."""
 
     @property
@@ -131,12 +131,12 @@ def make_betas(name: ScheduleName, num_steps: int, *, beta_start: float = 1e-4, 
     return _BETAS[name](num_steps, beta_start, beta_end)
 
 
-def schedule_from_betas(betas: ArrayLike, *, times: ArrayLike | None = None) -> Schedule:
+def schedule_from_betas(betas: ArrayLike, *, timesteps: ArrayLike | None = None) -> Schedule:
     r"""Computes every table that follows from :math:`\beta_t`, in float64, and rounds it once to float32.
 
     Args:
       betas: (T,), each in (0, 1]. 1 is allowed at the last step alone: after it nothing of x_0 is left.
-      times: (T,) integers that the network is told, for a respaced schedule; 0..T-1 if not given.
+      timesteps: (T,) integers that the network is told, for a respaced schedule; 0..T-1 if not given.
 
     Returns:
       the `Schedule`.
@@ -154,9 +154,9 @@ def schedule_from_betas(betas: ArrayLike, *, times: ArrayLike | None = None) -> 
     if wrong.any():
         t = int(np.argmax(wrong))
         raise ValueError(f"beta[{t}]={betas[t]} is outside (0, 1) (1 is allowed at the last step alone)")
-    times = np.arange(betas.size) if times is None else np.asarray(times)
-    if times.shape != betas.shape:
-        raise ValueError(f"times of shape {times.shape} do not go with betas of shape {betas.shape}")
+    timesteps = np.arange(betas.size) if timesteps is None else np.asarray(timesteps)
+    if timesteps.shape != betas.shape:
+        raise ValueError(f"timesteps of shape {timesteps.shape} do not go with betas of shape {betas.shape}")
 
     alphas = 1 - betas
     alphas_bar = np.cumprod(alphas)
@@ -189,7 +189,7 @@ def schedule_from_betas(betas: ArrayLike, *, times: ArrayLike | None = None) -> 
         fixed_large_log_variance=np.log(np.append(first, betas[1:])),
     )
     float32 = {name: jax.numpy.asarray(table, jax.numpy.float32) for name, table in tables.items()}
-    return Schedule(**float32, times=jax.numpy.asarray(times, jax.numpy.int32))
+    return Schedule(**float32, timesteps=jax.numpy.asarray(timesteps, jax.numpy.int32))
 
 
 def make_schedule(name: ScheduleName, num_steps: int, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:

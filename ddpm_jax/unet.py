@@ -25,7 +25,7 @@ def _init(scale: float) -> nn.initializers.Initializer:
     return nn.initializers.variance_scaling(scale, "fan_avg", "uniform")
 
 
-# The original asks for scale 0 in the last layer of each residual branch and of the network, and its initialiser
+# The original asks for scale 0 in the last layer of each residual branch and of the network, and its initializer
 # makes 1e-10 of it: the untrained network says (almost) 0, and L_simple starts at 1.
 _DEFAULT, _NEAR_ZERO = _init(1.0), _init(1e-10)
 
@@ -81,7 +81,7 @@ class ResnetBlock(nn.Module):
     """Norm, swish, convolution, twice, with the time added between and the input added at the end."""
 
     channels: int
-    groups: int
+    num_groups: int
     dropout: float
     dtype: DTypeLike
 
@@ -103,15 +103,15 @@ class ResnetBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over all pixels, added to its input."""
 
-    heads: int
-    groups: int
+    num_heads: int
+    num_groups: int
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         batch, height, width, channels = x.shape
         h = _norm(self, "norm")(x).reshape(batch, height * width, channels)
-        shape = (batch, height * width, self.heads, channels // self.heads)
+        shape = (batch, height * width, self.num_heads, channels // self.num_heads)
         q, k, v = (
             nn.Dense(channels, kernel_init=_DEFAULT, dtype=self.dtype, name=name)(h).reshape(shape) for name in "qkv"
         )
@@ -123,7 +123,7 @@ class AttentionBlock(nn.Module):
 
 def _norm(block: "ResnetBlock | AttentionBlock | UNet", name: str) -> nn.GroupNorm:
     # The two-pass variance is the original's; the fast one, E[x^2] - E[x]^2, loses digits.
-    return nn.GroupNorm(block.groups, epsilon=1e-6, use_fast_variance=False, dtype=block.dtype, name=name)
+    return nn.GroupNorm(block.num_groups, epsilon=1e-6, use_fast_variance=False, dtype=block.dtype, name=name)
 
 
 def _conv(
@@ -142,25 +142,25 @@ class UNet(nn.Module):
     """The network of the paper: x_t and t to what it predicts of them.
 
     Apply it as `unet.apply({"params": params}, x_t, t)`; with `dropout_keys` when it is being trained. Level l has
-    the resolution H / 2^l x W / 2^l and `width * multipliers[l]` channels.
+    the resolution H / 2^l x W / 2^l and `width * channel_mult[l]` channels.
     """
 
     width: int = 128
     """Channels of the first level; also the size of the sinusoidal embedding."""
-    multipliers: Sequence[int] = (1, 2, 2, 2)
+    channel_mult: Sequence[int] = (1, 2, 2, 2)
     """Channels of each level, in units of `width`."""
-    blocks: int = 2
+    num_res_blocks: int = 2
     """Residual blocks of each level on the way down; one more on the way up."""
     attention_resolutions: Sequence[int] = (16,)
     """Heights of the levels whose blocks are followed by attention; the middle always has it."""
-    heads: int = 1
+    num_heads: int = 1
     """Attention heads."""
     dropout: float = 0.1
     """Rate of the dropout in each residual block."""
     out_channels: int = 3
     """Channels of the output: those of the image, or twice as many for a learned variance."""
-    groups: int = 32
-    """Groups of each group normalisation; must divide every level's channels."""
+    num_groups: int = 32
+    """Groups of each group normalization; must divide every level's channels."""
     num_classes: int = 0
     """Classes that the network can be told of; 0: none."""
     dtype: DTypeLike = jnp.float32
@@ -190,7 +190,7 @@ class UNet(nn.Module):
         chex.assert_rank(x, 4)
         chex.assert_shape(t, x.shape[:1])
         check_unet(self, x.shape[1:3])
-        levels = len(self.multipliers)
+        levels = len(self.channel_mult)
         block_indices = itertools.count()
         resnet_block, attention_block = ResnetBlock, AttentionBlock
         if self.remat:
@@ -199,10 +199,10 @@ class UNet(nn.Module):
         def resnet(h: Array, channels: int, name: str) -> Array:
             index = next(block_indices)
             keys = None if dropout_keys is None else per_image_keys.fold(dropout_keys, index)
-            return resnet_block(channels, self.groups, self.dropout, self.dtype, name=name)(h, embedding, keys)
+            return resnet_block(channels, self.num_groups, self.dropout, self.dtype, name=name)(h, embedding, keys)
 
         def attention(h: Array, name: str) -> Array:
-            return attention_block(self.heads, self.groups, self.dtype, name=name)(h)
+            return attention_block(self.num_heads, self.num_groups, self.dtype, name=name)(h)
 
         embedding = time_embedding(t, self.width)
         embedding = nn.Dense(4 * self.width, kernel_init=_DEFAULT, dtype=self.dtype, name="temb_dense0")(embedding)
@@ -218,8 +218,8 @@ class UNet(nn.Module):
 
         h = _conv(self, self.width, "conv_in")(x)
         skips = [h]
-        for level, multiplier in enumerate(self.multipliers):
-            for block in range(self.blocks):
+        for level, multiplier in enumerate(self.channel_mult):
+            for block in range(self.num_res_blocks):
                 h = resnet(h, self.width * multiplier, f"down_{level}_block_{block}")
                 if h.shape[1] in self.attention_resolutions:
                     h = attention(h, f"down_{level}_attn_{block}")
@@ -232,8 +232,8 @@ class UNet(nn.Module):
         h = attention(h, "mid_attn_1")
         h = resnet(h, h.shape[-1], "mid_block_2")
 
-        for level, multiplier in reversed(list(enumerate(self.multipliers))):
-            for block in range(self.blocks + 1):
+        for level, multiplier in reversed(list(enumerate(self.channel_mult))):
+            for block in range(self.num_res_blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = resnet(h, self.width * multiplier, f"up_{level}_block_{block}")
                 if h.shape[1] in self.attention_resolutions:
@@ -253,18 +253,18 @@ def check_unet(unet: UNet, image_size: Sequence[int]) -> None:
     """
     if unet.width < 4:
         raise ValueError(f"model width {unet.width} is too small: the time embedding needs at least 4")
-    stride = 2 ** (len(unet.multipliers) - 1)
+    stride = 2 ** (len(unet.channel_mult) - 1)
     for side, size in zip(("height", "width"), image_size, strict=True):
         if size % stride:
             below = size // stride * stride
             nearest = f"{below} or {below + stride}" if below else f"{stride}"
             raise ValueError(
-                f"image {side} {size} is not divisible by {stride}, as {len(unet.multipliers)} levels need: "
-                f"use {nearest}, or fewer model multipliers"
+                f"image {side} {size} is not divisible by {stride}, as {len(unet.channel_mult)} levels need: "
+                f"use {nearest}, or fewer model channel_mult"
             )
-    for multiplier in unet.multipliers:
+    for multiplier in unet.channel_mult:
         channels = unet.width * multiplier
-        for what, divisor in (("groups", unet.groups), ("heads", unet.heads)):
+        for what, divisor in (("groups", unet.num_groups), ("heads", unet.num_heads)):
             if channels % divisor:
                 raise ValueError(
                     f"{channels} channels (width {unet.width} x multiplier {multiplier}) are not divisible by "

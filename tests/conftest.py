@@ -10,15 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax import chains, editor
-from ddpm_jax.chains import Choice
-from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, build_unet, image_shape, save_config
-from ddpm_jax.evaluation import bits
-from ddpm_jax.sampling import Job, batch_chain
-from ddpm_jax.training.checkpoints import Checkpoints
-from ddpm_jax.training.state import TrainState, init_params
+from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig
+from ddpm_jax.evaluation import bits_per_dim
+from ddpm_jax.generation import editor, sampler_config
+from ddpm_jax.generation.batches import batch_chain
+from ddpm_jax.generation.job import Job
+from ddpm_jax.generation.sampler_config import SamplerConfig
+from ddpm_jax.networks import init_params
+from ddpm_jax.run.build import build_unet, image_shape
+from ddpm_jax.run.checkpoints import Checkpoints
+from ddpm_jax.run.record import save_config
+from ddpm_jax.training.state import TrainState
 
 T = 12
+HELPERS = Path(__file__).parent / "training" / "helpers.py"
 ROOT = Path(__file__).parents[1]
 
 
@@ -27,15 +32,20 @@ def make_job(*, num_classes=0, data=None, seed=0, choice=None):
         data=DataConfig() if data is None else data,
         diffusion=DiffusionConfig(num_steps=T, beta_start=0.05, beta_end=0.6),
         model=ModelConfig(
-            width=8, multipliers=(1,), blocks=1, attention_resolutions=(), groups=4, num_classes=num_classes
+            width=8,
+            channel_mult=(1,),
+            num_res_blocks=1,
+            attention_resolutions=(),
+            num_groups=4,
+            num_classes=num_classes,
         ),
     )
     shapes = jax.eval_shape(lambda key: init_params(key, build_unet(config), image_shape(config)), jax.random.key(0))
     leaves, structure = jax.tree.flatten(shapes)
     random = np.random.default_rng(0)
-    # As initialised the network says almost 0.
+    # As initialized the network says almost 0.
     params = structure.unflatten([jnp.asarray(0.2 * random.normal(size=leaf.shape), jnp.float32) for leaf in leaves])
-    return Job(config, params, 7, seed, Choice() if choice is None else choice)
+    return Job(config, params, 7, seed, SamplerConfig() if choice is None else choice)
 
 
 def closed_form(unet, params, labels, **choice):
@@ -55,6 +65,12 @@ def save_run(job, folder):
     return folder
 
 
+@pytest.fixture(scope="session")
+def training():
+    """The helpers of the tests of training: tests are not a package, so they cannot import them."""
+    return types.SimpleNamespace(**runpy.run_path(str(HELPERS), run_name="helpers"))
+
+
 @pytest.fixture
 def run_script(monkeypatch, capsys):
     """Runs a script in this process; gives its status, and what it wrote."""
@@ -72,11 +88,11 @@ def run_script(monkeypatch, capsys):
 def drawing():
     """Makes jobs of T steps, whose network is a closed form while the module's tests run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chains, "network", closed_form)
+        patch.setattr(sampler_config, "network", closed_form)
         patch.setattr(editor, "network", closed_form)
-        patch.setattr(bits, "network", closed_form)
+        patch.setattr(bits_per_dim, "network", closed_form)
         batch_chain.cache_clear()
-        bits.batch_bound.cache_clear()
+        bits_per_dim.batch_bound.cache_clear()
         yield types.SimpleNamespace(T=T, make_job=make_job, save_run=save_run)
     batch_chain.cache_clear()
-    bits.batch_bound.cache_clear()
+    bits_per_dim.batch_bound.cache_clear()

@@ -12,14 +12,7 @@ from hypothesis import strategies as st
 from scipy import integrate, special
 from scipy import stats as distributions
 
-from ddpm_jax.bound import (
-    bits_per_dim,
-    bound_term,
-    decoder_log_likelihood,
-    gaussian_kl,
-    prior_bits,
-    reverse_bits,
-)
+from ddpm_jax.bound import bits_per_dim, bound_term, decoder_log_likelihood, gaussian_kl, prior_bits, reverse_bits
 from ddpm_jax.forward import Gaussian, per_image, q_sample
 from ddpm_jax.reverse import Reverse, p_mean_variance
 from ddpm_jax.schedules import make_schedule

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_jax import command
-from ddpm_jax.chains import Choice
-from ddpm_jax.config import validate
-from ddpm_jax.errors import UserError
-from ddpm_jax.named_samplers import make_sampler
+from ddpm_jax.generation.sampler_config import SamplerConfig
+from ddpm_jax.run import command
+from ddpm_jax.run.validation import validate
+from ddpm_jax.samplers.by_name import make_sampler
 from ddpm_jax.schedules import make_betas
+from ddpm_jax.system.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -227,7 +227,7 @@ def read_command(monkeypatch, tmp_path):
             _, config = end.value.args[0]
             validate(config)
         asked = end.value.args[0]
-        if isinstance(asked, Choice):
+        if isinstance(asked, SamplerConfig):
             betas, predict = make_betas("linear", 1000), lambda x_t, t: x_t
             make_sampler(asked.sampler, betas, predict, num_steps=asked.steps, spacing=asked.spacing, eta=asked.eta)
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from ddpm_jax.ddim import ddim, ddim_inversion
 from ddpm_jax.editing import (
     Start,
     between,
@@ -27,9 +26,11 @@ from ddpm_jax.editing import (
     slerp,
 )
 from ddpm_jax.keys import image_keys, normal
-from ddpm_jax.samplers import ancestral, initial_noise, run_chain, sample
+from ddpm_jax.samplers.ancestral import ancestral
+from ddpm_jax.samplers.chain import initial_noise, run_chain, sample
+from ddpm_jax.samplers.ddim import ddim, ddim_inversion
+from ddpm_jax.samplers.dpm_solver import dpm_solver_pp_2m
 from ddpm_jax.schedules import make_schedule, schedule_from_betas
-from ddpm_jax.solvers import dpm_solver_pp_2m
 
 T, SHAPE, SIZE = 40, (2, 2, 2), 8
 SCHEDULE = make_schedule("linear", T, beta_start=1e-3, beta_end=0.25)
@@ -387,8 +388,8 @@ def test_a_range_of_moves_after_another_is_the_whole_walk():
     whole = jax.jit(lambda x0: inpaint(KEY, SCHEDULE, CHAIN, x0, mask, jump=7, resamples=2))(x0)
     assert chain.num_steps == 2 * half
     np.testing.assert_allclose(second.x, whole, atol=1e-5)
-    assert len(chain.times) == chain.num_steps
-    assert chain.times.min() == 0
+    assert len(chain.timesteps) == chain.num_steps
+    assert chain.timesteps.min() == 0
 
 
 def test_going_up_adds_the_noise_of_the_steps_between():

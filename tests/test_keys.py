@@ -80,5 +80,5 @@ def test_noise_is_standard_normal_and_uncorrelated_between_images():
     # 32,768 draws. The seed is fixed, so this passes or fails for ever; another seed would fail once in a thousand.
     assert stats.kstest(noise.ravel(), "norm").pvalue > 1e-3
     rows = noise.reshape(512, 64)
-    neighbours = (rows[:-1] * rows[1:]).mean()
-    assert abs(neighbours) < 4 / np.sqrt(511 * 64)  # 4 standard deviations of a mean of products of normals
+    neighbors = (rows[:-1] * rows[1:]).mean()
+    assert abs(neighbors) < 4 / np.sqrt(511 * 64)  # 4 standard deviations of a mean of products of normals

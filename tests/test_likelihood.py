@@ -10,7 +10,6 @@ import scipy.stats
 from hypothesis import given, settings
 
 from ddpm_jax import likelihood
-from ddpm_jax.data.pipeline import to_float
 from ddpm_jax.keys import image_keys
 from ddpm_jax.likelihood import (
     Bound,
@@ -23,6 +22,7 @@ from ddpm_jax.likelihood import (
     strata,
     total_bits,
 )
+from ddpm_jax.pixels import to_float
 from ddpm_jax.schedules import make_schedule, schedule_from_betas
 
 SHAPE = (2, 3, 1)
@@ -303,7 +303,7 @@ def test_no_variance_is_better_than_the_optimal_one_on_its_own_data(strength, se
     others = [SHORT.fixed_large_log_variance, SHORT.posterior_log_variance_clipped, optimal + 0.1, optimal - 0.1]
     for other in others:
         assert (best[1:] <= bits(other)[1:] * (1 + 1e-5) + 1e-6).all()
-    # Strictly better than its neighbours: KL(s^2 e^a) - KL(s^2) = (e^-a - 1 + a) / 2.
+    # Strictly better than its neighbors: KL(s^2 e^a) - KL(s^2) = (e^-a - 1 + a) / 2.
     for shift in (0.1, -0.1):
         loss = (bits(optimal + shift) - best)[1:] * np.log(2)
         np.testing.assert_allclose(loss, 0.5 * np.expm1(-shift) + 0.5 * shift, rtol=0.05, atol=2e-6 * best.max())

@@ -86,7 +86,7 @@ class TestKnownLosses:
         assert abs(z).max() < 5.5  # the largest of 1000; a chi-square of 512 has a heavier tail than a normal
 
     def test_network_is_told_the_times_of_the_schedule(self):
-        respaced = schedule_from_betas([0.1, 0.2, 0.3], times=[0, 500, 999])
+        respaced = schedule_from_betas([0.1, 0.2, 0.3], timesteps=[0, 500, 999])
         echo = lambda x_t, t: jnp.zeros_like(x_t) + per_image(t.astype(jnp.float32))
         _, info = l_simple(
             image_keys(jax.random.key(0), jnp.arange(3)), respaced, echo, jnp.zeros((3, 2, 2, 1)), jnp.array([2, 0, 1])

@@ -81,11 +81,11 @@ def test_unet_equals_that_of_diffusers(blocks, head_channels, groups, image):
     ).eval()
     unet = UNet(
         width=32,
-        multipliers=(1, 2, 2),
-        blocks=blocks,
+        channel_mult=(1, 2, 2),
+        num_res_blocks=blocks,
         attention_resolutions=(image[0] // 2,),
-        heads=1 if head_channels is None else 64 // head_channels,
-        groups=groups,
+        num_heads=1 if head_channels is None else 64 // head_channels,
+        num_groups=groups,
     )
     random = np.random.default_rng(0)
     x, t = random.normal(size=(4, *image, 3)).astype(np.float32), np.array([0, 1, 437, 999], np.int32)

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.ddim import ddim
-from ddpm_jax.respacing import evenly_spaced, leading, respace, trailing
-from ddpm_jax.samplers import ancestral
+from ddpm_jax.samplers.ancestral import ancestral
+from ddpm_jax.samplers.ddim import ddim
+from ddpm_jax.samplers.dpm_solver import dpm_solver_pp_2m, dpm_solver_pp_2m_sde
+from ddpm_jax.samplers.respacing import evenly_spaced, leading, respace, trailing
+from ddpm_jax.samplers.unipc import unipc
 from ddpm_jax.schedules import make_betas
-from ddpm_jax.solvers import dpm_solver_pp_2m, dpm_solver_pp_2m_sde, unipc
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -47,7 +48,7 @@ def predict_with_variance(x_t, t):
 def noise(monkeypatch):
     """(STEPS + 1, B, H, W, C): x_T, and what both sides draw at step 0, 1, .. from the noise."""
     noise = np.random.default_rng(0).normal(size=(STEPS + 1, *IMAGES)).astype(np.float32)
-    for module in ("samplers", "ddim", "solvers"):
+    for module in ("samplers.ancestral", "samplers.ddim", "samplers.multistep"):
         monkeypatch.setattr(f"ddpm_jax.{module}.step_noise", lambda keys, time, shape: jnp.asarray(noise)[STEPS - time])
     return noise
 
@@ -79,15 +80,24 @@ def assert_same_steps(sampler, network, scheduler, noise, step):
 @pytest.mark.parametrize("clip_x0", [True, False])
 @pytest.mark.parametrize(("eta", "prediction"), [(0.0, "eps"), (1.0, "eps"), (0.4, "eps"), (0.4, "x0"), (0.4, "v")])
 def test_ddim(noise, eta, prediction, clip_x0):
-    for eps_of in ("x0", "network") if clip_x0 else ("x0",):
+    for eps_after_clipping in ("recompute", "network") if clip_x0 else ("recompute",):
         times = leading(T, STEPS)
         scheduler = diffusers.DDIMScheduler(T, clip_sample=clip_x0, prediction_type=PREDICTIONS[prediction])
         in_float64(scheduler, times)
-        sampler = ddim(respace(BETAS, times), predict, eta=eta, prediction=prediction, clip_x0=clip_x0, eps_of=eps_of)
+        sampler = ddim(
+            respace(BETAS, times),
+            predict,
+            eta=eta,
+            prediction=prediction,
+            clip_x0=clip_x0,
+            eps_after_clipping=eps_after_clipping,
+        )
 
-        def step(k, output, t, x, *, scheduler=scheduler, eps_of=eps_of):
+        def step(k, output, t, x, *, scheduler=scheduler, eps_after_clipping=eps_after_clipping):
             drawn = dict(eta=eta, variance_noise=to_torch(noise[1 + k])) if eta else {}
-            return scheduler.step(output, t, x, use_clipped_model_output=eps_of == "x0", **drawn).prev_sample
+            return scheduler.step(
+                output, t, x, use_clipped_model_output=eps_after_clipping == "recompute", **drawn
+            ).prev_sample
 
         assert_same_steps(sampler, predict, scheduler, noise, step)
 

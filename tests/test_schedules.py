@@ -63,7 +63,7 @@ def test_tables_equal_formulas(name, num_steps):
     schedule = make_schedule(name, num_steps)
     assert schedule.num_steps == num_steps
     assert_tables_equal_reference(schedule, make_betas(name, num_steps))
-    np.testing.assert_array_equal(schedule.times, np.arange(num_steps))
+    np.testing.assert_array_equal(schedule.timesteps, np.arange(num_steps))
 
 
 @given(betas=any_betas)
@@ -97,7 +97,7 @@ def test_schedule_is_a_pytree_of_float32_vectors(name):
     for field in dataclasses.fields(Schedule):
         table = getattr(schedule, field.name)
         chex.assert_shape(table, (12,))
-        chex.assert_type(table, jnp.int32 if field.name == "times" else jnp.float32)
+        chex.assert_type(table, jnp.int32 if field.name == "timesteps" else jnp.float32)
     doubled = jax.jit(lambda schedule: jax.tree.map(lambda table: table + table, schedule))(schedule)
     assert isinstance(doubled, Schedule)
     np.testing.assert_array_equal(doubled.betas, 2 * np.asarray(schedule.betas))
@@ -112,9 +112,9 @@ def test_alphas_bar_prev_is_one_at_first_step_and_does_not_wrap():
 
 
 def test_respaced_times_are_kept():
-    schedule = schedule_from_betas([0.1, 0.2, 0.3], times=[0, 500, 999])
-    np.testing.assert_array_equal(schedule.times, [0, 500, 999])
-    chex.assert_type(schedule.times, jnp.int32)
+    schedule = schedule_from_betas([0.1, 0.2, 0.3], timesteps=[0, 500, 999])
+    np.testing.assert_array_equal(schedule.timesteps, [0, 500, 999])
+    chex.assert_type(schedule.timesteps, jnp.int32)
 
 
 class TestRefusals:
@@ -148,10 +148,10 @@ class TestRefusals:
         with pytest.raises(ValueError, match="vector"):
             schedule_from_betas(betas)
 
-    @pytest.mark.parametrize("times", [[0, 1], [[0, 1, 2]]])
-    def test_times_of_another_length(self, times):
-        with pytest.raises(ValueError, match="times of shape"):
-            schedule_from_betas([0.1, 0.2, 0.3], times=times)
+    @pytest.mark.parametrize("timesteps", [[0, 1], [[0, 1, 2]]])
+    def test_times_of_another_length(self, timesteps):
+        with pytest.raises(ValueError, match="timesteps of shape"):
+            schedule_from_betas([0.1, 0.2, 0.3], timesteps=timesteps)
 
 
 @pytest.fixture(scope="module")

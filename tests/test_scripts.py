@@ -17,15 +17,16 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax.command import run_script
-from ddpm_jax.training.checkpoints import load_ema
-from ddpm_jax.training.weights import load_weights
+from ddpm_jax.run.checkpoints import load_ema
+from ddpm_jax.run.weights import load_weights
+from ddpm_jax.system.exits import run_script
 
 REPOSITORY = Path(__file__).parents[1]
 STEPS = 400
 TINY = (
-    "--model.width 8 --model.groups 4 --model.multipliers 1 --model.blocks 1 --model.attention-resolutions "
-    "--diffusion.schedule cosine --diffusion.num-steps 20 --train.batch-size 8 --train.warmup 5 "
+    "--model.width 8 --model.num-groups 4 --model.channel-mult 1 --model.num-res-blocks 1 "
+    "--model.attention-resolutions "
+    "--diffusion.schedule cosine --diffusion.num-steps 20 --train.batch-size 8 --train.warmup-steps 5 "
     "--train.learning-rate 1e-3 --train.ema-decay 0.9 --checkpoints.every 30 --log.every 20 --log.samples-every 200 "
     f"--log.num-samples 4 --log.sample-steps 0 --train.steps {STEPS}"
 ).split()
@@ -275,7 +276,7 @@ class TestMisuse:
             ("--diffusion.num-steps 0", ["diffusion.num_steps=0", "at least 1"]),
             ("--diffusion.beta-start 0", ["diffusion.beta_start=0.0", "(0, 1)"]),
             ("--diffusion.beta-end 1.5", ["diffusion.beta_end=1.5", "(0, 1)"]),
-            ("--data.height 10 --model.multipliers 1 2 2", ["height 10", "divisible by 4", "8 or 12"]),
+            ("--data.height 10 --model.channel-mult 1 2 2", ["height 10", "divisible by 4", "8 or 12"]),
             ("--data.source folder --data.path MISSING", ["MISSING"]),
             ("--data.source folder --data.path EMPTY", ["EMPTY"]),
             ("--train.batch-size 12", ["train.batch_size=12", "8 devices", "multiple of 8"]),

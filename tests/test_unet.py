@@ -14,8 +14,8 @@ from ddpm_jax.keys import image_keys
 from ddpm_jax.unet import AttentionBlock, ResnetBlock, UNet, check_unet, dropout, time_embedding
 
 CIFAR10 = UNet()
-TWO_LEVELS = UNet(multipliers=(1, 2), blocks=1, attention_resolutions=())
-CELEBAHQ256 = UNet(multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0)
+TWO_LEVELS = UNet(channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=())
+CELEBAHQ256 = UNet(channel_mult=(1, 1, 2, 2, 4, 4), dropout=0.0)
 
 
 def shapes_of(unet, image=(32, 32, 3)):
@@ -44,9 +44,9 @@ def draw_again(shapes, seed=0):
 class Reference:
     """The network of the paper in float64 NumPy, of the parameters of ours."""
 
-    def __init__(self, params, *, groups, heads=1):
+    def __init__(self, params, *, num_groups, num_heads=1):
         self.params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-        self.groups, self.heads = groups, heads
+        self.num_groups, self.num_heads = num_groups, num_heads
 
     @staticmethod
     def swish(x):
@@ -70,7 +70,7 @@ class Reference:
         return sum(taps) + p["bias"]
 
     def norm(self, p, x):
-        grouped = x.reshape(*x.shape[:3], self.groups, -1)
+        grouped = x.reshape(*x.shape[:3], self.num_groups, -1)
         centred = grouped - grouped.mean((1, 2, 4), keepdims=True)
         variance = (centred**2).mean((1, 2, 4), keepdims=True)
         return (centred / np.sqrt(variance + 1e-6)).reshape(x.shape) * p["scale"] + p["bias"]
@@ -84,16 +84,16 @@ class Reference:
     def attention(self, p, x):
         batch, height, width, channels = x.shape
         h = self.norm(p["norm"], x).reshape(batch, height * width, channels)
-        size, outputs = channels // self.heads, []
+        size, outputs = channels // self.num_heads, []
         q, k, v = (self.dense(p[name], h) for name in "qkv")
-        for head in range(self.heads):
+        for head in range(self.num_heads):
             part = slice(head * size, (head + 1) * size)
             logits = q[..., part] @ k[..., part].transpose(0, 2, 1) / np.sqrt(size)
             weights = np.exp(logits - logits.max(-1, keepdims=True))
             outputs.append(weights / weights.sum(-1, keepdims=True) @ v[..., part])
         return x + self.dense(p["proj_out"], np.concatenate(outputs, -1)).reshape(x.shape)
 
-    def __call__(self, x, t, *, width, levels, blocks, attention_resolutions):
+    def __call__(self, x, t, *, width, levels, num_res_blocks, attention_resolutions):
         p = self.params
         frequencies = np.exp(-np.arange(width // 2) * np.log(10000) / (width // 2 - 1))
         angles = np.asarray(t, np.float64)[:, None] * frequencies
@@ -103,7 +103,7 @@ class Reference:
         h = self.conv(p["conv_in"], np.asarray(x, np.float64))
         skips = [h]
         for level in range(levels):
-            for block in range(blocks):
+            for block in range(num_res_blocks):
                 h = self.resnet(p[f"down_{level}_block_{block}"], h, embedding)
                 if h.shape[1] in attention_resolutions:
                     h = self.attention(p[f"down_{level}_attn_{block}"], h)
@@ -115,7 +115,7 @@ class Reference:
         h = self.attention(p["mid_attn_1"], h)
         h = self.resnet(p["mid_block_2"], h, embedding)
         for level in reversed(range(levels)):
-            for block in range(blocks + 1):
+            for block in range(num_res_blocks + 1):
                 h = self.resnet(p[f"up_{level}_block_{block}"], np.concatenate([h, skips.pop()], -1), embedding)
                 if h.shape[1] in attention_resolutions:
                     h = self.attention(p[f"up_{level}_attn_{block}"], h)
@@ -125,15 +125,15 @@ class Reference:
         return self.conv(p["conv_out"], self.swish(self.norm(p["norm_out"], h)))
 
 
-SMALL = dict(width=8, multipliers=(1, 2), blocks=1, attention_resolutions=(16,), groups=4)
+SMALL = dict(width=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(16,), num_groups=4)
 
 
 @pytest.mark.parametrize(
     ("image", "options"),
     [
         ((16, 8, 3), {}),
-        ((8, 16, 1), dict(heads=2, attention_resolutions=(4,), out_channels=2)),
-        ((6, 2, 5), dict(blocks=2, out_channels=5, groups=2)),
+        ((8, 16, 1), dict(num_heads=2, attention_resolutions=(4,), out_channels=2)),
+        ((6, 2, 5), dict(num_res_blocks=2, out_channels=5, num_groups=2)),
     ],
 )
 def test_equals_the_network_written_again(image, options):
@@ -143,8 +143,10 @@ def test_equals_the_network_written_again(image, options):
     x, t = jax.random.normal(jax.random.key(0), (3, *image)), jnp.array([0, 17, 999])
     actual = jax.jit(unet.apply)({"params": params}, x, t)
     chex.assert_shape(actual, (3, *image[:2], unet.out_channels))
-    reference = Reference(params, groups=unet.groups, heads=unet.heads)
-    expected = reference(x, t, width=8, levels=2, blocks=unet.blocks, attention_resolutions=unet.attention_resolutions)
+    reference = Reference(params, num_groups=unet.num_groups, num_heads=unet.num_heads)
+    expected = reference(
+        x, t, width=8, levels=2, num_res_blocks=unet.num_res_blocks, attention_resolutions=unet.attention_resolutions
+    )
     assert expected.std() > 0.1
     np.testing.assert_allclose(actual, expected, atol=2e-5 * expected.std())
 
@@ -155,7 +157,7 @@ class TestParameters:
         [
             (CIFAR10, 32, 35_746_307),
             (CIFAR10.clone(out_channels=6), 32, 35_749_766),
-            (UNet(multipliers=(1, 2, 2, 2, 4)), 64, 78_700_803),
+            (UNet(channel_mult=(1, 2, 2, 2, 4)), 64, 78_700_803),
             (CELEBAHQ256, 256, 113_673_219),
             (CELEBAHQ256.clone(width=192), 256, 255_677_955),
         ],
@@ -219,11 +221,11 @@ class TestParameters:
 
 @pytest.fixture(scope="module")
 def initial():
-    """The first two levels of the paper's widths, initialised."""
+    """The first two levels of the paper's widths, initialized."""
     return jax.jit(TWO_LEVELS.init)(jax.random.key(0), jnp.zeros((1, 4, 4, 3)), jnp.zeros(1, jnp.int32))["params"]
 
 
-class TestInitialisation:
+class TestInitialization:
     @pytest.mark.parametrize(
         ("place", "shape", "limit"),
         [
@@ -341,7 +343,7 @@ class TestNetworkDropout:
 
     def test_every_block_has_a_mask_of_its_own(self):
         # Two blocks of one shape: were their keys the same, so were the masks. What passes is seen at conv2's input.
-        unet = UNet(width=8, multipliers=(1,), blocks=2, attention_resolutions=(), groups=4, dropout=0.5)
+        unet = UNet(width=8, channel_mult=(1,), num_res_blocks=2, attention_resolutions=(), num_groups=4, dropout=0.5)
         x, t = jnp.ones((1, 4, 4, 3)), jnp.zeros(1, jnp.int32)
         params = draw_again(shapes_of(unet, (4, 4, 3)))
         masks = []
@@ -366,7 +368,7 @@ class TestRecomputing:
         chex.assert_trees_all_equal_shapes_and_dtypes(*shapes)
 
     def test_keeps_less_for_the_gradient_which_is_the_same(self):
-        unet = UNet(width=8, multipliers=(1,), blocks=1, attention_resolutions=(), groups=4, dropout=0.1)
+        unet = UNet(width=8, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(), num_groups=4, dropout=0.1)
         params = draw_again(shapes_of(unet, (8, 8, 3)))
         keys = image_keys(jax.random.key(0), jnp.arange(2))
         x, t = jax.random.normal(jax.random.key(1), (2, 8, 8, 3)), jnp.array([3, 40], jnp.int32)
@@ -404,7 +406,7 @@ class TestPrecision:
         embedding = jax.random.normal(jax.random.key(1), (2, 16))
         rest = (embedding, None) if isinstance(block, ResnetBlock) else ()
         params = draw_again(jax.eval_shape(block.init, jax.random.key(0), x, *rest)["params"])
-        reference = Reference(params, groups=4)
+        reference = Reference(params, num_groups=4)
         part = (
             reference.resnet(reference.params, np.asarray(x, np.float64), np.asarray(embedding, np.float64))
             if rest
@@ -438,7 +440,7 @@ class TestRefusals:
 
     def test_heads(self):
         with pytest.raises(ValueError, match=r"128 channels .* 3 heads: use model heads 1"):
-            check_unet(UNet(heads=3), (32, 32))
+            check_unet(UNet(num_heads=3), (32, 32))
 
     def test_times_that_are_not_one_an_image(self):
         x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.source import Source, fits_memory, no_split, shape_of
-from ddpm_jax.errors import NoSuchSplit, UserError
+from ddpm_jax.system.errors import NoSuchSplit, UserError
 
 _SPLITS = ("train", "test", "all")
 _IMAGES, _LABELS = ("images", "arr_0", "x"), ("labels", "arr_1", "y")

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ddpm_jax import pictures
 from ddpm_jax.config import Config
 from ddpm_jax.data.folder import UnreadableFiles
 from ddpm_jax.data.order import batch_indices
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source
-from ddpm_jax.errors import UserError
+from ddpm_jax.system import pictures
+from ddpm_jax.system.errors import UserError
 
 _GRID = 64
 _CHUNK = 64  # images read at a time

@@ -12,7 +12,7 @@ import numpy as np
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.source import Source, in_memory, no_split, shape_of
-from ddpm_jax.errors import UserError
+from ddpm_jax.system.errors import UserError
 
 _URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 _DEFAULT = pathlib.Path("data")
@@ -58,7 +58,7 @@ def load(config: DataConfig) -> Source:
 
 
 def probe(config: DataConfig) -> int:
-    """Gives the number of channels: they are in colour."""
+    """Gives the number of channels: they are in color."""
     del config
     return 3
 

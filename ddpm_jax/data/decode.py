@@ -1,6 +1,6 @@
 """Pictures of any kind and size, as arrays: cropped in the middle to the aspect ratio asked for, and resized.
 
-Resizing is antialiased and bicubic; grey, colour and alpha are converted to the channels asked for.
+Resizing is antialiased and bicubic; gray, color and alpha are converted to the channels asked for.
 """
 
 import io
@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 from PIL import Image, ImageOps
 
-from ddpm_jax.errors import UserError
+from ddpm_jax.system.errors import UserError
 
 
 class Unreadable(Exception):
@@ -62,14 +62,14 @@ def _reason(error: Exception) -> str:
 
 
 def channels_of(image: Image.Image) -> int:
-    """Counts the channels of a picture as it is in its file; palettes count as colour."""
+    """Counts the channels of a picture as it is in its file; palettes count as color."""
     if image.has_transparency_data:
         return 4
     return 1 if image.mode in ("1", "L") or image.mode.startswith("I") else 3
 
 
 def _to_eight_bit(image: Image.Image) -> Image.Image:
-    """Scales 16-bit grey to 8 bits; Pillow's own conversion clips it at 255."""
+    """Scales 16-bit gray to 8 bits; Pillow's own conversion clips it at 255."""
     if not image.mode.startswith("I"):
         return image
     values = np.clip(np.asarray(image).astype(np.float64), 0, 65535)
@@ -77,7 +77,7 @@ def _to_eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _convert(image: Image.Image, channels: int) -> Image.Image:
-    """Converts to grey, colour or colour with alpha; what was transparent becomes white where there is no alpha."""
+    """Converts to gray, color or color with alpha; what was transparent becomes white where there is no alpha."""
     if channels == 4:
         return image.convert("RGBA")
     if image.has_transparency_data:

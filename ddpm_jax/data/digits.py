@@ -1,10 +1,10 @@
-"""scikit-learn's 1,797 handwritten digits, 8x8, grey: every fifth is held out."""
+"""scikit-learn's 1,797 handwritten digits, 8x8, gray: every fifth is held out."""
 
 import numpy as np
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.source import Source, in_memory, no_split, shape_of
-from ddpm_jax.errors import UserError
+from ddpm_jax.system.errors import UserError
 
 
 def load(config: DataConfig) -> Source:
@@ -39,6 +39,6 @@ def load(config: DataConfig) -> Source:
 
 
 def probe(config: DataConfig) -> int:
-    """Gives the number of channels: they are grey."""
+    """Gives the number of channels: they are gray."""
     del config
     return 1

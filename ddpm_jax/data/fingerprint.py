@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from ddpm_jax.data.source import Source
-from ddpm_jax.errors import UserError
-from ddpm_jax.files import write_whole
+from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import write_json
 
 _LOOKED_AT = 64
 _CHUNK = 64  # images whose checksum is taken at a time: what is mapped need not be copied as one
@@ -97,5 +97,4 @@ def check_same_set(file: Path, source: Source, *, write: bool = True) -> None:
             f"it those, or another --workdir; to go on with these all the same, remove {file}"
         )
     if write and not here.keys() <= there.keys():
-        text = json.dumps({**there, **here}, indent=2) + "\n"
-        write_whole(file, lambda opened: opened.write(text.encode()))
+        write_json(file, {**there, **here})

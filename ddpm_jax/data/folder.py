@@ -14,7 +14,7 @@ from PIL import Image
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.decode import Unreadable, channels_of, decode, look_over, to_array
 from ddpm_jax.data.source import Source, fits_memory, in_memory, in_threads, no_split, shape_of
-from ddpm_jax.errors import NoSuchSplit, UserError
+from ddpm_jax.system.errors import NoSuchSplit, UserError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _NAMES_SHOWN = 3

@@ -10,7 +10,7 @@ import numpy as np
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.source import Source, in_memory, no_split
-from ddpm_jax.errors import NoSuchSplit, UserError
+from ddpm_jax.system.errors import NoSuchSplit, UserError
 
 _DEBIAN_FASHION_MNIST = pathlib.Path("/usr/share/datasets/fashion-mnist")
 _PARTS = {"train": ("train",), "test": ("t10k",), "all": ("train", "t10k")}
@@ -30,7 +30,7 @@ def load(config: DataConfig) -> Source:
     """
     folder = _folder(config)
     if config.channels != 1:
-        raise UserError(f"data.channels: idx files hold grey images; set it to 1, not {config.channels}")
+        raise UserError(f"data.channels: idx files hold gray images; set it to 1, not {config.channels}")
     if config.split not in _PARTS:
         raise no_split(config, _PARTS)
     images, labels = [], []
@@ -111,6 +111,6 @@ def _pad(config: DataConfig, images: np.ndarray) -> np.ndarray:
 
 
 def probe(config: DataConfig) -> int:
-    """Gives the number of channels: they are grey."""
+    """Gives the number of channels: they are gray."""
     del config
     return 1

@@ -15,7 +15,7 @@ from PIL import Image
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.decode import Unreadable, decode, to_array
 from ddpm_jax.data.source import Source, fits_memory, in_memory, in_threads, shape_of
-from ddpm_jax.errors import NoSuchSplit, UserError
+from ddpm_jax.system.errors import NoSuchSplit, UserError
 
 
 class _Prepared(typing.NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.errors import NoSuchSplit
+from ddpm_jax.system.errors import NoSuchSplit
 
 _NUM_THREADS = min(16, 2 * (os.cpu_count() or 1))
 _CHUNK = 1024  # tasks handed to the threads at a time: a set of millions must not become a list of millions

@@ -15,7 +15,7 @@ import types
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import arrays, cifar10, digits, folder, idx, prepared
 from ddpm_jax.data.source import Source
-from ddpm_jax.errors import NoSuchSplit, UserError
+from ddpm_jax.system.errors import NoSuchSplit, UserError
 
 _KINDS: dict[str, types.ModuleType] = {
     "digits": digits,
@@ -87,7 +87,7 @@ def probe_channels(config: DataConfig) -> int:
       config: which images; its `channels` is not looked at.
 
     Returns:
-      1 for grey, 3 for colour, 4 for colour with alpha.
+      1 for gray, 3 for color, 4 for color with alpha.
 
     Raises:
       UserError: there are no such images, or they do not agree.

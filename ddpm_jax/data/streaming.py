@@ -16,7 +16,7 @@ import numpy as np
 
 from ddpm_jax.data.order import example_index
 from ddpm_jax.data.source import Source
-from ddpm_jax.errors import UserError
+from ddpm_jax.system.errors import UserError
 
 _NUM_THREADS = min(16, 2 * (os.cpu_count() or 1))
 
@@ -30,14 +30,14 @@ class _Read:
     batch_size: int
     places: np.ndarray
     """Which rows of each batch are this host's, (count,)."""
-    labelled: bool
+    labeled: bool
 
     def __call__(self, number: int) -> tuple[np.ndarray, ...]:
         step, row = divmod(int(number), len(self.places))
         position = step * self.batch_size + int(self.places[row])
         index = np.array([example_index(self.seed, position, num_examples=self.source.num_examples)])
         image = self.source.read(index)[0]
-        if self.source.read_labels is None or not self.labelled:
+        if self.source.read_labels is None or not self.labeled:
             return (image,)
         return image, self.source.read_labels(index)[0]
 
@@ -49,7 +49,7 @@ def stream(
     *,
     batch_size: int,
     rows: slice | np.ndarray,
-    labelled: bool,
+    labeled: bool,
     workers: int,
     ahead: int,
 ) -> Iterator[tuple[np.ndarray, ...]]:
@@ -61,7 +61,7 @@ def stream(
       steps: which, one after the other.
       batch_size: images a step, over all hosts.
       rows: which rows of each batch to read, a slice or their numbers.
-      labelled: whether to read labels as well.
+      labeled: whether to read labels as well.
       workers: processes that decode; with 0, threads of this process do.
       ahead: how many batches are kept ready.
 
@@ -73,7 +73,7 @@ def stream(
 
     places = np.arange(batch_size)[rows]
     count = len(places)
-    read = _Read(source, seed, batch_size, places, labelled)
+    read = _Read(source, seed, batch_size, places, labeled)
     examples = grain.MapDataset.range(steps.start * count, steps.stop * count).map(read)
     if not workers:
         # Batched last: the threads share out the images of one batch, and do not each make one of their own.

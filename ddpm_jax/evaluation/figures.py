@@ -9,19 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import modes, pictures
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_held_out, load_source
-from ddpm_jax.editor import Editor
-from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation.bits import BatchBound, check_labels, conclude, sums_of
-from ddpm_jax.evaluation.neighbours import nearest
-from ddpm_jax.files import claimed, write_whole
+from ddpm_jax.evaluation import plots
+from ddpm_jax.evaluation.bits_per_dim import BatchBound, check_labels, conclude, sums_of
+from ddpm_jax.evaluation.neighbors import nearest
+from ddpm_jax.generation import edits
+from ddpm_jax.generation.editor import Editor
+from ddpm_jax.generation.job import Job, describe_job
 from ddpm_jax.keys import image_keys
 from ddpm_jax.likelihood import rate_distortion
-from ddpm_jax.progress import Progress, say
-from ddpm_jax.samplers import initial_noise
-from ddpm_jax.sampling import Job, describe_job
+from ddpm_jax.samplers.chain import initial_noise
+from ddpm_jax.system import pictures
+from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import claimed, write_whole
+from ddpm_jax.system.progress import Progress, say
 
 LAMBDAS = np.linspace(0, 1, 11)
 _MOST = 32
@@ -32,7 +34,7 @@ _COUNTED, _COUNTED_TIMES = 64, 100
 _NEIGHBOURS, _LOOKED_AT = 8, 50_000
 _NEVER = (
     "Fig. 2, a drawing of the model and not of results.",
-    "Fig. 10, Inception Score and FID over the chain, and the neighbours by features of Figs. 12 and 15: they need the "
+    "Fig. 10, Inception Score and FID over the chain, and the neighbors by features of Figs. 12 and 15: they need the "
     "weights of the Inception network, which this package does not have.",
 )
 # The index of no image: what is drawn for the figures of given images is apart from the samples.
@@ -91,7 +93,7 @@ def draw_figures(job: Job, run: Path, out: Path, *, num: int = 8, batch_size: in
             check_labels(job.config, held_out)
         except UserError as error:
             say(f"the figures of real images are left out: {error}")
-            files = "What is made of real images (Figs. 8 and 9), their nearest neighbours (Figs. 12 and 15)"
+            files = "What is made of real images (Figs. 8 and 9), their nearest neighbors (Figs. 12 and 15)"
             files += ", the curve of rate and distortion (Fig. 5)" if finished is None else ""
             left_out.append(f"{files}: the run's data cannot be read: {error}")
             real = ""
@@ -99,8 +101,8 @@ def draw_figures(job: Job, run: Path, out: Path, *, num: int = 8, batch_size: in
             drawn += _of_images(editor, out, real_images(job, held_out, 2 * num))
             if finished is None:
                 drawn.append(_estimated_curve(job, held_out, out, batch_size=batch_size))
-            drawn.append(_neighbours(samples[:num], own, out))
-            real = f"Real images are of {held_out.name}, those of the nearest neighbours of {own.name}. "
+            drawn.append(_neighbors(samples[:num], own, out))
+            real = f"Real images are of {held_out.name}, those of the nearest neighbors of {own.name}. "
         if (run / "loss.png").is_file():
             _copy(run / "loss.png", out / "loss.png")
             drawn.append(Figure("loss.png", "The loss over the steps of training."))
@@ -151,7 +153,7 @@ def _of_noise(
         ("progressive_x0.png", over_time.x0, "the predicted x_0"),
         ("progressive_x_t.png", over_time.x_t, "x_t"),
     ):
-        _save(out / file, modes.over_time(frames_of, samples[:num]))
+        _save(out / file, edits.over_time(frames_of, samples[:num]))
         yield Figure(
             file, f"Progressive generation: {what} at t = {times}, and the image at last; a sample a row (Figs. 6, 14)."
         )
@@ -230,7 +232,7 @@ def _of_images(editor: Editor, out: Path, real: Real) -> typing.Iterator[Figure]
     twice = a.repeat(len(masks), axis=0)
     each = None if labels is None else np.repeat(labels, len(masks))
     filled = editor.inpaint(hole_key, twice, known, each, draws=4)
-    hidden = modes.hide(twice, known)
+    hidden = edits.hide(twice, known)
     _save(out / "inpainting.png", np.concatenate([twice[:, None], hidden[:, None], filled], axis=1))
     yield Figure(
         "inpainting.png",
@@ -279,7 +281,7 @@ def _estimated_curve(job: Job, source: Source, out: Path, *, batch_size: int) ->
         ]
     likelihood, per_time = conclude(sums, dimensions=math.prod(source.image_shape))
     curve = rate_distortion(per_time.means[0], likelihood.prior_bits, per_time.means[1])
-    pictures.plot_rate_distortion(out / "rate_distortion.png", curve.reverse_time, curve.rate, curve.distortion)
+    plots.plot_rate_distortion(out / "rate_distortion.png", curve.reverse_time, curve.rate, curve.distortion)
     which = f"all {number}" if number == source.num_examples else f"{number}, evenly over all {source.num_examples},"
     times = (
         "at all T times"
@@ -298,15 +300,15 @@ def _curve(of: str, bits: float, error: float | None) -> Figure:
     )
 
 
-def _neighbours(samples: np.ndarray, source: Source, out: Path) -> Figure:
+def _neighbors(samples: np.ndarray, source: Source, out: Path) -> Figure:
     """Draws samples with the images of the run's own set that are nearest to them."""
     indices = nearest(samples, source, number=_NEIGHBOURS, most=_LOOKED_AT)
     found = source.read(indices.reshape(-1)).reshape(*indices.shape, *source.image_shape)
-    _save(out / "nearest_neighbours.png", np.concatenate([samples[:, None], found], axis=1))
+    _save(out / "nearest_neighbors.png", np.concatenate([samples[:, None], found], axis=1))
     total = source.num_examples
     among = f"all {total}" if total <= _LOOKED_AT else f"the first {_LOOKED_AT} of the {total}"
     return Figure(
-        "nearest_neighbours.png",
+        "nearest_neighbors.png",
         f"First of each row a sample, then the {indices.shape[1]} images nearest to it by the squared distance of "
         f"their pixels, among {among} images of {source.name}, nearest first (Figs. 12, 15).",
     )
@@ -327,7 +329,7 @@ def _masks(shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def _save(path: Path, rows: np.ndarray) -> None:
-    pictures.save_png(path, modes.lay_out(rows))
+    pictures.save_png(path, edits.lay_out(rows))
 
 
 def _captions(editor: Editor, run: Path, drawn: list[Figure], left_out: list[str], *, num: int, real: str) -> str:

@@ -1,12 +1,11 @@
 """How close samples are to real images, judged by a small classifier fitted on the real ones.
 
-For small labelled sets (the digits, Fashion-MNIST), where the Inception network of FID says little and need not be at
+For small labeled sets (the digits, Fashion-MNIST), where the Inception network of FID says little and need not be at
 hand. The Frechet distance in the classifier's hidden features is called FD-own: it compares runs and samplers on one
 set with each other, and is no FID.
 """
 
 import dataclasses
-import json
 import typing
 import warnings
 from pathlib import Path
@@ -14,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import threadpoolctl
 
-from ddpm_jax.config import Config, load_config, read_config
+from ddpm_jax.config import Config
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source, resolve
-from ddpm_jax.errors import NoSuchSplit, UserError
 from ddpm_jax.evaluation.frechet import frechet_distance
-from ddpm_jax.files import write_whole
+from ddpm_jax.run.experiments import load_config
+from ddpm_jax.run.record import read_config
+from ddpm_jax.system.errors import NoSuchSplit, UserError
+from ddpm_jax.system.files import write_json
 
 _FEATURES = 64
 # So many images the classifier sees in all, over its passes: seconds on one core.
@@ -158,14 +159,14 @@ def judge(images: np.ndarray, source: Source, held_out: Source | None = None) ->
 
 
 def _judge(images: np.ndarray, source: Source, held_out: Source | None) -> Quality:
-    real, labels = _labelled(source)
+    real, labels = _labeled(source)
     classifier = Classifier(real, labels)
     names = classifier.names(images)
     classes = source.class_names or tuple(map(str, range(int(labels.max()) + 1)))
     fd_own, fd_own_of_real, compared = own_frechet_distances(classifier.features(images), classifier.features(real))
     confidence_of_real = accuracy = None
     if held_out is not None and held_out.labels is not None:
-        unseen, right = _labelled(held_out)
+        unseen, right = _labeled(held_out)
         confidence_of_real = float(classifier.probabilities(unseen).max(axis=1).mean())
         accuracy = float((classifier.names(unseen) == right).mean())
     return Quality(
@@ -207,8 +208,7 @@ def judge_file(file: Path, config: Config, *, number: int) -> Quality:
         except NoSuchSplit:
             held_out = None
     quality = judge(images[:number], source, held_out)
-    text = json.dumps(dataclasses.asdict(quality), indent=2) + "\n"
-    write_whole(file.with_name("quality.json"), lambda opened: opened.write(text.encode()))
+    write_json(file.with_name("quality.json"), dataclasses.asdict(quality))
     return quality
 
 
@@ -266,7 +266,7 @@ def summary(quality: Quality) -> str:
     )
 
 
-def _labelled(source: Source) -> tuple[np.ndarray, np.ndarray]:
+def _labeled(source: Source) -> tuple[np.ndarray, np.ndarray]:
     count = min(source.num_examples, _MOST_REAL)
     indices = np.arange(count) * source.num_examples // count
     return source.read(indices), typing.cast(np.ndarray, source.labels)[indices]

@@ -21,7 +21,7 @@ def in_parts(gradient: Gradient, params: Params, rows: Rows, *, parts: int, unro
 
     .. math:: L = \frac{1}{k} \sum_{j<k} L_j, \quad \text{part } j = \text{rows } j, j + k, j + 2k, \dots
 
-    Part j takes every k-th row, not B/k neighbours: so each device has its share of every part among its own rows.
+    Part j takes every k-th row, not B/k neighbors: so each device has its share of every part among its own rows.
 
     Args:
       gradient: of one part.

@@ -11,20 +11,22 @@ import numpy as np
 import optax
 from jax import Array
 
-from ddpm_jax.config import Config, check_same_run, matmul_precision
-from ddpm_jax.data import pipeline
+from ddpm_jax.config import Config
+from ddpm_jax.data import prefetch
 from ddpm_jax.data.check import check_classes
 from ddpm_jax.data.fingerprint import check_same_set
 from ddpm_jax.data.sources import load_source
-from ddpm_jax.errors import UserError
-from ddpm_jax.files import claimed
-from ddpm_jax.progress import Progress, say
-from ddpm_jax.training.assembly import Assembly, assemble
-from ddpm_jax.training.checkpoints import Checkpoints
+from ddpm_jax.run.build import matmul_precision
+from ddpm_jax.run.checkpoints import Checkpoints
+from ddpm_jax.run.record import check_same_run
+from ddpm_jax.run.weights import start_from
+from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import claimed
+from ddpm_jax.system.progress import Progress, say
 from ddpm_jax.training.metrics import StepNumbers
+from ddpm_jax.training.setup import Setup, make_setup
 from ddpm_jax.training.state import TrainState
 from ddpm_jax.training.step import Batch
-from ddpm_jax.training.weights import start_from
 
 
 def find_not_finite(config: Config, run: Path) -> str:
@@ -43,13 +45,15 @@ def find_not_finite(config: Config, run: Path) -> str:
       UserError: as `loop.train`; also where several hosts train together.
     """
     if jax.process_count() > 1:
-        raise UserError("--debug-nans looks at a step on one host: start it alone, with a --train.accumulate that fits")
+        raise UserError(
+            "--debug-nans looks at a step on one host: start it alone, with a --train.grad-accum-steps that fits"
+        )
     with claimed(run), matmul_precision(config):
         check_same_run(run / "config.json", config)
         source = load_source(config.data)
         check_same_set(run / "data.json", source, write=False)
         check_classes(config, source)
-        parts = assemble(config, source.image_shape)
+        parts = make_setup(config, source.image_shape)
         layout, keys = parts.layout, parts.keys
         step = layout.lift(parts.make_step)
         rules = config.checkpoints
@@ -66,7 +70,7 @@ def find_not_finite(config: Config, run: Path) -> str:
                 state = layout.place_state(start_from(Path(config.train.init_from), drawn, run=run))
         first = int(jax.device_get(layout.saved_state(state).step))
         train = config.train
-        feed: pipeline.Ahead[pipeline.Batch] = pipeline.batches(
+        feed: prefetch.Prefetch[prefetch.Batch] = prefetch.batches(
             source, train.seed, first, train.steps, batch_size=train.batch_size
         )
         with (
@@ -95,7 +99,7 @@ class _Seen(typing.NamedTuple):
     largest_in: float
 
 
-def first_not_finite(parts: Assembly, state: TrainState, batch: Batch) -> str:
+def first_not_finite(parts: Setup, state: TrainState, batch: Batch) -> str:
     """Says where a step first leaves the finite numbers: forward through the layers, then back.
 
     Args:
@@ -132,7 +136,7 @@ def _named(tree: typing.Any) -> list[tuple[str, Array]]:
     return [("/".join(str(key.key) for key in path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def _watched(parts: Assembly, state: TrainState, batch: Batch) -> tuple[list[_Seen], dict[str, bool], bool]:
+def _watched(parts: Setup, state: TrainState, batch: Batch) -> tuple[list[_Seen], dict[str, bool], bool]:
     """Does a step, and notes of every layer in the order of the calls, of every gradient and of the loss."""
     names: list[str] = []
     layers: dict[int, _Seen] = {}

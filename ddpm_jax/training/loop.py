@@ -15,38 +15,33 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ddpm_jax import pictures
-from ddpm_jax.chains import Choice, labels_of, make_chain
-from ddpm_jax.config import (
-    Config,
-    check_same_run,
-    image_shape,
-    leaves,
-    matmul_precision,
-    read_config,
-    save_config,
-    value_of,
-)
+from ddpm_jax.config import Config
 from ddpm_jax.data.check import check_classes
 from ddpm_jax.data.fingerprint import check_same_set
-from ddpm_jax.data.pipeline import to_uint8
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source
-from ddpm_jax.errors import Stopped, UserError
-from ddpm_jax.files import claimed, write_whole
-from ddpm_jax.hosts import Agreement, are_joined, end_all, is_first, wait_for_all
-from ddpm_jax.mesh import by_image, everywhere, gather
-from ddpm_jax.progress import Progress, say
-from ddpm_jax.samplers import sample
-from ddpm_jax.training.assembly import assemble
-from ddpm_jax.training.boards import open_boards
-from ddpm_jax.training.checkpoints import Checkpoints, has_saved
-from ddpm_jax.training.feeds import fed, make_feed
-from ddpm_jax.training.metrics import StepNumbers, append_line, read_lines, rewind, summarise
-from ddpm_jax.training.speed import peak_memory_gib, peak_tflops, training_flops, utilisation
+from ddpm_jax.generation.sampler_config import SamplerConfig, labels_of, make_chain
+from ddpm_jax.pixels import to_uint8
+from ddpm_jax.run.build import image_shape, matmul_precision
+from ddpm_jax.run.checkpoints import Checkpoints, has_saved
+from ddpm_jax.run.fields import leaves, value_of
+from ddpm_jax.run.record import check_same_run, read_config, save_config
+from ddpm_jax.run.weights import start_from
+from ddpm_jax.samplers.chain import sample
+from ddpm_jax.system import pictures
+from ddpm_jax.system.errors import Stopped, UserError
+from ddpm_jax.system.files import claimed, write_whole
+from ddpm_jax.system.hosts import Agreement, are_joined, barrier, end_all, is_primary_host
+from ddpm_jax.system.mesh import batch_sharding, gather, replicated
+from ddpm_jax.system.progress import Progress, say
+from ddpm_jax.training import plots
+from ddpm_jax.training.input_pipeline import make_input_pipeline, with_inputs
+from ddpm_jax.training.metric_writers import open_metric_writers
+from ddpm_jax.training.metrics import StepNumbers, append_line, read_lines, rewind, summarize
+from ddpm_jax.training.setup import make_setup
+from ddpm_jax.training.speed import peak_memory_gib, peak_tflops, training_flops, utilization
 from ddpm_jax.training.state import Params, learning_rate
 from ddpm_jax.training.step import StepInfo
-from ddpm_jax.training.weights import start_from
 from ddpm_jax.unet import UNet
 
 # Steps dispatched before the first of them is waited for: the device never waits for the host, nor runs far ahead.
@@ -73,35 +68,35 @@ def train(config: Config, run: Path) -> None:
     with contextlib.ExitStack() as held:
         received = held.enter_context(_signals())
         held.enter_context(matmul_precision(config))
-        begun = held.enter_context(_adopted(config, run)) if is_first() else lambda: None
-        wait_for_all("the run's folder is this run's")
-        if not is_first():
+        begun = held.enter_context(_adopted(config, run)) if is_primary_host() else lambda: None
+        barrier("the run's folder is this run's")
+        if not is_primary_host():
             _check_shared(config, run)
         source = load_source(config.data)
         say(source.describe())
-        if is_first():
+        if is_primary_host():
             check_same_set(run / "data.json", source)
-        wait_for_all("the images are this run's")
-        if not is_first():
+        barrier("the images are this run's")
+        if not is_primary_host():
             check_same_set(run / "data.json", source, write=False)
         _train(config, run, source, received, begun)
 
 
 def _train(config: Config, run: Path, source: Source, received: list[int], begun: Callable[[], None]) -> None:
     check_classes(config, source)
-    parts = assemble(config, source.image_shape)
+    parts = make_setup(config, source.image_shape)
     layout, init = parts.layout, parts.init
     init_key, run_key, samples_key = parts.keys
-    feed = make_feed(
+    feed = make_input_pipeline(
         source,
         layout,
         seed=config.train.seed,
         batch_size=config.train.batch_size,
-        labelled=config.model.num_classes > 0,
+        labeled=config.model.num_classes > 0,
         device_gib=config.data.device_gib,
         workers=config.data.workers,
     )
-    training_step = layout.lift(fed(parts.make_step, feed))
+    training_step = layout.lift(with_inputs(parts.make_step, feed))
     draw = _make_draw(config, samples_key, mesh=layout.mesh)
     speed = _make_speed(config, parts.unet)
     metrics_file, timing_file = run / "metrics.jsonl", run / "timing.jsonl"
@@ -120,7 +115,7 @@ def _train(config: Config, run: Path, source: Source, received: list[int], begun
             state = layout.place_state(restored[0])
             window = [StepNumbers(*numbers) for numbers in restored[1]["window"]]
         first = int(jax.device_get(layout.saved_state(state).step))
-        for file in (metrics_file, timing_file) if is_first() else ():
+        for file in (metrics_file, timing_file) if is_primary_host() else ():
             rewind(file, first, warn=say)
         if first >= config.train.steps:
             say(f"{run} has done its {first} steps; --train.steps {2 * first} would train it further")
@@ -166,7 +161,7 @@ def _train(config: Config, run: Path, source: Source, received: list[int], begun
         busy, stretch = 0.0, time.perf_counter()  # seconds of training alone, since the last line of timing
         waited_before, stretch_first = 0.0, first
         with (
-            open_boards(config, run, first=first) as boards,
+            open_metric_writers(config, run, first=first) as boards,
             feed.open(first, config.train.steps) as opened,
             Progress(config.train.steps, initial=first, unit="step", description=config.name) as progress,
         ):
@@ -181,7 +176,7 @@ def _train(config: Config, run: Path, source: Source, received: list[int], begun
                 else:
                     progress.update(1)
 
-                overdue = is_first() and 0 < 60 * rules.minutes <= time.monotonic() - saved_at
+                overdue = is_primary_host() and 0 < 60 * rules.minutes <= time.monotonic() - saved_at
                 if overdue:
                     saved_at = time.monotonic()  # it is said once, and done when all know
                 stopped_by, due = agree((received[0] if received else 0, overdue))
@@ -196,10 +191,10 @@ def _train(config: Config, run: Path, source: Source, received: list[int], begun
                 busy += time.perf_counter() - stretch
                 if logs:
                     rate = float(learning_rate(config.train)(number))
-                    line = {"step": step, **summarise(window), "learning_rate": rate}
+                    line = {"step": step, **summarize(window), "learning_rate": rate}
                     waited = opened.seconds_waited - waited_before
                     timing = {"step": step, **speed((step - stretch_first) * config.train.batch_size, busy, waited)}
-                    if is_first():
+                    if is_primary_host():
                         append_line(metrics_file, line)
                         append_line(timing_file, timing)
                     boards.numbers({**line, **timing})
@@ -207,7 +202,7 @@ def _train(config: Config, run: Path, source: Source, received: list[int], begun
                     busy, waited_before, stretch_first = 0.0, opened.seconds_waited, step
                 if draws:
                     images = draw(layout.saved_state(state).ema)
-                    if is_first():
+                    if is_primary_host():
                         picture = pictures.enlarge(pictures.grid(images))
                         pictures.save_png(run / "samples" / f"step_{step:07d}.png", picture)
                         boards.picture(step, "samples", picture)
@@ -220,7 +215,7 @@ def _train(config: Config, run: Path, source: Source, received: list[int], begun
                     raise Stopped(stopped_by, f"stopped by {name} at step {step}, saved: the same command goes on")
                 stretch = time.perf_counter()
         checkpoints.wait()
-    if not is_first():
+    if not is_primary_host():
         return
     _plot(run, metrics_file)
     last_line = read_lines(metrics_file)[-1]
@@ -235,12 +230,12 @@ def _make_speed(config: Config, unet: UNet) -> Callable[[int, float, float], dic
 
     def speed(images: int, seconds: float, waited: float) -> dict[str, float | None]:
         rate = images / seconds
-        share = utilisation(rate, flops, devices=jax.device_count(), tflops=tflops)
+        share = utilization(rate, flops, devices=jax.device_count(), tflops=tflops)
         return {
             "seconds": round(seconds, 3),
             "images_per_second": round(rate, 2),
             "waited_for_data": round(waited / seconds, 4),
-            "model_flops_utilisation": None if share is None else round(share, 4),
+            "model_flops_utilization": None if share is None else round(share, 4),
             "peak_memory_gib": round(peak_memory_gib(device), 3),
         }
 
@@ -250,13 +245,13 @@ def _make_speed(config: Config, unet: UNet) -> Callable[[int, float, float], dic
 def _make_draw(config: Config, key: Array, *, mesh: jax.sharding.Mesh) -> Callable[[Params], np.ndarray]:
     """Makes the function from averaged parameters to a grid's images, always of the same latents."""
     steps, number = config.log.sample_steps, config.log.num_samples
-    choice = Choice(sampler="ddim", steps=steps) if steps else Choice()
+    choice = SamplerConfig(sampler="ddim", steps=steps) if steps else SamplerConfig()
     make = make_chain(config, choice)
     drawn = math.ceil(number / mesh.size) * mesh.size
 
-    @functools.partial(jax.jit, out_shardings=everywhere(mesh))
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def draw(ema: Params, key: Array) -> Array:
-        indices = jax.lax.with_sharding_constraint(jnp.arange(drawn), by_image(mesh))
+        indices = jax.lax.with_sharding_constraint(jnp.arange(drawn), batch_sharding(mesh))
         sampler = make(gather(mesh, ema), labels_of(config, choice, indices))
         return to_uint8(sample(key, sampler, (drawn, *image_shape(config)), indices=indices))
 
@@ -268,7 +263,7 @@ def _plot(run: Path, metrics_file: Path) -> None:
     if lines:
         quartiles = np.array([line["loss_quartiles"] for line in lines], np.float64)
         steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
-        pictures.plot_loss(run / "loss.png", steps, losses, quartiles)
+        plots.plot_loss(run / "loss.png", steps, losses, quartiles)
 
 
 @contextlib.contextmanager

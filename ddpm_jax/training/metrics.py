@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_jax.errors import UserError
-from ddpm_jax.files import write_whole
+from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import write_whole
 
 
 class StepNumbers(typing.NamedTuple):
@@ -34,7 +34,7 @@ class StepNumbers(typing.NamedTuple):
         return all(map(math.isfinite, (self.loss, self.grad_norm, self.param_norm)))
 
 
-def summarise(window: Sequence[StepNumbers]) -> dict[str, Any]:
+def summarize(window: Sequence[StepNumbers]) -> dict[str, Any]:
     """Makes one line of metrics of the steps since the line before.
 
     Args:

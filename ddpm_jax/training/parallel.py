@@ -12,8 +12,8 @@ import numpy as np
 from jax import Array
 
 from ddpm_jax.config import Parallel
-from ddpm_jax.errors import UserError
-from ddpm_jax.mesh import by_image, everywhere, gather, make_mesh, shardings
+from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.mesh import batch_sharding, gather, make_mesh, replicated, shardings
 from ddpm_jax.training.state import TrainState
 from ddpm_jax.training.step import Batch, StepInfo, TrainingStep
 
@@ -89,7 +89,7 @@ def make_layout(
 
 
 def _jit_layout(mesh: jax.sharding.Mesh, batch_size: int, steps: dict[str, Any]) -> Layout:
-    whole, shared_out = everywhere(mesh), by_image(mesh)
+    whole, shared_out = replicated(mesh), batch_sharding(mesh)
 
     def lift(make_step: Callable[..., TrainingStep]) -> TrainingStep:
         step, compiled = make_step(gather=functools.partial(gather, mesh), **steps), None
@@ -141,7 +141,7 @@ def _rows_here(sharding: jax.sharding.NamedSharding, batch_size: int) -> slice |
     """Finds the rows of a batch that lie on devices of this host."""
     if sharding.is_fully_addressable:
         return slice(None)
-    # Devices of a host need not be neighbours in the mesh.
+    # Devices of a host need not be neighbors in the mesh.
     parts = sharding.addressable_devices_indices_map((batch_size,)).values()
     return np.sort(np.concatenate([np.arange(batch_size)[index] for index in parts]))
 

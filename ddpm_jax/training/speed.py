@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from ddpm_jax.summary import blocks_of
+from ddpm_jax.training.summary import blocks_of
 from ddpm_jax.unet import UNet
 
 # Dense bfloat16 products (float16 where there is no bfloat16), 10^12 operations a second, as the makers state them.
@@ -48,13 +48,13 @@ def peak_tflops(device_kind: str) -> float | None:
 def training_flops(unet: UNet, image_shape: tuple[int, int, int]) -> float:
     """Counts the operations that a training step needs for one image: three times those of a forward pass.
 
-    What rematerialisation does twice counts once: these are the model's, not the program's.
+    What rematerialization does twice counts once: these are the model's, not the program's.
     """
     return 3 * 2 * sum(block.macs for block in blocks_of(unet, image_shape))
 
 
-def utilisation(images_per_second: float, flops: float, *, devices: int, tflops: float | None) -> float | None:
-    r"""Gives the model FLOP utilisation.
+def utilization(images_per_second: float, flops: float, *, devices: int, tflops: float | None) -> float | None:
+    r"""Gives the model FLOP utilization.
 
     .. math:: \mathrm{MFU} = \frac{\text{images/s} \cdot \text{FLOPs of an image}}{\text{devices} \cdot \text{peak}}
 

@@ -10,7 +10,8 @@ import optax
 from jax import Array
 
 from ddpm_jax.config import TrainConfig
-from ddpm_jax.times import TimeSampler
+from ddpm_jax.networks import init_params
+from ddpm_jax.time_sampling import TimeSampler
 from ddpm_jax.unet import Params, UNet
 
 
@@ -26,9 +27,9 @@ class TrainState:
     ema: Params
     """Their moving average, from which samples are drawn."""
     opt_state: optax.OptState
-    """The optimiser's moments and counts."""
-    times: Any = ()
-    """What the sampler of times remembers: `times.LossHistory` for "loss_aware", nothing for the others."""
+    """The optimizer's moments and counts."""
+    time_sampling: Any = ()
+    """State of the timestep sampler: `time_sampling.LossHistory` for "loss_aware", empty for the others."""
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
@@ -38,13 +39,13 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
 
     The first update has rate 0, as in the original code, which reads the step before it is counted.
     """
-    if config.warmup == 0:
+    if config.warmup_steps == 0:
         return optax.constant_schedule(config.learning_rate)
-    return optax.linear_schedule(0.0, config.learning_rate, config.warmup)
+    return optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Makes the paper's optimiser: Adam, after the gradient of the whole batch is clipped to a global norm.
+    """Makes the paper's optimizer: Adam, after the gradient of the whole batch is clipped to a global norm.
 
     The original clips on every TPU core before the cores are averaged, so that its result depends on their number;
     ours does not. Its epsilon of 1e-8 is not bias-corrected, optax's is; after warmup the two agree.
@@ -55,27 +56,22 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.grad_clip), adam) if config.grad_clip > 0 else adam
 
 
-def init_params(key: Array, unet: UNet, image_shape: Sequence[int]) -> Params:
-    """Draws the first parameters of a network for images of (H, W, C)."""
-    return unet.init(key, jnp.zeros((1, *image_shape)), jnp.zeros((1,), jnp.int32))["params"]
-
-
 def init_state(
     key: Array,
     unet: UNet,
     optimizer: optax.GradientTransformation,
     image_shape: Sequence[int],
     *,
-    times: TimeSampler | None = None,
+    time_sampler: TimeSampler | None = None,
 ) -> TrainState:
     """Makes the state of a run that has not trained a step.
 
     Args:
       key: a typed key; the parameters come from it.
       unet: the network.
-      optimizer: the optimiser.
+      optimizer: the optimizer.
       image_shape: (H, W, C).
-      times: the sampler of times, whose memory is part of the state; None for one that remembers nothing.
+      time_sampler: the sampler of timesteps, whose memory is part of the state; None for one that remembers nothing.
 
     Returns:
       the state at step 0; its average is the parameters themselves.
@@ -87,5 +83,5 @@ def init_state(
         # Copies, so that the state can be donated: a buffer may be given away only once.
         ema=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
-        times=() if times is None else times.init(),
+        time_sampling=() if time_sampler is None else time_sampler.init(),
     )

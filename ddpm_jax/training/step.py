@@ -11,8 +11,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ddpm_jax import keys as per_image_keys
-from ddpm_jax.data.pipeline import flip, to_float
-from ddpm_jax.times import TimeSampler
+from ddpm_jax.pixels import flip, to_float
+from ddpm_jax.time_sampling import TimeSampler
 from ddpm_jax.training.accumulation import in_parts
 from ddpm_jax.training.objective import Objective
 from ddpm_jax.training.state import Params, TrainState
@@ -141,7 +141,7 @@ def make_training_step(
     unet: UNet,
     optimizer: optax.GradientTransformation,
     objective: Objective,
-    times: TimeSampler,
+    time_sampler: TimeSampler,
     *,
     num_steps: int,
     ema_decay: float,
@@ -159,7 +159,7 @@ def make_training_step(
       unet: the network.
       optimizer: what turns gradients into updates.
       objective: the loss.
-      times: the sampler of times.
+      time_sampler: the sampler of timesteps.
       num_steps: T, for the losses by quarter of the chain.
       ema_decay: decay of the average of the parameters, a step.
       random_flip: whether each image is mirrored left to right with probability 0.5.
@@ -189,7 +189,9 @@ def make_training_step(
             labels = hide_labels(
                 keys.label, jnp.asarray(batch.labels), rate=label_dropout, num_classes=unet.num_classes
             )
-        t, weights = times.draw(lambda indices: step_keys(key, state.step, indices).time, indices, state.times)
+        t, weights = time_sampler.draw(
+            lambda indices: step_keys(key, state.step, indices).time, indices, state.time_sampling
+        )
 
         def batch_loss(params: Params, rows: _Rows) -> tuple[Array, Array]:
             whole_params = gather(params)
@@ -209,7 +211,7 @@ def make_training_step(
         params = optax.apply_updates(state.params, updates)
         ema = update_ema(state.ema, params, state.step, decay=ema_decay)
         t, losses = whole_batch(t), whole_batch(losses)
-        memory = times.update(state.times, t, losses)
+        memory = time_sampler.update(state.time_sampling, t, losses)
         quartiles = quartile_losses(t, losses, num_steps=num_steps)
         info = StepInfo(loss, optax.tree.norm(gradient), optax.tree.norm(params), *quartiles)
         return TrainState(state.step + 1, params, ema, opt_state, memory), info

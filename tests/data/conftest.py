@@ -8,7 +8,7 @@ from PIL import Image
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import sources
-from ddpm_jax.errors import UserError
+from ddpm_jax.system.errors import UserError
 
 
 def config(source, path="", size=(8, 8), channels=None, **others):

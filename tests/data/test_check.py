@@ -5,7 +5,7 @@ from PIL import Image
 from ddpm_jax.config import Config, DataConfig, ModelConfig
 from ddpm_jax.data.check import check_classes, check_data, histogram
 from ddpm_jax.data.sources import load_source
-from ddpm_jax.errors import UserError
+from ddpm_jax.system.errors import UserError
 
 
 def looked_at(config, grid):

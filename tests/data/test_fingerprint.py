@@ -8,7 +8,7 @@ import pytest
 from ddpm_jax.data import fingerprint as module
 from ddpm_jax.data.fingerprint import check_same_set, fingerprint
 from ddpm_jax.data.sources import load_source
-from ddpm_jax.errors import UserError
+from ddpm_jax.system.errors import UserError
 
 
 @pytest.fixture

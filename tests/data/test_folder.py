@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from ddpm_jax.data import sources
-from ddpm_jax.errors import UserError
+from ddpm_jax.system.errors import UserError
 
 
 def test_a_folder_gives_its_pixels_in_the_order_of_its_paths(sets, tmp_path):
@@ -40,7 +40,7 @@ def test_sixteen_bit_grey_is_scaled(sets, tmp_path, byte_order):
     np.testing.assert_array_equal(found[..., 0], deep // 257)
 
 
-def test_a_palette_becomes_its_colours(sets, tmp_path):
+def test_a_palette_becomes_its_colors(sets, tmp_path):
     image = Image.new("P", (2, 2))
     image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
     image.putdata([0, 1, 2, 1])
@@ -77,7 +77,7 @@ def test_the_crop_is_of_the_target_s_aspect_ratio(sets, tmp_path):
     sets.save(tmp_path / "wide.png", pixels)
     sets.save(tmp_path / "tall.png", pixels.transpose(1, 0, 2))
     found = sets.everything(sources.load_source(sets.config("folder", tmp_path, (10, 10))))
-    middle = found[:, 2:-2, 2:-2]  # at its edges the filter sees the neighbours that were cut away
+    middle = found[:, 2:-2, 2:-2]  # at its edges the filter sees the neighbors that were cut away
     np.testing.assert_array_equal(middle, np.broadcast_to(np.array([200, 100, 50]), middle.shape))
     assert found.min() > 40
 

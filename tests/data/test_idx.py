@@ -80,7 +80,7 @@ def test_damaged_idx_files_are_refused(sets, idx_folder, damage, said):
     ("wrong", "said"),
     [
         ({"size": (4, 6)}, "are 5x6, larger than 4x6; set data.height=5 and data.width=6"),
-        ({"size": (5, 6), "channels": 3}, "grey images; set it to 1, not 3"),
+        ({"size": (5, 6), "channels": 3}, "gray images; set it to 1, not 3"),
         ({"size": (5, 6), "split": "val"}, "choose from train, test, all"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from ddpm_jax.data import pipeline, sources
+from ddpm_jax.data import prefetch, sources
 
 
 def png(pixels):
@@ -72,8 +72,8 @@ def test_a_prepared_set_is_read_from_disk_resized_and_converted(sets, prepared):
     np.testing.assert_array_equal(held.read(indices), read.read(indices))
     np.testing.assert_array_equal(read.read_labels(indices), held.labels[indices])
     with (
-        pipeline.batches(held, 3, 2, 6, batch_size=2) as wanted,
-        pipeline.batches(read, 3, 2, 6, batch_size=2) as found,
+        prefetch.batches(held, 3, 2, 6, batch_size=2) as wanted,
+        prefetch.batches(read, 3, 2, 6, batch_size=2) as found,
     ):
         for there, here in zip(wanted, found, strict=True):
             np.testing.assert_array_equal(here.images, there.images)

@@ -5,7 +5,7 @@ import pytest
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import sources
-from ddpm_jax.errors import UserError
+from ddpm_jax.system.errors import UserError
 
 
 def test_the_channels_are_filled_in(sets):

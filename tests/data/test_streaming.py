@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddpm_jax.data import pipeline, sources
-from ddpm_jax.errors import UserError
+from ddpm_jax.data import prefetch, sources
+from ddpm_jax.system.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def same(found, wanted):
 
 
 def read(source, first, last, **options):
-    with pipeline.batches(source, 7, first, last, batch_size=4, **options) as found:
+    with prefetch.batches(source, 7, first, last, batch_size=4, **options) as found:
         return list(found)
 
 
@@ -57,14 +57,14 @@ def test_what_is_streamed_is_what_is_held_in_memory(sets, folder, arrays, kind):
     whole = read(held, 0, 9)  # three epochs, the batch size does not divide their length
     same(read(streamed, 0, 9), whole)
     same(read(streamed, 4, 9), whole[4:])
-    for rows in (slice(0, 2), slice(2, 4), np.array([0, 3]), np.array([1, 2])):  # two hosts, neighbours or not
+    for rows in (slice(0, 2), slice(2, 4), np.array([0, 3]), np.array([1, 2])):  # two hosts, neighbors or not
         same(read(streamed, 3, 6, rows=rows), read(held, 3, 6, rows=rows))
     assert read(streamed, 5, 5) == []
 
 
 def test_labels_are_read_only_when_asked_for(sets, folder):
     _, streamed = both(sets, "folder", folder)
-    assert [batch.labels for batch in read(streamed, 0, 2, labelled=False)] == [None, None]
+    assert [batch.labels for batch in read(streamed, 0, 2, labeled=False)] == [None, None]
 
 
 def test_worker_processes_give_the_same(sets, arrays):
@@ -75,7 +75,7 @@ def test_worker_processes_give_the_same(sets, arrays):
 
 def test_a_process_that_is_killed_is_one_line(sets, arrays):
     _, streamed = both(sets, "npz", arrays)
-    with pipeline.batches(streamed, 7, 0, 10**6, batch_size=4, workers=1) as found:
+    with prefetch.batches(streamed, 7, 0, 10**6, batch_size=4, workers=1) as found:
         next(found)
         (worker,) = multiprocessing.active_children()
         worker.kill()
@@ -87,10 +87,10 @@ def test_a_process_that_is_killed_is_one_line(sets, arrays):
 PROGRAM = """
 import multiprocessing, sys, time
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data import pipeline, sources
+from ddpm_jax.data import prefetch, sources
 
 source = sources.load_source(DataConfig(source="npz", path=sys.argv[1], height=6, width=5, channels=3, memory_gib=0.0))
-with pipeline.batches(source, 7, 0, 10**6, batch_size=4, workers=2) as found:
+with prefetch.batches(source, 7, 0, 10**6, batch_size=4, workers=2) as found:
     next(found)
     next(found)
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
@@ -130,7 +130,7 @@ def test_a_file_that_is_gone_is_named_by_the_batch_that_needs_it(sets, tmp_path)
     (tmp_path / "3.png").unlink()
     with (
         pytest.raises(UserError, match=r"3.png can no longer be read \(gone\)"),
-        pipeline.batches(streamed, 7, 0, 5, batch_size=4) as found,
+        prefetch.batches(streamed, 7, 0, 5, batch_size=4) as found,
     ):
         list(found)
 
@@ -138,7 +138,7 @@ def test_a_file_that_is_gone_is_named_by_the_batch_that_needs_it(sets, tmp_path)
 def test_closing_ends_the_threads(sets, folder):
     before = threading.active_count()
     _, streamed = both(sets, "folder", folder)
-    found = pipeline.batches(streamed, 0, 0, 1000, batch_size=4)
+    found = prefetch.batches(streamed, 0, 0, 1000, batch_size=4)
     next(found)
     found.close()
     found.close()

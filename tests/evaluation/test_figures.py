@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import pictures
 from ddpm_jax.data.sources import load_held_out, load_source
-from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import bits, figures
+from ddpm_jax.evaluation import bits_per_dim, figures, plots
 from ddpm_jax.evaluation.figures import draw_figures, real_images
+from ddpm_jax.system.errors import UserError
+from ddpm_jax.training.plots import plot_loss
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def real(job):
 def drawn(job, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "run"
     run.mkdir()
-    pictures.plot_loss(run / "loss.png", [1, 2, 3], [0.5, 0.4, 0.3])
+    plot_loss(run / "loss.png", [1, 2, 3], [0.5, 0.4, 0.3])
     draw_figures(job, run, run / "figures", num=2, batch_size=16)
     return run
 
@@ -46,7 +46,7 @@ COLUMNS = {
     "interpolation_over_t": (9, 13),
     "slerp": (2, 13),
     "inpainting": (4, 6),
-    "nearest_neighbours": (2, 9),
+    "nearest_neighbors": (2, 9),
 }
 
 
@@ -99,15 +99,15 @@ def test_the_figures_hold_together(drawn, real, job):
 
 def test_the_captions_say_where_images_come_from_and_what_is_left_out(drawn):
     text = (drawn / "figures" / "figures.md").read_text()
-    assert "Real images are of digits, test, those of the nearest neighbours of digits, train." in text
+    assert "Real images are of digits, test, those of the nearest neighbors of digits, train." in text
     assert "of 64, evenly over all 359, images of digits, test, at all T times; in all" in text
     assert "(Figs. 1, 3, 4, 11, 13, 16-19)" in text
     left_out = text[text.index("Left out of the paper's figures:") :]
     assert re.findall(r"^- (Fig. \d+)", left_out, re.M) == ["Fig. 2", "Fig. 10"]
 
 
-def test_nearest_neighbours_are_those_of_the_samples_in_the_training_set(drawn, job):
-    shown = cells(drawn / "figures" / "nearest_neighbours.png", *COLUMNS["nearest_neighbours"]).astype(int)
+def test_nearest_neighbors_are_those_of_the_samples_in_the_training_set(drawn, job):
+    shown = cells(drawn / "figures" / "nearest_neighbors.png", *COLUMNS["nearest_neighbors"]).astype(int)
     samples = cells(drawn / "figures" / "samples.png", *COLUMNS["samples"]).reshape(4, 8, 8)
     own = load_source(job.config.data).images[..., 0].astype(int)
     for row, sample in zip(shown, samples.astype(int), strict=False):
@@ -118,10 +118,12 @@ def test_nearest_neighbours_are_those_of_the_samples_in_the_training_set(drawn, 
 
 def test_the_curve_is_that_of_the_bound(job, tmp_path, monkeypatch):
     held_out, plotted = load_held_out(job.config.data), []
-    monkeypatch.setattr(pictures, "plot_rate_distortion", lambda path, *curve: plotted.append(curve))
+    monkeypatch.setattr(plots, "plot_rate_distortion", lambda path, *curve: plotted.append(curve))
     monkeypatch.setattr(figures, "_COUNTED", held_out.num_examples)
     caption = figures._estimated_curve(job, held_out, tmp_path, batch_size=100).caption
-    likelihood = bits.run_job(job, tmp_path / "job", bits.Request("test", 0, "model", "tanh"), batch_size=400)
+    likelihood = bits_per_dim.run_job(
+        job, tmp_path / "job", bits_per_dim.Request("test", 0, "model", "tanh"), batch_size=400
+    )
     (time, rate, distortion), (other_time, other_rate, other_distortion) = plotted
     np.testing.assert_array_equal(time, other_time)
     # The noise is another.
@@ -133,7 +135,9 @@ def test_the_curve_is_that_of_the_bound(job, tmp_path, monkeypatch):
 
 def test_the_curve_of_the_newest_finished_job_of_the_weights_is_copied(job, tmp_path):
     def finish(name, counted, of, age):
-        bits.run_job(of, tmp_path / "likelihood" / name, bits.Request("test", counted, "model", "tanh"), batch_size=8)
+        bits_per_dim.run_job(
+            of, tmp_path / "likelihood" / name, bits_per_dim.Request("test", counted, "model", "tanh"), batch_size=8
+        )
         os.utime(tmp_path / "likelihood" / name / "likelihood.json", (age, age))
 
     assert figures._finished_curve(job, tmp_path) is None
@@ -156,7 +160,7 @@ def test_of_a_large_set_the_first_images_alone_are_looked_at_and_that_is_said(jo
     monkeypatch.setattr(figures, "_LOOKED_AT", 100)
     own = load_source(job.config.data)
     samples = own.read(np.array([3, 1000]))
-    figure = figures._neighbours(samples, own, tmp_path)
+    figure = figures._neighbors(samples, own, tmp_path)
     assert f"among the first 100 of the {own.num_examples} images of digits, train" in figure.caption
     shown = cells(tmp_path / figure.file, 2, 9)
     np.testing.assert_array_equal(shown[0, 0], shown[0, 1])

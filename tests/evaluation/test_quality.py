@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import threadpoolctl
 
-from ddpm_jax.config import Config, DataConfig, save_config
+from ddpm_jax.config import Config, DataConfig
 from ddpm_jax.data.sources import load_source
-from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.quality import Classifier, config_of, judge, judge_file, own_frechet_distances, read_images
+from ddpm_jax.run.record import save_config
+from ddpm_jax.system.errors import UserError
 
 DATA = DataConfig()
 
@@ -101,9 +102,9 @@ def test_a_file_is_judged_and_the_result_written_beside_it(shuffled, tmp_path):
 
 
 def test_slips_are_one_line_each(train, shuffled, tmp_path):
-    unlabelled = dataclasses.replace(train, read_labels=None)
+    unlabeled = dataclasses.replace(train, read_labels=None)
     with pytest.raises(UserError, match="no labels"):
-        judge(shuffled, unlabelled)
+        judge(shuffled, unlabeled)
     with pytest.raises(UserError, match=r"too large.*64x64x3"):
         judge(shuffled, dataclasses.replace(train, image_shape=(256, 256, 3)))
     with pytest.raises(UserError, match="compare like with like"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import flax.linen as nn
 
-from ddpm_jax.training import assembly, loop
+from ddpm_jax.training import loop, setup
 
 
 class Linear(nn.Module):
@@ -22,7 +22,7 @@ class Linear(nn.Module):
 
 
 if __name__ == "__main__":
-    assembly.build_unet = lambda config: Linear()
+    setup.build_unet = lambda config: Linear()
     loop.training_flops = lambda unet, image_shape: 1.0
     sys.argv[0] = "train.py"
     runpy.run_path(str(Path(__file__).parents[2] / "train.py"), run_name="__main__")

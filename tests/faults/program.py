@@ -32,16 +32,17 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ddpm_jax.training.checkpoints import verify
+from ddpm_jax.run.checkpoints import verify
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 60
 # Many saves, each rule of what is kept, a sampler of times with a memory, and a network that compiles in no time.
 WORDS = (
-    "--model.width 4 --model.groups 2 --model.multipliers 1 --model.blocks 1 --model.attention-resolutions "
-    "--diffusion.schedule cosine --diffusion.num-steps 20 --train.batch-size 8 --train.warmup 5 "
+    "--model.width 4 --model.num-groups 2 --model.channel-mult 1 --model.num-res-blocks 1 "
+    "--model.attention-resolutions "
+    "--diffusion.schedule cosine --diffusion.num-steps 20 --train.batch-size 8 --train.warmup-steps 5 "
     "--train.learning-rate 1e-3 --train.ema-decay 0.9 --data.source folder --log.every 7 --log.samples-every 0 "
-    f"--log.sample-steps 0 --loss.kind vlb --loss.times loss_aware --train.steps {STEPS}"
+    f"--log.sample-steps 0 --loss.kind vlb --loss.time-sampling loss_aware --train.steps {STEPS}"
 ).split()
 KEPT = [f"--checkpoints.{rule}" for rule in ("every=10", "keep=2", "keep-every=20", "keep-best=1")]
 STREAMED = ["--data.memory-gib", "0", "--data.device-gib", "0"]

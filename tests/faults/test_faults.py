@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_jax.training.checkpoints import sealed, unsealed
+from ddpm_jax.run.checkpoints import sealed, unsealed
 
 HERE = Path(__file__).parent
 SHORT = [

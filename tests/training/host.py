@@ -11,13 +11,13 @@ import jax
 import numpy as np
 import optax
 
-from ddpm_jax.hosts import Hosts, join
+from ddpm_jax.system.hosts import Hosts, join
 from ddpm_jax.training.parallel import make_layout
 
 
 def main(coordinator: str, index: str, out: str) -> None:
     join(Hosts(coordinator=coordinator, count=2, index=int(index)))
-    helpers = runpy.run_path(str(Path(__file__).with_name("conftest.py")), run_name="helpers")
+    helpers = runpy.run_path(str(Path(__file__).with_name("helpers.py")), run_name="helpers")
     layout, probe, optimizer = make_layout("jit", batch_size=16), helpers["Probe"](), optax.sgd(0.1)
     step = layout.lift(lambda **device: helpers["step_of"](probe, optimizer, **device))
     state = layout.init(lambda key: helpers["state_of"](key, probe.network, optimizer), jax.random.key(5))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.mesh import by_image, everywhere, make_mesh
+from ddpm_jax.system.mesh import batch_sharding, make_mesh, replicated
 from ddpm_jax.training.accumulation import in_parts
 
 
@@ -58,8 +58,8 @@ def test_no_row_leaves_its_device(unroll):
     def run(params, rows):
         return in_parts(gradient, params, rows, parts=4, unroll=unroll)
 
-    places = ((everywhere(mesh), by_image(mesh)), everywhere(mesh))
-    text = jax.jit(run, in_shardings=(everywhere(mesh), by_image(mesh)), out_shardings=places).lower(params, rows)
+    places = ((replicated(mesh), batch_sharding(mesh)), replicated(mesh))
+    text = jax.jit(run, in_shardings=(replicated(mesh), batch_sharding(mesh)), out_shardings=places).lower(params, rows)
     text = text.compile().as_text()
     assert "all-reduce" in text
     for moved in ("all-to-all", "all-gather", "collective-permute"):

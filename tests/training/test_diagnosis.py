@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from ddpm_jax.config import CheckpointConfig, Config, LogConfig, TrainConfig
-from ddpm_jax.errors import UserError
-from ddpm_jax.training import assembly, loop
-from ddpm_jax.training.assembly import assemble
+from ddpm_jax.system.errors import UserError
+from ddpm_jax.training import loop, setup
 from ddpm_jax.training.diagnosis import find_not_finite, first_not_finite
 from ddpm_jax.training.loop import train
+from ddpm_jax.training.setup import make_setup
 from ddpm_jax.training.step import Batch
 
 CONFIG = Config(
-    train=TrainConfig(steps=8, batch_size=8, learning_rate=1e-3, warmup=2, ema_decay=0.5),
+    train=TrainConfig(steps=8, batch_size=8, learning_rate=1e-3, warmup_steps=2, ema_decay=0.5),
     checkpoints=CheckpointConfig(every=3, keep=2),
     log=LogConfig(every=2, samples_every=0),
 )
@@ -40,14 +40,14 @@ class Layers(nn.Module):
 @pytest.fixture(scope="module", autouse=True)
 def _small_network():
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
-        patch.setattr(assembly, "build_unet", lambda config: Layers())
+        patch.setattr(setup, "build_unet", lambda config: Layers())
         patch.setattr(loop, "training_flops", lambda unet, image_shape: 1e6)
         yield
 
 
 @pytest.fixture(scope="module")
 def start(training):
-    parts = assemble(CONFIG, (8, 8, 1))
+    parts = make_setup(CONFIG, (8, 8, 1))
     return parts, jax.jit(parts.init)(parts.keys.init), Batch(training.images_of(0, 8), np.arange(8, dtype=np.int32))
 
 

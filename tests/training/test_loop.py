@@ -11,27 +11,23 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    DiffusionConfig,
-    LogConfig,
-    ModelConfig,
-    TrainConfig,
-    read_config,
-    validate,
-)
-from ddpm_jax.errors import Stopped, UserError
-from ddpm_jax.training import assembly, loop
-from ddpm_jax.training.checkpoints import load_ema
+from ddpm_jax.config import CheckpointConfig, Config, DataConfig, DiffusionConfig, LogConfig, ModelConfig, TrainConfig
+from ddpm_jax.run.checkpoints import load_ema
+from ddpm_jax.run.record import read_config
+from ddpm_jax.run.validation import validate
+from ddpm_jax.system.errors import Stopped, UserError
+from ddpm_jax.training import loop, setup
 from ddpm_jax.training.loop import train
 
 TINY = Config(
     name="tiny",
     diffusion=DiffusionConfig(num_steps=20, schedule="cosine"),
-    model=ModelConfig(width=4, multipliers=(1,), blocks=1, attention_resolutions=(), groups=2, dropout=0.1),
-    train=TrainConfig(steps=6, batch_size=8, learning_rate=1e-3, warmup=2, ema_decay=0.5, matmul_precision="highest"),
+    model=ModelConfig(
+        width=4, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(), num_groups=2, dropout=0.1
+    ),
+    train=TrainConfig(
+        steps=6, batch_size=8, learning_rate=1e-3, warmup_steps=2, ema_decay=0.5, matmul_precision="highest"
+    ),
     checkpoints=CheckpointConfig(every=2, keep=2),
     log=LogConfig(every=2, samples_every=0),
 )
@@ -50,7 +46,7 @@ def lines_of(file):
 def _quickly(training):
     """A network that compiles in a second; the U-Net is trained by tests/test_scripts.py. Adam mixes types."""
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
-        patch.setattr(assembly, "build_unet", lambda config: training.Linear())
+        patch.setattr(setup, "build_unet", lambda config: training.Linear())
         patch.setattr(loop, "training_flops", lambda unet, image_shape: 1e6)
         yield
 
@@ -74,7 +70,7 @@ def test_a_run_is_one_folder(trained):
     assert 0.5 < lines[0]["loss"] < 1.5
     for line in lines_of(trained / "timing.jsonl"):
         assert line["images_per_second"] > 0
-        assert line["model_flops_utilisation"] is None  # what a CPU can do is not known
+        assert line["model_flops_utilization"] is None  # what a CPU can do is not known
         assert line["peak_memory_gib"] > 0
 
 
@@ -101,7 +97,7 @@ def contents(run):
     [
         (dict(seed=1, steps=8), "train.seed: 0 there, 1 here"),
         (dict(steps=8, fsdp=3), "train.fsdp=3 does not divide"),
-        (dict(steps=8, accumulate=3), "cannot be shared out"),
+        (dict(steps=8, grad_accum_steps=3), "cannot be shared out"),
     ],
 )
 def test_a_command_that_is_refused_leaves_the_folder_as_it_was(trained, choices, line):

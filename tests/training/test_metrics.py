@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddpm_jax.errors import UserError
-from ddpm_jax.training.metrics import StepNumbers, append_line, read_lines, rewind, summarise
+from ddpm_jax.system.errors import UserError
+from ddpm_jax.training.metrics import StepNumbers, append_line, read_lines, rewind, summarize
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -110,7 +110,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path):
 def test_a_line_is_the_mean_of_its_steps():
     first = StepNumbers(1.0, 3.0, 10.0, [2.0, 0.0, 4.0, 0.0], [1.0, 0.0, 2.0, 0.0])
     second = StepNumbers(2.0, 5.0, 11.0, [1.0, 3.0, 0.0, 0.0], [2.0, 1.0, 0.0, 0.0])
-    assert summarise([first, second]) == {
+    assert summarize([first, second]) == {
         "loss": 1.5,
         "loss_quartiles": [1.0, 3.0, 2.0, None],  # means over images, not over steps
         "grad_norm": 4.0,

@@ -15,10 +15,10 @@ import numpy as np
 import optax
 import pytest
 
-from ddpm_jax.errors import UserError
+from ddpm_jax.run.checkpoints import Checkpoints
 from ddpm_jax.schedules import make_schedule
-from ddpm_jax.times import loss_aware
-from ddpm_jax.training.checkpoints import Checkpoints
+from ddpm_jax.system.errors import UserError
+from ddpm_jax.time_sampling import loss_aware
 from ddpm_jax.training.parallel import make_layout
 from ddpm_jax.training.step import step_keys
 
@@ -112,7 +112,7 @@ def test_what_is_random_is_the_same_on_two_hosts(training, tmp_path):
 def runs(training):
     """Ten steps of SGD and ten of Adam on each layout, from one state; compiled once a layout."""
     network = training.OneOfEach()
-    optimizer = training.sgd_or_adam(training.paper_optimizer(learning_rate=1e-3, warmup=5))
+    optimizer = training.sgd_or_adam(training.paper_optimizer(learning_rate=1e-3, warmup_steps=5))
     start = training.drawn_state(network, optimizer)
     by_adam = dataclasses.replace(start, opt_state={**start.opt_state, "use_adam": np.array(True)})
     found = {}
@@ -167,14 +167,14 @@ def test_ten_steps_of_adam_end_in_the_same_losses(runs, name, record_property):
 def test_the_history_of_losses_is_that_of_the_whole_batch(training):
     times, network, optimizer = loss_aware(6, history=2), training.Linear(), optax.sgd(0.1)
     choices = {"times": times, "schedule": make_schedule("linear", 6)}
-    start = jax.device_get(training.state_of(jax.random.key(5), network, optimizer, times=times))
+    start = jax.device_get(training.state_of(jax.random.key(5), network, optimizer, time_sampler=times))
     histories = {}
     for name in LAYOUTS:
         _, said, last = advance(
-            training, layout_of(name), network, optimizer, start, 6, each=lambda state: state.times, **choices
+            training, layout_of(name), network, optimizer, start, 6, each=lambda state: state.time_sampling, **choices
         )
-        assert last.times.counts.sum() == 6 * 16
-        assert last.times.counts.min() >= 2  # the later steps draw by what the earlier ones saw
+        assert last.time_sampling.counts.sum() == 6 * 16
+        assert last.time_sampling.counts.min() >= 2  # the later steps draw by what the earlier ones saw
         histories[name] = said
     for name in OTHERS:
         chex.assert_trees_all_close(histories[name], histories["1 device"], rtol=1e-5)

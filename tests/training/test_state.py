@@ -1,4 +1,4 @@
-"""The state of a run and its optimiser: the paper's learning rate, clipping and Adam."""
+"""The state of a run and its optimizer: the paper's learning rate, clipping and Adam."""
 
 import chex
 import flax.linen as nn
@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm_jax.config import TrainConfig
-from ddpm_jax.training.state import init_params, learning_rate, make_optimizer
+from ddpm_jax.networks import init_params
+from ddpm_jax.training.state import learning_rate, make_optimizer
 
 PARAMS = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[0.5]])}
 
 
 def steps_of(optimizer, gradients):
-    """The updates that an optimiser makes of a row of gradients."""
+    """The updates that an optimizer makes of a row of gradients."""
     state, updates = optimizer.init(PARAMS), []
     for gradient in gradients:
         update, state = optimizer.update(gradient, state, PARAMS)
@@ -37,17 +38,17 @@ class TestLearningRate:
         np.testing.assert_allclose(learning_rate(TrainConfig())(update), rate, atol=2e-11)  # an ulp of 2e-4
 
     def test_without_warmup_is_whole_from_the_start(self):
-        assert learning_rate(TrainConfig(warmup=0))(0) == 2e-4
+        assert learning_rate(TrainConfig(warmup_steps=0))(0) == 2e-4
 
     @given(warmup=st.integers(1, 10_000), update=st.integers(0, 20_000))
     def test_rises_evenly_then_stays(self, warmup, update):
-        rate = learning_rate(TrainConfig(warmup=warmup, learning_rate=1e-3))(update)
+        rate = learning_rate(TrainConfig(warmup_steps=warmup, learning_rate=1e-3))(update)
         np.testing.assert_allclose(rate, 1e-3 * min(update / warmup, 1), rtol=1e-5, atol=1e-12)
 
 
 class TestOptimizer:
     def test_is_adam_by_hand(self, training):
-        config = TrainConfig(learning_rate=1e-2, warmup=4, grad_clip=0)
+        config = TrainConfig(learning_rate=1e-2, warmup_steps=4, grad_clip=0)
         values = [0.7, -0.2, 0.4, 0.1, 0.9, -0.3]
         updates = steps_of(training.lenient(make_optimizer(config)), [scaled(value) for value in values])
         mean = variance = 0.0
@@ -66,13 +67,13 @@ class TestOptimizer:
     def test_clips_the_norm_of_all_together(self, training, clip, size, left):
         assert np.isclose(optax.tree.norm(scaled(size)), size)
         sizes, expected = [size, 0.1], [left, 0.1]  # Adam forgets the size of a single gradient, not of two
-        config = TrainConfig(warmup=0, grad_clip=clip)
+        config = TrainConfig(warmup_steps=0, grad_clip=clip)
         clipped = steps_of(training.lenient(make_optimizer(config)), [scaled(value) for value in sizes])
         adam = steps_of(training.adam(2e-4), [scaled(value) for value in expected])
         chex.assert_trees_all_close(clipped, adam, rtol=1e-5)
 
     def test_does_not_clip_at_0(self, training):
-        config = TrainConfig(warmup=0, grad_clip=0)
+        config = TrainConfig(warmup_steps=0, grad_clip=0)
         free = steps_of(training.lenient(make_optimizer(config)), [scaled(100.0), scaled(0.1)])
         adam = steps_of(training.adam(2e-4), [scaled(100.0), scaled(0.1)])
         chex.assert_trees_all_close(free, adam, rtol=1e-6)

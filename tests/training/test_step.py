@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm_jax.config import LossConfig
-from ddpm_jax.data.pipeline import flip, to_float
 from ddpm_jax.keys import normal
+from ddpm_jax.pixels import flip, to_float
 from ddpm_jax.schedules import make_schedule
-from ddpm_jax.times import uniform_times
+from ddpm_jax.time_sampling import uniform_times
 from ddpm_jax.training.objective import make_objective
 from ddpm_jax.training.step import Batch, StepKeys, quartile_losses, step_keys, update_ema
 from ddpm_jax.unet import UNet
@@ -174,7 +174,7 @@ def test_steps_see_other_noises(training):
 
 def test_loss_of_the_untrained_network_is_one(training):
     """The network says nothing yet, so what is left is the noise's own size."""
-    network = UNet(width=8, multipliers=(1,), blocks=1, attention_resolutions=(), groups=4, out_channels=1)
+    network = UNet(width=8, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(), num_groups=4, out_channels=1)
     objective = make_objective(
         LossConfig(), make_schedule("linear", training.T), prediction="eps", variance="fixed_large"
     )

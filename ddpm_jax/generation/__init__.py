@@ -1,0 +1,1 @@
+"""Images from a trained run: sampling jobs, and edits of given images."""

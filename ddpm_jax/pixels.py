@@ -1,0 +1,69 @@
+"""Pixels: between uint8 and [-1, 1], and flips."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+
+def flip(keys: Array, images: Array) -> Array:
+    """Mirrors each image left to right with probability 0.5, by its own key.
+
+    Args:
+      keys: (B,) typed keys.
+      images: (B, H, W, C), of any type.
+
+    Returns:
+      Images of the same shape and type.
+
+    Ho et al. 2020, appendix B: random horizontal flips in training, for all sets but the bedrooms of LSUN.
+    """
+    chex.assert_rank(images, 4)
+    chex.assert_equal_shape_prefix([keys, images], 1)
+    mirrored = jax.vmap(jax.random.bernoulli)(keys)
+    return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+
+
+def to_float(images: ArrayLike) -> Array:
+    r"""Brings pixels to the range of the network.
+
+    .. math:: x = u / 127.5 - 1 = (2u - 255) / 255
+
+    The second form is computed, as a product with 1/255: its one rounding is the same inside and outside of `jit`
+    (XLA turns the division by a constant into a product, and 255 would become 1.0000001).
+
+    Args:
+      images: (..., H, W, C) uint8.
+
+    Returns:
+      float32 of the same shape, in [-1, 1].
+
+    Ho et al. 2020, section 3.3: "integers in {0, 1, ..., 255} scaled linearly to [-1, 1]".
+
+    >>> to_float(np.array([0, 255], np.uint8))
+    Array([-1.,  1.], dtype=float32)
+    """
+    return (2 * jnp.asarray(images).astype(jnp.float32) - 255) * np.float32(1 / 255)
+
+
+def to_uint8(images: ArrayLike) -> Array:
+    r"""Brings images back to pixels: clipped, and rounded to the nearest.
+
+    .. math:: u = \mathrm{round}(\mathrm{clip}(127.5\,(x + 1), 0, 255))
+
+    It undoes `to_float` exactly. The original code cuts the fraction off instead, which makes every image half a
+    level darker on average.
+
+    Args:
+      images: (..., H, W, C) floats, nominally in [-1, 1].
+
+    Returns:
+      uint8 of the same shape.
+
+    >>> pixels = np.arange(256, dtype=np.uint8)
+    >>> bool((to_uint8(to_float(pixels)) == pixels).all())
+    True
+    """
+    return jnp.round(jnp.clip((jnp.asarray(images) + 1) * 127.5, 0, 255)).astype(jnp.uint8)

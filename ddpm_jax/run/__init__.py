@@ -1,0 +1,1 @@
+"""A run: from its fields to objects, and its record, checkpoints and weights on disk."""

@@ -1,0 +1,610 @@
+"""Saving a run and getting it back whole: Orbax, and a CRC-32 of every array, which Orbax does not have.
+
+A run's folder holds `checkpoints/STEP/` with the items `params`, `ema`, `optimizer`, `notes`, and `time_sampling` where
+the timestep sampler has a state; the EMA weights can be read without the others. Without our checksums one flipped bit
+in a file restores silently as wrong weights. A checksum covers a whole array, wherever its shards lie, so a state saved
+on many devices or hosts is checked on any other number of them.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import errno
+import functools
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import absl.logging
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import crc32
+from ddpm_jax.system.hosts import barrier, first_line, is_primary_host
+from ddpm_jax.training.state import Params, TrainState
+
+# Orbax warns of what is meant to be so (waiting for a save, opening to read only), and what fails is told by us.
+absl.logging.set_verbosity(absl.logging.FATAL)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+_FOLDER = "checkpoints"
+# Where old steps go in one move before they are deleted: a kill leaves none half deleted under its number.
+_DELETED = "deleted"
+_ITEMS = ("params", "ema", "optimizer", "time_sampling")
+
+Warn = Callable[[str], None]
+
+
+@functools.cache
+def _hush_orbax() -> None:
+    """Keeps from the screen what is left over in Orbax where it has failed: we tell of the failure."""
+    tell = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        # TensorStore's threads speak to event loops that have ended; other arrays of the same step fail unheard.
+        closed = isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"
+        code = getattr(unraisable.object, "cr_code", None)
+        if not closed and not (code and "orbax" in code.co_filename):
+            tell(unraisable)
+
+    sys.unraisablehook = hook
+
+
+class Damage(Exception):
+    """A saved step whose files do not hold what was saved."""
+
+
+class CannotRead(Exception):
+    """A saved step whose files cannot be read now, by no fault of theirs: rights, memory, the machine."""
+
+
+# Of the machine, not of the files: they may be read again when it is mended.
+_OF_THE_MACHINE = {
+    *(errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
+}
+
+
+def _failure(error: BaseException, what: str = "") -> Damage | CannotRead:
+    """Tells damage, of `what`, from what the machine cannot do just now; Orbax says both in half a dozen types."""
+    line = _first_line(error)
+    cause: BaseException | None = error
+    while cause is not None:
+        code = re.search(r"\[os_error_code='(\d+)'", str(cause))
+        number = int(code[1]) if code else cause.errno if isinstance(cause, OSError) else None
+        if isinstance(cause, MemoryError) or number in _OF_THE_MACHINE or "RESOURCE_EXHAUSTED" in str(cause):
+            return CannotRead(line)
+        cause = cause.__cause__ or cause.__context__
+    return Damage(what + line)
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    items = {
+        "params": state.params,
+        "ema": state.ema,
+        "optimizer": state.opt_state,
+        "time_sampling": state.time_sampling,
+    }
+    return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}  # Orbax refuses an empty one
+
+
+def _leaves(items: dict[str, Any]) -> dict[str, Any]:
+    return {
+        f"{name}{jax.tree_util.keystr(path)}": leaf
+        for name, tree in items.items()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _on_host(leaf: jax.Array) -> np.ndarray:
+    """Brings a whole array to this host, wherever its parts lie; all hosts must ask for it at once."""
+    if leaf.is_fully_addressable:
+        return np.asarray(leaf)
+    if leaf.is_fully_replicated:
+        return np.asarray(leaf.addressable_data(0))
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+
+def _describer(leaves: Mapping[str, jax.Array]) -> Callable[[], dict[str, Any]]:
+    """Notes shapes, types and checksums of arrays as they are now; the checksums are counted when it is called."""
+
+    def take(leaf: jax.Array) -> np.ndarray | int:
+        # What lies on other hosts has to be gathered now, one array at a time: hosts that gather in the background
+        # would not do it in the same order. Else it is on this host, where jax keeps memory from being given away (to
+        # the next step) as long as NumPy looks at it.
+        here = leaf.is_fully_addressable or leaf.is_fully_replicated
+        return _on_host(leaf) if here else crc32(_on_host(leaf))
+
+    taken = {name: take(leaf) for name, leaf in leaves.items()}
+    kinds = {name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for name, leaf in leaves.items()}
+
+    def describe() -> dict[str, Any]:
+        crcs = {name: value if isinstance(value, int) else crc32(value) for name, value in taken.items()}
+        return {name: {**kinds[name], "crc32": crc} for name, crc in crcs.items()}
+
+    return describe
+
+
+class _NotesHandler(ocp.JsonCheckpointHandler):
+    """Writes notes, whose checksums are counted meanwhile: the training does not wait for them."""
+
+    async def async_save(self, directory, item=None, args=None):
+        async def write() -> None:
+            if jax.process_index() == 0:
+                (directory / "metadata").write_text(sealed(args.make()))
+
+        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="notes")]
+
+    def restore(self, directory, item=None, args=None):
+        return unsealed((directory / "metadata").read_text())
+
+
+_SEAL = ', "crc32": '
+
+
+def sealed(notes: Mapping[str, Any]) -> str:
+    """Writes notes, not none, as JSON with a checksum of its own text as the last entry."""
+    text = json.dumps(notes)
+    return f"{text[:-1]}{_SEAL}{zlib.crc32(text.encode())}}}"
+
+
+def unsealed(content: str) -> dict[str, Any]:
+    """Reads what `sealed` wrote.
+
+    Raises:
+      Damage: it is anything else.
+
+    >>> unsealed(sealed({"window": [0.5]}))
+    {'window': [0.5]}
+    """
+    text, _, crc = content.rpartition(_SEAL)
+    text += "}"
+    if crc != f"{zlib.crc32(text.encode())}}}":
+        raise Damage("their checksum differs")
+    return dict(json.loads(text))
+
+
+class _Failed(NamedTuple):
+    error: Exception
+
+
+class _ArraysHandler(ocp.StandardCheckpointHandler):
+    """Restores arrays; hands a failure back, so that a host that meets one waits for the others where they wait."""
+
+    def restore(self, *arguments, **choices):
+        try:
+            return super().restore(*arguments, **choices)
+        except Exception as error:
+            return _Failed(error)
+
+
+@ocp.args.register_with_handler(_ArraysHandler, for_save=True)
+@dataclasses.dataclass
+class _SaveArrays(ocp.args.StandardSave):
+    pass
+
+
+@ocp.args.register_with_handler(_ArraysHandler, for_restore=True)
+@dataclasses.dataclass
+class _RestoreArrays(ocp.args.StandardRestore):
+    pass
+
+
+def _handlers() -> dict[str, Any]:
+    return {**{name: _ArraysHandler() for name in _ITEMS}, "notes": _NotesHandler()}
+
+
+@ocp.args.register_with_handler(_NotesHandler, for_save=True)
+@dataclasses.dataclass
+class _SaveNotes(ocp.args.CheckpointArgs):
+    make: Callable[[], dict[str, Any]]
+
+
+@ocp.args.register_with_handler(_NotesHandler, for_restore=True)
+@dataclasses.dataclass
+class _RestoreNotes(ocp.args.CheckpointArgs):
+    item: None = None
+
+
+def kept(
+    steps: Collection[int], losses: Mapping[int, float], *, latest: int, every: int = 0, best: int = 0
+) -> set[int]:
+    """Says which checkpoints stay.
+
+    Args:
+      steps: those that there are.
+      losses: the mean loss before each, as far as it is known; where it is not, a step is none of the best.
+      latest: how many of the newest stay.
+      every: steps that are multiples of it stay for ever; 0: none.
+      best: how many of those with the lowest loss stay; the newer of equals.
+
+    Returns:
+      those that stay.
+
+    >>> sorted(kept(range(1, 9), {2: 0.1, 3: 0.2, 6: 0.3}, latest=2, every=4, best=1))
+    [2, 4, 7, 8]
+    """
+    newest = sorted(steps)[-latest:]
+    milestones = [step for step in steps if every and step % every == 0]
+    lowest = sorted((step for step in steps if step in losses), key=lambda step: (losses[step], -step))[:best]
+    return {*newest, *milestones, *lowest}
+
+
+class _Preservation:
+    """The rule of `kept`, as Orbax asks for it."""
+
+    def __init__(self, stays: Callable[[Collection[int]], set[int]]):
+        self._stays = stays
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        stays = self._stays([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step in stays for checkpoint in checkpoints]
+
+
+def _first_line(error: BaseException) -> str:
+    """Says an exception in one short line; those of Orbax go on for a page, with what matters at the end of a line."""
+    if code := re.search(r"\[os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
+def has_saved(run: Path) -> bool:
+    """Says whether there is anything in a run's folder that its steps have saved, whole or damaged."""
+    return any(re.fullmatch(r"\d+|damaged_\d+_\d+", path.name) for path in (run / _FOLDER).glob("*"))
+
+
+class Checkpoints:
+    """The checkpoints of a run that is being trained."""
+
+    def __init__(self, run: Path, *, keep: int, keep_every: int = 0, keep_best: int = 0, warn: Warn):
+        """Opens a run's checkpoints for writing.
+
+        Args:
+          run: the run's folder.
+          keep: how many of the newest stay.
+          keep_every: steps that are multiples of it stay for ever; 0: none.
+          keep_best: how many of those with the lowest loss stay.
+          warn: told of damaged checkpoints.
+
+        Raises:
+          UserError: the folder cannot be written to.
+        """
+        self._folder = run.absolute() / _FOLDER
+        self._warn = warn
+        self._unfinished: int | None = None
+        self._losses: dict[int, float] = {}
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_Preservation(
+                lambda steps: kept(steps, self._losses, latest=keep, every=keep_every, best=keep_best)
+            ),
+            todelete_subdir=_DELETED,
+            cleanup_tmp_directories=True,
+        )
+        _hush_orbax()
+        try:
+            self._sweep()
+            self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=_handlers())
+        except OSError as error:
+            raise UserError(f"cannot write to {run}: {_first_line(error)}") from error
+        if keep_best:
+            self._losses = {step: loss for step in self.steps() if (loss := self._read_loss(step)) is not None}
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # A failure while another one is on its way out must not hide that one.
+        with contextlib.suppress(Exception) if exception[0] else contextlib.nullcontext():
+            self.wait()
+        with contextlib.suppress(Exception):
+            self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Says which steps are saved, in rising order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: TrainState, *, notes: dict[str, Any], loss: float | None = None) -> None:
+        """Saves a state in the background; `wait` says when it is on disk.
+
+        The state may be given to the next step, which writes over it, at once.
+
+        Args:
+          step: how many steps the state has done.
+          state: as `Layout.saved_state` gives it.
+          notes: what else to remember, JSON.
+          loss: the mean loss since the save before, by which the best are known.
+
+        Raises:
+          UserError: this or the save before could not be written; what was saved earlier is still there.
+        """
+        self.wait()
+        if step in self._manager.all_steps():
+            return
+        items = _items(state)
+        describe = _describer(_leaves(items))
+        self._unfinished = step
+        if loss is not None:
+            self._losses[step] = loss
+        saves = {name: _SaveArrays(tree) for name, tree in items.items()}
+        as_now = copy.deepcopy({**notes, "loss": loss})  # it goes on being written to while this is saved
+        written = _SaveNotes(lambda: {**as_now, "leaves": describe()})
+        with self._writing():
+            self._manager.save(step, args=ocp.args.Composite(**saves, notes=written))
+
+    def poll(self) -> None:
+        """Looks, without waiting, whether a save has ended; raises as `save` if it failed."""
+        if self._unfinished is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk; raises as `save`."""
+        with self._writing():
+            self._manager.wait_until_finished()
+            if self._unfinished is not None:
+                self._sweep()
+        self._unfinished = None
+
+    def _sweep(self) -> None:
+        """Deletes what was moved away to be deleted."""
+        if jax.process_index() == 0:
+            shutil.rmtree(self._folder / _DELETED, ignore_errors=True)
+
+    def _read_loss(self, step: int) -> float | None:
+        with contextlib.suppress(Exception):  # a damaged one is found when it is restored
+            return _read_notes(self._manager, step)["loss"]
+        return None
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except Exception as error:  # Orbax has no single type for a disk that is full or gone
+            step, self._unfinished = self._unfinished, None
+            whole = [saved for saved in self._manager.all_steps() if saved != step]
+            last = f"step {max(whole)} is the last good checkpoint" if whole else "there is no checkpoint yet"
+            raise UserError(
+                f"cannot save step {step} to {self._folder}: {_first_line(error)}; {last}: "
+                "make room or mend the folder, then start the same command again"
+            ) from error
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """Restores the newest step that is whole; damaged ones are named, set aside, and passed over.
+
+        Args:
+          abstract: shapes, types and shardings to restore into, as `Layout.abstract_state` gives them.
+
+        Returns:
+          the state and the notes saved with it, or None if nothing was ever saved.
+
+        Raises:
+          UserError: the saved arrays have other shapes or types, no step is whole, or one cannot be read just now; then
+            nothing is set aside.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        damaged: dict[int, Damage] = {}
+        for step in steps:
+            try:
+                items, notes = _restore(self._manager, step, _items(abstract), of=_ITEMS)
+            except Damage as damage:
+                damaged[step] = damage
+                continue
+            for each, reason in damaged.items():  # not before another is found to go on from
+                aside = self._set_aside(each)
+                self._warn(f"checkpoint {each} is damaged ({reason}): set aside as {aside}, using the one before it")
+            # The step counts from the folder's name: one number less that could be damaged or disagree.
+            count = jax.device_put(np.int32(step), abstract.step.sharding)
+            state = TrainState(count, items["params"], items["ema"], items["optimizer"], items.get("time_sampling", ()))
+            return state, notes
+        set_aside = len([*self._folder.glob("damaged_*")])
+        if damaged or set_aside:
+            reasons = "".join(f"; {step}: {reason}" for step, reason in [*damaged.items()][:1])
+            raise UserError(
+                f"no checkpoint in {self._folder} is whole ({len(damaged) + set_aside} damaged{reasons}): restore the "
+                "folder from a copy, or start again with another --workdir"
+            )
+        return None
+
+    def _set_aside(self, step: int) -> Path:
+        folder = self._folder / str(step)
+        number = 0
+        while (aside := folder.with_name(f"damaged_{step}_{number}")).exists():
+            number += 1
+        barrier("the name of what is set aside is chosen")
+        if is_primary_host():
+            os.rename(folder, aside)
+        barrier("what is damaged is set aside")
+        self._manager.reload()
+        return aside
+
+
+def _restore(
+    manager: ocp.CheckpointManager, step: int, abstract: dict[str, Any], *, of: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Restores the items `of` a step and holds every array against its checksum."""
+    try:
+        notes = _read_notes(manager, step)
+    except Exception as error:
+        _raise(_failure(error, "its notes cannot be read: "), manager, step)
+    saved = notes["leaves"]
+    _check_shapes(step, saved, abstract, of=of)
+    restored: Any = {}
+    try:
+        restores = {name: _RestoreArrays(tree) for name, tree in abstract.items()}
+        restored = manager.restore(step, args=ocp.args.Composite(**restores))
+        failed = [item.error for item in (restored[name] for name in abstract) if isinstance(item, _Failed)]
+    except Exception as error:
+        failed = [error]
+    # What is damaged for one host is so for all: they go on together.
+    mine = _failure(failed[0]) if failed else None
+    kind, _, line = first_line(f"{type(mine).__name__}: {mine}" if mine else "").partition(": ")
+    if kind:
+        _raise(CannotRead(line) if kind == CannotRead.__name__ else Damage(line), manager, step)
+    items = {name: restored[name] for name in abstract}
+    for name, leaf in _leaves(items).items():
+        if crc32(_on_host(leaf)) != saved[name]["crc32"]:
+            raise Damage(f"the checksum of {name} differs")
+    return items, {key: value for key, value in notes.items() if key not in ("leaves", "loss")}
+
+
+def _raise(failure: Damage | CannotRead, manager: ocp.CheckpointManager, step: int) -> NoReturn:
+    if isinstance(failure, Damage):
+        raise failure
+    raise UserError(
+        f"cannot read checkpoint {step} in {manager.directory}: {failure}; mend that, then start the same command again"
+    )
+
+
+def _read_notes(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    return manager.restore(step, args=ocp.args.Composite(notes=_RestoreNotes()))["notes"]
+
+
+def _check_shapes(step: int, saved: dict[str, Any], abstract: dict[str, Any], *, of: Sequence[str]) -> None:
+    # Before Orbax looks: it would cast another type silently.
+    wanted = _leaves(abstract)
+    saved = {name: leaf for name, leaf in saved.items() if name.startswith(tuple(of))}
+    for name in sorted({*wanted, *saved}):
+        here = f"{tuple(wanted[name].shape)} {wanted[name].dtype}" if name in wanted else "absent"
+        there = f"{tuple(saved[name]['shape'])} {saved[name]['dtype']}" if name in saved else "absent"
+        if here != there:
+            raise UserError(
+                f"checkpoint {step} does not fit this configuration: {name} is {there} there and {here} here; "
+                "use the run's own configuration, or another --workdir"
+            )
+
+
+def load_ema(run: Path, *, step: int | None = None, warn: Warn) -> tuple[int, Params]:
+    """Loads the averaged parameters of a run, and nothing else, onto the first device.
+
+    Args:
+      run: the run's folder.
+      step: which checkpoint; the newest that is whole if None.
+      warn: told of damaged checkpoints that are passed over.
+
+    Returns:
+      the step and the parameters.
+
+    Raises:
+      UserError: the folder is no run, has no (whole) checkpoint, or not that of `step`.
+    """
+    with _reading(run) as (manager, steps):
+        if step is not None and step not in steps:
+            raise UserError(f"{run} has no checkpoint of step {step}: there are {', '.join(map(str, steps))}")
+        device = jax.local_devices()[0]
+        for candidate in reversed(steps) if step is None else [step]:
+            try:
+                items, _ = _restore(
+                    manager, candidate, {"ema": _abstract(manager, candidate, "ema", device)}, of=["ema"]
+                )
+            except Damage as damage:
+                if step is not None:
+                    others = ", ".join(str(other) for other in steps if other != step)
+                    there = f"there are {others} beside it" if others else "there is no other"
+                    raise UserError(f"checkpoint {step} of {run} is damaged ({damage}): {there}") from damage
+                warn(f"checkpoint {candidate} is damaged ({damage})")
+                continue
+            return candidate, items["ema"]
+    raise UserError(f"no checkpoint in {run / _FOLDER} is whole ({len(steps)} damaged): restore the folder from a copy")
+
+
+class Verdict(NamedTuple):
+    """What was found of one saved step."""
+
+    step: int
+    """The step."""
+    arrays: int
+    """How many arrays were saved; 0 if that cannot be read."""
+    num_bytes: int
+    """What they take in memory."""
+    damage: str | None
+    """What is wrong, or None: every array is what was saved, bit for bit."""
+
+
+def verify(run: Path) -> Iterator[Verdict]:
+    """Holds every array of every checkpoint of a run against its checksum; changes nothing, uses no accelerator.
+
+    Args:
+      run: the run's folder.
+
+    Yields:
+      a verdict a step, in rising order.
+
+    Raises:
+      UserError: the folder is no run, or has no checkpoint.
+    """
+    cpu = jax.local_devices(backend="cpu")[0]
+    with _reading(run) as (manager, steps):
+        for step in steps:
+            saved: dict[str, Any] = {}
+            try:
+                saved = _read_notes(manager, step)["leaves"]
+                _check_items(manager, step, {_tokens(name): leaf["crc32"] for name, leaf in saved.items()}, cpu)
+                damage = None
+            except Exception as error:  # damage raises half a dozen types
+                if not (run / _FOLDER / str(step)).exists():  # a run that trains has put it away meanwhile
+                    continue
+                damage = _first_line(error)
+            sizes = [math.prod(leaf["shape"]) * np.dtype(leaf["dtype"]).itemsize for leaf in saved.values()]
+            yield Verdict(step, len(saved), sum(sizes), damage)
+
+
+def _tokens(name: str) -> tuple[str, ...]:
+    """The keys in a leaf's name; without its structure Orbax gives a list for a tuple and a dict for a named one."""
+    return tuple(re.findall(r"[^\[\]'.]+", name))
+
+
+def _check_items(
+    manager: ocp.CheckpointManager, step: int, crcs: Mapping[tuple[str, ...], int], device: jax.Device
+) -> None:
+    found = set()
+    for item in dict.fromkeys(tokens[0] for tokens in crcs):  # one at a time: the average may fit where all does not
+        abstract = _abstract(manager, step, item, device)
+        restored = manager.restore(step, args=ocp.args.Composite(**{item: _RestoreArrays(abstract)}))[item]
+        if isinstance(restored, _Failed):
+            raise restored.error
+        for name, leaf in _leaves({item: restored}).items():
+            found.add(_tokens(name))
+            if crcs.get(_tokens(name)) != crc32(_on_host(leaf)):
+                raise Damage(f"the checksum of {name} differs")
+    for missing in sorted(set(crcs) - found):
+        raise Damage(f"{'.'.join(missing)} is missing")
+
+
+@contextlib.contextmanager
+def _reading(run: Path) -> Iterator[tuple[ocp.CheckpointManager, list[int]]]:
+    """Opens the checkpoints of a run to read only; gives the steps that there are, in rising order."""
+    folder = run.absolute() / _FOLDER
+    if not run.is_dir():
+        raise UserError(f"there is no folder {run}: give the folder of a run, such as runs/digits")
+    if not folder.is_dir():
+        raise UserError(f"no checkpoints in {run}: it is not the folder of a run, or the run has not saved yet")
+    _hush_orbax()
+    with ocp.CheckpointManager(
+        folder, options=ocp.CheckpointManagerOptions(read_only=True), item_handlers=_handlers()
+    ) as manager:
+        steps = sorted(manager.all_steps())
+        if not steps:
+            raise UserError(f"no checkpoints in {run}: the run has not saved yet")
+        yield manager, steps
+
+
+def _abstract(manager: ocp.CheckpointManager, step: int, item: str, device: jax.Device) -> Any:
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    try:
+        metadata = manager.item_metadata(step)[item]
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), metadata.tree)
+    except Exception as error:
+        _raise(_failure(error, "its description cannot be read: "), manager, step)

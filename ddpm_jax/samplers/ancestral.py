@@ -1,0 +1,53 @@
+"""Algorithm 2 of the paper: T draws from p(x_{t-1} | x_t)."""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ddpm_jax.reverse import Predict, Prediction, Reverse, Variance, p_mean_variance, p_sample
+from ddpm_jax.samplers.chain import Chain, ChainInfo, Sampler, step_noise
+from ddpm_jax.samplers.respacing import check_prediction
+from ddpm_jax.schedules import Schedule
+
+
+def ancestral(
+    schedule: Schedule,
+    predict: Predict,
+    *,
+    prediction: Prediction = "eps",
+    variance: Variance = "fixed_large",
+    clip_x0: bool = True,
+) -> Sampler:
+    r"""Makes the sampler of the paper: T draws from p(x_{t-1} | x_t), the last without noise.
+
+    .. math:: x_{t-1} = \mu_\theta(x_t, t) + \sigma_t z
+
+    Args:
+      schedule: tables of T steps.
+      predict: the network.
+      prediction: what the network's output means.
+      variance: the variance of p(x_{t-1} | x_t); the paper's CIFAR-10 model uses "fixed_large".
+      clip_x0: whether the predicted clean image is clipped to [-1, 1] at every step, as in the original code.
+
+    Returns:
+      a `Sampler` of T steps.
+
+    Raises:
+      ValueError: the network predicts the mean of single steps, and the schedule skips some.
+
+    Ho et al. 2020, Algorithm 2.
+    """
+    check_prediction(schedule, prediction)
+
+    def step(keys: Array, state: Chain, k: Array) -> tuple[Chain, ChainInfo]:
+        time = schedule.num_steps - 1 - k
+        t = jnp.full(state.x.shape[:1], time, jnp.int32)
+        output = predict(state.x, schedule.timesteps[t])
+        reverse: Reverse = p_mean_variance(
+            schedule, output, state.x, t, prediction=prediction, variance=variance, clip_x0=clip_x0
+        )
+        x = p_sample(reverse, t, step_noise(keys, time, state.x.shape[1:]))
+        return Chain(x), ChainInfo(time, state.x, reverse.x0)
+
+    times = np.arange(schedule.num_steps)[::-1]
+    return Sampler(schedule.num_steps, times, Chain, step)

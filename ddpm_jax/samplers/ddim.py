@@ -1,0 +1,141 @@
+r"""DDIM: chains that any number of steps can be skipped in, with any share of the noise (Song et al. 2021).
+
+At eta = 1 it is the ancestral chain; at eta = 0 nothing is drawn but x_T, and the chain is a map between noise and
+images that can be run both ways.
+
+>>> from ddpm_jax.samplers.respacing import evenly_spaced, respace
+>>> from ddpm_jax.schedules import make_betas
+>>> schedule = respace(make_betas("linear", 1000), evenly_spaced(1000, 10))
+>>> nothing = lambda x_t, t: jnp.zeros_like(x_t)                         # a network that sees no noise
+>>> sample(jax.random.key(0), ddim(schedule, nothing), (2, 4, 4, 1)).shape
+(2, 4, 4, 1)
+"""
+
+import typing
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ddpm_jax.forward import per_image
+from ddpm_jax.reverse import Predict, Prediction, Variance, from_x0, predict_eps, predict_x0, split_output
+from ddpm_jax.samplers.chain import Chain, ChainInfo, Sampler, step_noise
+from ddpm_jax.samplers.respacing import check_prediction
+from ddpm_jax.schedules import Schedule
+
+EpsAfterClipping = typing.Literal["recompute", "network"]
+"""How DDIM gets eps after x0 is clipped: recomputed from the clipped x0, or the network's own."""
+
+
+def ddim(
+    schedule: Schedule,
+    predict: Predict,
+    *,
+    eta: float = 0.0,
+    prediction: Prediction = "eps",
+    variance: Variance = "fixed_large",
+    clip_x0: bool = True,
+    eps_after_clipping: EpsAfterClipping = "recompute",
+) -> Sampler:
+    r"""Makes the sampler of DDIM.
+
+    .. math::
+      x_{t-1} &= \sqrt{\bar\alpha_{t-1}}\, \hat x_0 + \sqrt{1 - \bar\alpha_{t-1} - \sigma_t^2}\, \hat\epsilon
+                 + \sigma_t z \\
+      \sigma_t &= \eta \sqrt{\tilde\beta_t}
+
+    The last step ends in :math:`\hat x_0`, without noise.
+
+    Args:
+      schedule: tables of the chain's steps, of all times or of some (`respacing.respace`).
+      predict: the network.
+      eta: the share of the ancestral chain's noise, in [0, 1]. 0 is deterministic; 1 is `samplers.ancestral` with
+        variance "fixed_small".
+      prediction: what the network's output means; "mean" only on a schedule of all times.
+      variance: tells whether the output has a second half; it is not used.
+      clip_x0: whether the predicted clean image is clipped to [-1, 1] at every step.
+      eps_after_clipping: "recompute" derives eps from the clipped x0, as improved-diffusion does (diffusers'
+        `use_clipped_model_output=True`); "network" keeps the network's eps, as diffusers does by default. Without
+        clipping they are the same.
+
+    Returns:
+      a `Sampler` of as many steps as the schedule has.
+
+    Raises:
+      ValueError: `eta` is outside [0, 1], or "mean" is predicted on a schedule that skips times.
+
+    Song et al. 2021, eqs. 12 and 16.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta} is outside [0, 1]: 0 is deterministic, 1 adds the noise of the ancestral chain")
+    check_prediction(schedule, prediction)
+
+    def step(keys: Array, state: Chain, k: Array) -> tuple[Chain, ChainInfo]:
+        time = schedule.num_steps - 1 - k
+        t = jnp.full(state.x.shape[:1], time, jnp.int32)
+        output, _ = split_output(predict(state.x, schedule.timesteps[t]), variance=variance)
+        x0 = predict_x0(schedule, output, state.x, t, prediction=prediction)
+        eps = predict_eps(schedule, output, state.x, t, prediction=prediction)
+        if clip_x0:
+            x0 = jnp.clip(x0, -1, 1)
+            if eps_after_clipping == "recompute":
+                eps = from_x0(schedule, x0, state.x, t, target="eps")
+        one_minus_alphas_bar_prev = jnp.where(
+            t > 0, schedule.one_minus_alphas_bar[t - 1], jnp.zeros_like(schedule.one_minus_alphas_bar[t])
+        )
+        # 1 - alphas_bar_prev - sigma^2, as a product because the difference of two close numbers loses its digits.
+        left = (1 - eta**2) + eta**2 * schedule.posterior_mean_coef_x_t[t] * schedule.alphas[t] ** 0.5
+        direction = jnp.sqrt(one_minus_alphas_bar_prev * left)
+        x = per_image(jnp.sqrt(schedule.alphas_bar_prev[t])) * x0 + per_image(direction) * eps
+        if eta > 0:
+            sigma = eta * jnp.sqrt(schedule.posterior_variance[t])
+            x = x + per_image(sigma) * step_noise(keys, time, state.x.shape[1:])
+        return Chain(x), ChainInfo(time, state.x, x0)
+
+    return Sampler(schedule.num_steps, np.arange(schedule.num_steps)[::-1], Chain, step)
+
+
+def ddim_inversion(
+    schedule: Schedule,
+    predict: Predict,
+    *,
+    prediction: Prediction = "eps",
+    variance: Variance = "fixed_large",
+) -> Sampler:
+    r"""Makes the chain from images to the noise that `ddim` (eta = 0, without clipping) draws them from.
+
+    .. math:: x_{t+1} = \sqrt{\bar\alpha_{t+1}}\, \hat x_0 + \sqrt{1 - \bar\alpha_{t+1}}\, \hat\epsilon
+
+    Start it at `init(images)`. It ends at the schedule's last time, where `ddim` begins; improved-diffusion goes one
+    step further, to noise without any signal, which `ddim` does not take back. The two undo one another up to an
+    error that falls with the number of steps. The first step, out of the images, is told the first time.
+
+    Args:
+      schedule: as that of the `ddim` that is to take the noise back.
+      predict: the network.
+      prediction: what the network's output means; "mean" only on a schedule of all times.
+      variance: tells whether the output has a second half; it is not used.
+
+    Returns:
+      a `Sampler` of as many steps as the schedule has; its times rise.
+
+    Raises:
+      ValueError: "mean" is predicted on a schedule that skips times.
+
+    Song et al. 2021, sec. 4.3 and eq. 14.
+    """
+    check_prediction(schedule, prediction)
+
+    def step(keys: Array, state: Chain, k: Array) -> tuple[Chain, ChainInfo]:
+        del keys  # nothing is drawn
+        t_next = jnp.full(state.x.shape[:1], k, jnp.int32)
+        t = jnp.maximum(t_next - 1, 0)
+        output, _ = split_output(predict(state.x, schedule.timesteps[t]), variance=variance)
+        eps = predict_eps(schedule, output, state.x, t, prediction=prediction)
+        # The images that the chain starts from hold no noise: they are their own x0.
+        x0 = jnp.where(per_image(t_next) > 0, predict_x0(schedule, output, state.x, t, prediction=prediction), state.x)
+        signal, sigma = schedule.sqrt_alphas_bar[t_next], schedule.sqrt_one_minus_alphas_bar[t_next]
+        return Chain(per_image(signal) * x0 + per_image(sigma) * eps), ChainInfo(t[0], state.x, x0)
+
+    times = np.maximum(np.arange(schedule.num_steps) - 1, 0)
+    return Sampler(schedule.num_steps, times, Chain, step)

@@ -1,0 +1,112 @@
+"""PATHDOC"""
+
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ddpm_jax.reverse import Predict, Prediction, Variance, predict_x0, split_output
+from ddpm_jax.samplers.chain import Chain, ChainInfo, Sampler, step_noise
+from ddpm_jax.samplers.respacing import check_prediction
+from ddpm_jax.schedules import Schedule
+
+
+class Path(typing.NamedTuple):
+    """The N + 1 places that a chain of N steps passes, from the noise to the clean image: (N + 1,) float64 each."""
+
+    alpha: np.ndarray
+    r""":math:`\alpha = \sqrt{\bar\alpha}`; 1 at the end."""
+    sigma: np.ndarray
+    r""":math:`\sigma = \sqrt{1 - \bar\alpha}`; 0 at the end."""
+    log_ratio: np.ndarray
+    r""":math:`\lambda = \log(\alpha / \sigma)`, rising; infinite at the end."""
+
+
+class Combination(typing.NamedTuple):
+    """Weights of the weighted sums that take x from step k to step k + 1; row k is step k's, float64."""
+
+    x: np.ndarray
+    """(N,) of the images."""
+    x0: np.ndarray
+    """(N, n) of the clean images predicted at steps k, k - 1, .., k - n + 1; 0 for a step before the first."""
+    noise: np.ndarray
+    """(N,) of standard normal noise."""
+
+
+class Correction(typing.NamedTuple):
+    """Weights of the weighted sums that mend the images of step k once x0 is predicted from them, float64."""
+
+    x: np.ndarray
+    """(N,) of the images to be mended; 1 at the first step, which has nothing to mend, and 0 after it."""
+    x_before: np.ndarray
+    """(N,) of the images of the step before, mended."""
+    x0: np.ndarray
+    """(N, n) of the clean images predicted at steps k, k - 1, .., k - n + 1."""
+
+
+def path(schedule: Schedule) -> Path:
+    r"""Reads the places that a chain passes out of its schedule.
+
+    Args:
+      schedule: tables of N steps; not traced.
+
+    Returns:
+      the `Path`. Where :math:`\bar\alpha` is 0 it counts as 1e-24, so that :math:`\lambda` is finite.
+    """
+    alphas_bar = np.maximum(np.asarray(schedule.alphas_bar, np.float64), 1e-24)[::-1]
+    one_minus_alphas_bar = np.asarray(schedule.one_minus_alphas_bar, np.float64)[::-1]
+    log_ratio = 0.5 * (np.log(alphas_bar) - np.log(one_minus_alphas_bar))
+    return Path(
+        np.append(np.sqrt(alphas_bar), 1.0), np.append(np.sqrt(one_minus_alphas_bar), 0.0), np.append(log_ratio, np.inf)
+    )
+
+
+class _Memory(typing.NamedTuple):
+    x: Array
+    """(B, H, W, C) the images of the step before, mended."""
+    x0: Array
+    """(n, B, H, W, C) the clean images predicted at the steps before, the latest first."""
+
+
+def _weighted(weights: Array, images: Array) -> Array:
+    return jnp.tensordot(weights, images, axes=1)
+
+
+def multistep(
+    schedule: Schedule,
+    predict: Predict,
+    combination: Combination,
+    *,
+    correction: Correction | None = None,
+    prediction: Prediction,
+    variance: Variance,
+    clip_x0: bool,
+) -> Sampler:
+    """Makes the sampler whose steps are the given weighted sums."""
+    check_prediction(schedule, prediction)
+    remembered = combination.x0.shape[1] - 1 if correction is None else correction.x0.shape[1] - 1
+    draws = bool(combination.noise.any())
+
+    def init(x: Array) -> Chain:
+        return Chain(x, _Memory(jnp.zeros_like(x), jnp.zeros((remembered, *x.shape), x.dtype)))
+
+    def step(keys: Array, state: Chain, k: Array) -> tuple[Chain, ChainInfo]:
+        time = schedule.num_steps - 1 - k
+        t = jnp.full(state.x.shape[:1], time, jnp.int32)
+        output, _ = split_output(predict(state.x, schedule.timesteps[t]), variance=variance)
+        x0 = predict_x0(schedule, output, state.x, t, prediction=prediction)
+        if clip_x0:
+            x0 = jnp.clip(x0, -1, 1)
+        weights, mend = jax.tree.map(lambda table: jnp.asarray(table)[k], (combination, correction))
+        x, x0s = state.x, jnp.concatenate([x0[None], state.memory.x0])
+        if mend is not None:
+            x = mend.x * x + mend.x_before * state.memory.x + _weighted(mend.x0, x0s)
+        memory = _Memory(x, x0s[:remembered])
+        x = weights.x * x + _weighted(weights.x0, x0s[: weights.x0.shape[0]])
+        if draws:
+            x = x + weights.noise * step_noise(keys, time, x.shape[1:])
+        return Chain(x, memory), ChainInfo(time, state.x, x0)
+
+    return Sampler(schedule.num_steps, np.arange(schedule.num_steps)[::-1], init, step)

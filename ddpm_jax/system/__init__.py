@@ -1,0 +1,1 @@
+"""Files, hosts, devices, progress, pictures and exits. Knows nothing of diffusion."""

@@ -1,0 +1,97 @@
+"""From a configuration to what trains: network, optimizer, objective and where they run."""
+
+import typing
+from collections.abc import Sequence
+
+import jax
+import optax
+from jax import Array
+
+from ddpm_jax.config import Config
+from ddpm_jax.run.build import build_schedule, build_unet
+from ddpm_jax.schedules import Schedule
+from ddpm_jax.time_sampling import TimeSampler, make_time_sampler
+from ddpm_jax.training.objective import Objective, make_objective
+from ddpm_jax.training.parallel import Layout, make_layout
+from ddpm_jax.training.state import TrainState, init_state, make_optimizer
+from ddpm_jax.training.step import TrainingStep, make_training_step
+from ddpm_jax.unet import UNet
+
+# The uses of the run's seed.
+_INIT, _STEPS, _SAMPLES = 0, 1, 2
+
+
+class Keys(typing.NamedTuple):
+    """The keys of a run, from its seed."""
+
+    init: Array
+    """Of the first parameters."""
+    run: Array
+    """Of all steps."""
+    samples: Array
+    """Of the grids that are drawn on the way."""
+
+
+class Setup(typing.NamedTuple):
+    """What a run is made of."""
+
+    config: Config
+    keys: Keys
+    unet: UNet
+    schedule: Schedule
+    optimizer: optax.GradientTransformation
+    objective: Objective
+    time_sampler: TimeSampler
+    layout: Layout
+    image_shape: Sequence[int]
+    """(H, W, C)."""
+
+    def init(self, key: Array) -> TrainState:
+        """Makes the first state."""
+        return init_state(key, self.unet, self.optimizer, self.image_shape, time_sampler=self.time_sampler)
+
+    def make_step(self, **over_devices: typing.Any) -> TrainingStep:
+        """Makes the pure step; `Layout.lift` says over which devices."""
+        return make_training_step(
+            self.unet,
+            self.optimizer,
+            self.objective,
+            self.time_sampler,
+            num_steps=self.schedule.num_steps,
+            ema_decay=self.config.train.ema_decay,
+            random_flip=self.config.data.flip,
+            label_dropout=self.config.train.label_dropout,
+            **over_devices,
+        )
+
+
+def make_setup(config: Config, image_shape: Sequence[int]) -> Setup:
+    """Makes the parts of a run.
+
+    Args:
+      config: the whole configuration, valid.
+      image_shape: (H, W, C).
+
+    Raises:
+      UserError: the batch does not fit the devices.
+    """
+    seed_key = jax.random.key(config.train.seed)
+    schedule = build_schedule(config)
+    return Setup(
+        config,
+        Keys(*(jax.random.fold_in(seed_key, use) for use in (_INIT, _STEPS, _SAMPLES))),
+        build_unet(config),
+        schedule,
+        make_optimizer(config.train),
+        make_objective(
+            config.loss, schedule, prediction=config.diffusion.prediction, variance=config.diffusion.variance
+        ),
+        make_time_sampler(config.loss.time_sampling, schedule.num_steps),
+        make_layout(
+            config.train.parallel,
+            batch_size=config.train.batch_size,
+            parts=config.train.grad_accum_steps,
+            fsdp=config.train.fsdp,
+        ),
+        image_shape,
+    )

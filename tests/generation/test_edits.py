@@ -1,0 +1,342 @@
+"""What sample.py draws beside samples: of its own, and of pictures that are given."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_jax.config import DataConfig
+from ddpm_jax.data.decode import open_picture, to_array
+from ddpm_jax.data.sources import load_held_out
+from ddpm_jax.generation import edits, sampler_config
+from ddpm_jax.generation.editor import Editor, read_mask
+from ddpm_jax.generation.edits import (
+    draw_progressive,
+    hide,
+    inpaint_picture,
+    interpolate_pictures,
+    lay_out,
+    reconstruct_picture,
+    share_latents,
+)
+from ddpm_jax.generation.sampler_config import SamplerConfig
+from ddpm_jax.networks import network
+from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import claimed
+
+
+def load(path):
+    return np.asarray(Image.open(path))
+
+
+@pytest.fixture(scope="module")
+def job(drawing):
+    return drawing.make_job(num_classes=10)
+
+
+def test_the_chain_over_time_ends_in_the_samples_and_begins_in_noise(job, tmp_path):
+    assert draw_progressive(job, tmp_path, num=3, columns=4) == tmp_path / "x0.png"
+    editor = Editor(job, batch_size=8)
+    images, _ = editor.sample(3, editor.labels_in_turn(3), watched=1)
+    shown = {name: load(tmp_path / f"{name}.png") for name in ("x0", "x_t")}
+    factor = shown["x0"].shape[0] // (3 * 9 + 1)
+    for picture in shown.values():
+        assert picture.shape == (factor * (3 * 9 + 1), factor * (5 * 9 + 1))
+        for row, image in enumerate(images):
+            last = picture[::factor, ::factor][1 + 9 * row : 9 * (row + 1), 1 + 9 * 4 : 9 * 5]
+            assert abs(last.astype(int) - image[..., 0]).max() <= 1
+    # At the first time x_t is noise; what is predicted of it is not.
+    first = {name: picture[::factor, ::factor][1:9, 1:9].astype(int) for name, picture in shown.items()}
+    assert abs(first["x_t"] - first["x0"]).max() > 50
+
+
+def test_images_that_share_a_late_x_t_are_more_alike(job, tmp_path):
+    few = job._replace(choice=SamplerConfig(steps=6, labels=(3,)))
+    share_latents(few, tmp_path / "all", times=(), draws=6, label=3)
+    picture = load(tmp_path / "all" / "share.png")
+    factor = picture.shape[0] // (4 * 9 + 1)
+    rows = picture[::factor, ::factor][1:, 1:].reshape(4, 9, 7, 9)[:, :8, :, :8].swapaxes(1, 2).astype(float)
+    spread = rows[:, 1:].std(axis=1).mean(axis=(1, 2))
+    assert (np.diff(spread) < 0).all()
+    # At t = 0 nothing is left to be drawn: the latent is the image.
+    share_latents(few, tmp_path / "one", times=[0], draws=2)
+    row = load(tmp_path / "one" / "share.png")
+    factor = row.shape[0] // 10
+    latent, *images = row[::factor, ::factor][1:9, 1:].reshape(8, 3, 9)[..., :8].swapaxes(0, 1)
+    for image in images:
+        np.testing.assert_array_equal(image, latent)
+
+
+def test_guidance_is_told_to_the_network_of_every_mode(job, tmp_path, monkeypatch):
+    seen, known = set(), sampler_config.network
+
+    def watched(unet, params, labels, *, guidance_scale=1.0, **choice):
+        seen.add(guidance_scale)
+        return known(unet, params, labels, guidance_scale=guidance_scale, **choice)
+
+    monkeypatch.setattr(sampler_config, "network", watched)
+    share_latents(
+        job._replace(choice=SamplerConfig(steps=2, guidance_scale=5.0)), tmp_path, times=[5], draws=1, label=3
+    )
+    assert 5.0 in seen
+
+
+def test_a_number_is_an_image_of_the_test_part(job, tmp_path):
+    reconstruct_picture(job, "17", tmp_path, time=0, draws=1)
+    held_out = load_held_out(job.config.data).read(np.array([17]))
+    np.testing.assert_array_equal(load(tmp_path / "00.png"), held_out[0, ..., 0])
+
+
+def test_what_is_small_is_laid_out_large_and_what_is_unknown_is_grey():
+    images = np.zeros((2, 3, 4, 5, 1), np.uint8)
+    assert lay_out(images).shape[:2] == (11 * (1024 // 19), 19 * (1024 // 19))
+    known = np.zeros((4, 5), bool)
+    known[0] = True
+    assert hide(images[0, 0], known)[..., 0].tolist() == [[0] * 5, *[[128] * 5] * 3]
+
+
+@pytest.fixture(scope="module")
+def color_job(drawing):
+    return drawing.make_job(data=DataConfig(source="folder", path="gone", height=4, width=6, channels=3))
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own")
+    random = np.random.default_rng(0)
+    for name in ("a", "b"):
+        Image.fromarray(random.integers(0, 255, (40, 60, 3), np.uint8)).save(folder / f"{name}.png")
+    mask = np.full((40, 60), 255, np.uint8)
+    mask[:20, :30] = 0
+    Image.fromarray(mask).save(folder / "mask.png")
+    Image.fromarray(np.full((4, 6), 255, np.uint8)).save(folder / "white.png")
+    Image.fromarray(mask[:20, 20:40]).save(folder / "square.png")
+    (folder / "no.png").write_text("no picture")
+    return folder
+
+
+def test_own_pictures_are_reconstructed_interpolated_and_filled_in(color_job, own, tmp_path):
+    a, b = (to_array(open_picture(str(own / f"{name}.png")), (4, 6, 3)) for name in "ab")
+    load = lambda path: np.asarray(Image.open(path))
+
+    row = reconstruct_picture(color_job, str(own / "a.png"), tmp_path / "same", time=0, draws=2)
+    assert row == tmp_path / "same" / "row.png"
+    np.testing.assert_array_equal(load(tmp_path / "same" / "01.png"), a)
+
+    files = [str(own / "a.png"), str(own / "b.png")]
+    interpolate_pictures(color_job, files, tmp_path / "mixed", time=0, num=3)
+    for number, expected in ((0, a), (1, (a.astype(float) + b) / 2), (2, b)):
+        assert abs(load(tmp_path / "mixed" / f"{number:02d}.png") - expected).max() <= 0.5 + 1e-3
+    interpolate_pictures(color_job, files, tmp_path / "slerp", time=None, num=3)
+    assert len([*(tmp_path / "slerp").glob("0?.png")]) == 3
+
+    inpaint_picture(color_job, str(own / "a.png"), str(own / "mask.png"), tmp_path / "filled", draws=2)
+    filled = [load(tmp_path / "filled" / f"{number:02d}.png") for number in range(2)]
+    known = read_mask(str(own / "mask.png"), (4, 6, 3), size=(40, 60))
+    assert known.sum() == 24 - 6
+    for image in filled:
+        np.testing.assert_array_equal(image[known], a[known])
+    assert (filled[0][~known] != filled[1][~known]).any()
+
+
+def test_drawn_again_a_folder_holds_the_new_results_alone(job, tmp_path):
+    few = job._replace(choice=SamplerConfig("ddim", steps=2))
+    out = tmp_path / "out"
+    reconstruct_picture(few, "17", out, time=3, draws=3)
+    (out / "notes.txt").write_text("mine")
+    (out / "100.png").write_text("mine too")
+    reconstruct_picture(few, "18", out, time=5, draws=2, label=4)
+    assert {path.name for path in out.iterdir()} == {
+        *("00.png", "01.png", "row.png", "job.json", ".lock"),
+        *("notes.txt", "100.png"),
+    }
+    assert json.loads((out / "job.json").read_text()) == {
+        "command": "reconstruct",
+        "checkpoint": 7,
+        "seed": 0,
+        "sampler": "ddim",
+        "steps": 3,
+        "guidance_scale": 1.0,
+        "t": 5,
+        "pictures": ["18"],
+        "draws": 2,
+        "label": 4,
+    }
+
+
+def test_every_command_says_what_it_drew(job, own, tmp_path):
+    few = job._replace(choice=SamplerConfig(steps=2))
+    draw_progressive(few, tmp_path / "0", num=2, columns=2)
+    share_latents(few, tmp_path / "1", times=(), draws=1)
+    interpolate_pictures(few, ["1", "2"], tmp_path / "2", time=7, num=2)
+    interpolate_pictures(few, ["1", "2"], tmp_path / "3", time=None, num=2, label=3)
+    inpaint_picture(few, "1", str(own / "square.png"), tmp_path / "4", draws=1)
+    said = [json.loads((tmp_path / str(number) / "job.json").read_text()) for number in range(5)]
+    assert [each["command"] for each in said] == ["progressive", "share", "interpolate", "interpolate", "inpaint"]
+    assert [each["steps"] for each in said] == [2, 5, 3, 2, 2]
+    assert [each.get("t") for each in said] == [[12, 1], [12, 9, 6, 3], 7, None, None]
+    assert [each["sampler"] for each in said] == [*["ancestral"] * 3, "ddim", "ancestral"]
+    assert said[0]["labels"] == [0, 1]
+    assert said[3]["label"] == 3
+
+
+def test_a_folder_of_something_else_is_left_alone(job, tmp_path):
+    reconstruct = lambda: reconstruct_picture(job, "17", tmp_path, time=0, draws=1)
+    (tmp_path / "05.png").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and holds no results of reconstruct"):
+        reconstruct()
+    for there, holds in (
+        ('{"seed": 3}', "holds another job"),
+        ('{"command": "share"}', "holds the results of share"),
+        ("{", "job.json is damaged"),
+    ):
+        (tmp_path / "job.json").write_text(there)
+        with pytest.raises(UserError, match=holds):
+            reconstruct()
+        assert (tmp_path / "job.json").read_text() == there
+    (tmp_path / "job.json").write_text('{"command": "reconstruct"}')
+    with (
+        claimed(tmp_path),
+        pytest.raises(UserError, match="another process is writing"),
+    ):
+        reconstruct()
+    assert (tmp_path / "05.png").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size"),
+    [(50, 33, (67, 100)), (120, 80, (40, 60)), (6, 4, (7, 100))],
+    ids=["made smaller, its sides rounded", "larger", "of the run's size"],
+)
+def test_a_mask_is_of_the_picture_s_aspect_ratio_or_of_the_run_s_size(tmp_path, width, height, size):
+    half = np.full((height, width), 255, np.uint8)
+    half[:, : width // 2] = 0
+    Image.fromarray(half).save(tmp_path / "mask.png")
+    known = read_mask(str(tmp_path / "mask.png"), (4, 6, 3), size=size)
+    assert known.tolist() == [[False] * 3 + [True] * 3] * 4
+
+
+def test_a_mask_of_another_shape_is_refused_before_anything_is_drawn(color_job, job, own, tmp_path):
+    for run, picture, mask in (
+        (color_job, str(own / "a.png"), "square.png"),
+        (job, "1", "mask.png"),  # a number of the run's data, 8x8
+    ):
+        with pytest.raises(
+            UserError, match=r"the mask .* for (60x40|8x8): make it of the same aspect ratio, or (6x4|8x8)"
+        ):
+            inpaint_picture(run, picture, str(own / mask), tmp_path / "out", draws=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_done_with_own_pictures_is_one_line(color_job, job, own, tmp_path):
+    a, out = str(own / "a.png"), tmp_path / "out"
+    guided_job, of_ddim = (
+        job._replace(choice=choice) for choice in (SamplerConfig(guidance_scale=2.0), SamplerConfig("ddim"))
+    )
+    for call, message in [
+        (lambda: reconstruct_picture(color_job, a, out, time=13, draws=1), "--t 13 must be 0 to 12"),
+        (lambda: reconstruct_picture(color_job, a, out, time=1, draws=0), "--draws must be 1 to 64, not 0"),
+        (
+            lambda: reconstruct_picture(color_job, a, out, time=1, draws=1, label=3),
+            "--label 3: .* it is unconditional",
+        ),
+        (lambda: reconstruct_picture(job, a, out, time=1, draws=1, label=10), "--label 10: .* classes are 0 to 9"),
+        (lambda: reconstruct_picture(job, str(own / "c.png"), out, time=1, draws=1), "c.png .*there is no such file"),
+        (lambda: reconstruct_picture(job, str(own / "no.png"), out, time=1, draws=1), "no.png .*no picture"),
+        (lambda: reconstruct_picture(job, "359", out, time=1, draws=1), "no image 359: .* has 359, numbered from 0"),
+        (lambda: draw_progressive(job, out, num=65, columns=3), "--num must be 1 to 64, not 65"),
+        (lambda: draw_progressive(job, out, num=1, columns=0), "--columns must be 1 to 64, not 0"),
+        (lambda: share_latents(job, out, times=[5, 13], draws=1), "--t 13 must be 0 to 12"),
+        (lambda: share_latents(guided_job, out, times=[5], draws=1), "--guidance-scale needs --label"),
+        (lambda: reconstruct_picture(guided_job, a, out, time=1, draws=1), "--guidance-scale needs --label"),
+        (lambda: interpolate_pictures(guided_job, [a, a], out, time=None, num=3), "--guidance-scale needs --label"),
+        (lambda: inpaint_picture(guided_job, a, a, out, draws=1), "--guidance-scale needs --label"),
+        (lambda: inpaint_picture(of_ddim, a, a, out, draws=1), "--sampler ddim: RePaint draws noise at every step"),
+        (lambda: share_latents(job, out, times=[], draws=1, label=10), "--label 10: .* classes are 0 to 9"),
+        (lambda: interpolate_pictures(job, [a], out, time=1, num=3), "--images needs two pictures .* not 1"),
+        (lambda: interpolate_pictures(job, [a, a], out, time=1, num=1), "--num must be at least 2"),
+        (lambda: inpaint_picture(color_job, a, str(own / "white.png"), out, draws=1), "white all over: paint black"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            call()
+    assert not out.exists()
+
+
+def test_the_script_reads_the_run_s_folder_alone(drawing, color_job, own, tmp_path, monkeypatch, run_script):
+    monkeypatch.setattr(sampler_config, "network", network)
+    run = drawing.save_run(color_job, tmp_path / "run")
+    pair = ["--images", own / "a.png", own / "b.png"]
+    status, said, error = run_script("sample.py", "interpolate", run, *pair, "--t", 9, "--num", 2)
+    assert status == 0, error
+    assert said.strip() == str(run / "samples" / "interpolate" / "row.png")
+    few = ["--sampler", "ddim", "--steps", 3, "--out"]
+    status, said, error = run_script(
+        "sample.py", "progressive", run, "--num", 2, "--columns", 3, *few, tmp_path / "out"
+    )
+    assert status == 0, error
+    assert load(tmp_path / "out" / "x0.png").shape[2] == 3
+    status, said, error = run_script("sample.py", "share", run, "--t", 12, 3, "--draws", 2, *few, tmp_path / "shared")
+    assert status == 0, error
+    assert said.strip() == str(tmp_path / "shared" / "share.png")
+
+
+def test_steps_that_a_run_cannot_skip_are_refused(drawing, job, tmp_path, run_script):
+    diffusion = dataclasses.replace(job.config.diffusion, variance="learned")
+    learned = job._replace(config=dataclasses.replace(job.config, diffusion=diffusion))
+    run = drawing.save_run(learned, tmp_path / "run")
+    for words in (["inpaint", run, "--image", 1, "--mask", "m.png"], ["reconstruct", run, "--image", 1, "--t", 3]):
+        status, _, error = run_script("sample.py", *words, "--steps", 5)
+        assert status == 2
+        assert error.startswith("sample.py: error: a 'learned' variance is of single steps: sample in all 12 steps")
+        assert error.count("\n") == 1
+
+
+def test_what_the_commands_ask_for_reaches_the_chains(drawing, job, tmp_path, monkeypatch, run_script):
+    run, asked = drawing.save_run(job, tmp_path / "run"), []
+    for name in ("interpolate_pictures", "inpaint_picture", "reconstruct_picture"):
+        monkeypatch.setattr(edits, name, lambda job, *given, **options: asked.append(job.choice))
+    guided = ["--guidance-scale", 3, "--label", 3]
+    for words in (
+        ["interpolate", run, "--images", 1, 2, "--steps", 7],
+        ["interpolate", run, "--images", 1, 2, "--t", 5, "--steps", 7],
+        ["interpolate", run, "--images", 1, 2, "--t", 5, "--sampler", "ddim", *guided],
+        ["inpaint", run, "--image", 1, "--mask", "m.png", "--steps", 7, *guided],
+        ["reconstruct", run, "--image", 1, "--t", 5, "--sampler", "ddim", *guided],
+    ):
+        assert run_script("sample.py", *words)[0] == 0
+    assert asked == [
+        SamplerConfig("ddim", 7),
+        SamplerConfig("ancestral", 7),
+        SamplerConfig("ddim", guidance_scale=3.0),
+        SamplerConfig("ancestral", 7, guidance_scale=3.0),
+        SamplerConfig("ddim", guidance_scale=3.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["inpaint", "x", "--image", "a.png"], "--mask is missing: see --help"),
+        (["interpolat", "x"], "there is no command 'interpolat': did you mean interpolate?"),
+        (["reconstruct", "x", "--image", "a.png", "--t", "far"], "--t needs an integer, not 'far'"),
+        (["share", "x", "--sampler", "unipc"], "--sampler needs one of ancestral, ddim, not 'unipc'"),
+        (["progressive"], "RUN is missing: see --help"),
+        (["x", "progressive"], "the command comes first: sample.py progressive x"),
+        (["inpaint", "x", "--sampler", "ddim"], "unknown option --sampler: see --help"),
+        (
+            ["interpolate", "x", "--images", "1", "2", "--sampler", "ancestral"],
+            "--sampler ancestral needs --t: without it pictures are taken to their noises, by ddim alone",
+        ),
+    ],
+)
+def test_slips_are_one_line(run_script, words, line):
+    assert run_script("sample.py", *words) == (2, "", f"sample.py: error: {line}\n")
+
+
+def test_the_help_names_the_modes_and_the_options_of_samples(run_script):
+    status, said, _ = run_script("sample.py", "--help")
+    assert status == 0
+    for word in ("progressive", "share", "reconstruct", "interpolate", "inpaint", "--num", "--sampler"):
+        assert word in said

@@ -1,0 +1,429 @@
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from PIL import Image
+
+from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig
+from ddpm_jax.generation.batches import BatchChain, cut
+from ddpm_jax.generation.job import Job, default_columns, load_job, run_job
+from ddpm_jax.generation.sampler_config import SamplerConfig, make_chain
+from ddpm_jax.generation.store import StoredImages
+from ddpm_jax.networks import init_params
+from ddpm_jax.pixels import to_uint8
+from ddpm_jax.run.build import build_unet
+from ddpm_jax.run.checkpoints import Checkpoints
+from ddpm_jax.run.record import save_config
+from ddpm_jax.samplers.ancestral import ancestral
+from ddpm_jax.samplers.chain import sample
+from ddpm_jax.schedules import make_schedule
+from ddpm_jax.system import pictures
+from ddpm_jax.system.errors import UserError
+from ddpm_jax.training.state import TrainState
+
+T, SHAPE = 10, (4, 6, 1)
+SCRIPT = Path(__file__).parents[2] / "sample.py"
+
+
+def make_config(channels=1):
+    return Config(
+        data=DataConfig(height=4, width=6, channels=channels),
+        diffusion=DiffusionConfig(num_steps=T, beta_start=0.05, beta_end=0.6),
+        model=ModelConfig(width=8, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(), num_groups=4),
+    )
+
+
+def random_params(config, seed=0):
+    """Weights of a network that says something; as initialized it says almost 0."""
+    image_shape = (config.data.height, config.data.width, config.data.channels)
+    shapes = jax.eval_shape(lambda key: init_params(key, build_unet(config), image_shape), jax.random.key(0))
+    leaves, structure = jax.tree.flatten(shapes)
+    random = np.random.default_rng(seed)
+    return structure.unflatten([jnp.asarray(0.2 * random.normal(size=leaf.shape), jnp.float32) for leaf in leaves])
+
+
+@pytest.fixture(scope="module")
+def job():
+    config = make_config()
+    return Job(config, random_params(config), checkpoint=7, seed=3)
+
+
+@pytest.fixture(scope="module")
+def expected(job):
+    """The first 40 images, drawn in one batch by `samplers.sample` on one device."""
+
+    @jax.jit
+    def draw(params):
+        return sample(jax.random.key(job.seed), make_chain(job.config, SamplerConfig())(params, None), (40, *SHAPE))
+
+    images = np.asarray(to_uint8(draw(job.params)))
+    assert images.std() > 20
+    return images
+
+
+def assert_same(images, expected):
+    """Within one level: the order of sums may differ between batch sizes."""
+    assert images.shape == expected.shape
+    assert abs(images.astype(int) - expected.astype(int)).max() <= 1
+
+
+def npz(out):
+    with np.load(out / "samples.npz") as file:
+        return file["arr_0"]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Notes the ranges that are drawn."""
+    ranges, save = [], StoredImages.save
+
+    def note(self, first, images):
+        save(self, first, images)
+        ranges.append((first, first + len(images)))
+
+    monkeypatch.setattr(StoredImages, "save", note)
+    return ranges
+
+
+def interrupt_after(monkeypatch, batches, error):
+    """Lets so many batches be kept, then ends the job."""
+    save = StoredImages.save
+    left = [batches]
+
+    def save_or_end(self, first, images):
+        if not left[0]:
+            raise error
+        left[0] -= 1
+        save(self, first, images)
+
+    monkeypatch.setattr(StoredImages, "save", save_or_end)
+
+
+@given(num_steps=st.integers(1, 3000), longest=st.integers(1, 100))
+def test_a_chain_is_cut_into_few_lengths(num_steps, longest):
+    ranges = cut(num_steps, longest=longest)
+    assert [k for first, length in ranges for k in range(first, first + length)] == list(range(num_steps))
+    lengths = {length for _, length in ranges}
+    assert max(lengths) <= longest
+    assert len(lengths) <= 2
+    if any(num_steps % length == 0 for length in range(longest // 2 + 1, longest + 1)):
+        assert len(lengths) == 1
+
+
+def test_the_paper_s_chain_is_one_program():
+    assert cut(1000, longest=50) == [(first, 50) for first in range(0, 1000, 50)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 16, 64])
+def test_an_image_is_the_same_in_any_batch(job, expected, tmp_path, batch_size):
+    assert jax.local_device_count() == 8
+    run_job(job, tmp_path / "out", number=19, batch_size=batch_size, format="npz")
+    assert_same(npz(tmp_path / "out"), expected[:19])
+
+
+def test_looking_at_the_chain_does_not_change_it(job):
+    chain = BatchChain(make_chain(job.config, SamplerConfig()), SHAPE, batch_size=8)
+    key, params = jax.random.key(0), chain.place(job.params)
+    looks = {longest: list(chain.draw(key, params, 0, longest=longest)) for longest in (1, 5, 50)}
+    assert [[done for done, _ in look] for look in looks.values()] == [list(range(11)), [0, 5, 10], [0, 10]]
+    for done, images in looks[5]:
+        np.testing.assert_array_equal(images, looks[1][done][1])
+    np.testing.assert_array_equal(looks[50][-1][1], looks[1][-1][1])
+
+
+def test_one_program_serves_every_seed_checkpoint_and_place():
+    chex.clear_trace_counter()
+    schedule = make_schedule("linear", T)
+
+    @chex.assert_max_traces(n=1)
+    def network(params, x_t, t):
+        chex.assert_shape(t, x_t.shape[:1])
+        return params * x_t
+
+    chain = BatchChain(
+        lambda params, labels: ancestral(schedule, lambda x_t, t: network(params, x_t, t)), (2, 2, 1), batch_size=8
+    )
+    ends = []
+    for seed, weight, first in [(0, 0.1, 0), (1, 0.1, 0), (0, 0.9, 0), (0, 0.1, 8)]:
+        params = chain.place(jnp.float32(weight))
+        *_, (done, images) = chain.draw(jax.random.key(seed), params, first, longest=5)
+        assert done == T
+        ends.append(np.asarray(images))
+    assert len({end.tobytes() for end in ends}) == len(ends)
+
+
+def test_a_batch_lies_on_all_devices(job):
+    chain = BatchChain(make_chain(job.config, SamplerConfig()), SHAPE, batch_size=16)
+    for _, images in chain.draw(jax.random.key(0), chain.place(job.params), 0):
+        assert {shard.data.shape for shard in images.addressable_shards} == {(2, *SHAPE)}
+        assert len(images.sharding.device_set) == 8
+
+
+def test_a_job_that_was_stopped_goes_on_with_what_is_missing(job, expected, tmp_path, monkeypatch, capsys, drawn):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            run_job(job, out, number=40, batch_size=8, format="npz")
+    assert f"24 of 40 images are in {out}: the same command goes on" in capsys.readouterr().err
+    assert drawn == [(0, 8), (8, 16), (16, 24)]
+    (out / "parts" / "00000008-00000016.npy").unlink()
+    drawn.clear()
+
+    run_job(job, out, number=40, batch_size=16, format="npz")
+    assert drawn == [(8, 16), (24, 40)]
+    assert_same(npz(out), expected)
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "job.json", "samples.npz"]
+
+
+def test_a_job_that_was_stopped_is_to_the_byte_the_job_that_was_not(job, tmp_path, monkeypatch):
+    request = dict(number=40, batch_size=16, format="npz")
+    run_job(job, tmp_path / "whole", **request)
+    for batches in (1, 2):
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, batches, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                run_job(job, tmp_path / f"{batches}", **request)
+        run_job(job, tmp_path / f"{batches}", **request)
+        assert (tmp_path / f"{batches}/samples.npz").read_bytes() == (tmp_path / "whole/samples.npz").read_bytes()
+
+
+def test_a_full_disk_is_one_line_and_loses_no_finished_batch(job, expected, tmp_path, monkeypatch):
+    out, save, left = tmp_path / "out", np.save, [2]
+
+    def full(file, array):
+        if not left[0]:
+            file.write(b"half a fi")
+            raise OSError(28, "No space left on device")
+        left[0] -= 1
+        save(file, array)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", full)
+        with pytest.raises(UserError, match=r"^cannot write .*00000016-00000024.npy: No space left on device$"):
+            run_job(job, out, number=40, batch_size=8, format="npz")
+    assert StoredImages(out, SHAPE).done() == [(0, 0), (0, 8), (8, 16)]
+    run_job(job, out, number=40, batch_size=8, format="npz")
+    assert_same(npz(out), expected)
+
+
+def test_a_finished_job_is_shown_otherwise_and_made_longer_without_drawing_anew(job, expected, tmp_path, capsys, drawn):
+    out = tmp_path / "out"
+    assert run_job(job, out, number=10, batch_size=16, format="grid", columns=5) == out / "grid.png"
+    first = npz(out)
+    drawn.clear()
+
+    assert run_job(job, out, number=10, batch_size=16, format="png") == out / "images"
+    assert "the 10 images were there already" in capsys.readouterr().err
+    files = sorted((out / "images").iterdir())
+    assert [file.name for file in files] == [f"{i:06d}.png" for i in range(10)]
+    for file, image in zip(files, first, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(file)), image[..., 0])
+    assert drawn == []
+
+    assert run_job(job, out, number=14, batch_size=16, format="npz") == out / "samples.npz"
+    assert drawn == [(10, 14)]
+    np.testing.assert_array_equal(npz(out)[:10], first)
+    assert_same(npz(out), expected[:14])
+
+    run_job(job, out, number=3, batch_size=16, format="npz")
+    assert "holds all 14 images of this job, more than the 3 asked for" in capsys.readouterr().err
+    assert len(npz(out)) == 14
+
+
+def test_all_classes_in_turn_stand_in_columns(job):
+    classes = job._replace(config=dataclasses.replace(job.config, model=ModelConfig(num_classes=10)))
+    assert [default_columns(classes, number) for number in (80, 10, 9)] == [10, 10, 3]
+    assert default_columns(classes._replace(choice=SamplerConfig(labels=(3, 5, 5))), 64) == 8
+    assert default_columns(job, 64) == 8
+    many = job._replace(config=dataclasses.replace(job.config, model=ModelConfig(num_classes=1000)))
+    assert default_columns(many, 2000) == 45
+
+
+def test_the_grid_is_the_images_row_by_row(job, expected, tmp_path):
+    path = run_job(job, tmp_path / "out", number=7, batch_size=16, format="grid", columns=3)
+    shown = pictures.enlarge(pictures.grid(npz(tmp_path / "out"), columns=3))
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), shown[..., 0])
+    assert max(shown.shape) > 500
+
+
+def test_the_gif_shows_the_reverse_process_from_noise_to_the_images(job, expected, tmp_path, capsys, drawn):
+    out = tmp_path / "out"
+    path = run_job(job, out, number=20, batch_size=16, format="gif", columns=5)
+    assert path == out / "reverse.gif"
+    with Image.open(path) as gif:
+        frames = []
+        for index in range(gif.n_frames):
+            gif.seek(index)
+            frames.append((gif.info["duration"], np.asarray(gif.convert("L"))))
+    assert [duration for duration, _ in frames] == [60] * T + [2000]
+    np.testing.assert_array_equal(frames[-1][1], pictures.enlarge(pictures.grid(npz(out), columns=5), side=512)[..., 0])
+    assert_same(npz(out), expected[:20])
+    # Noise is cut to black or white at |x| > 1: P = 0.317 for N(0, 1); 4 sd of 480 pixels are 0.085.
+    factor = frames[0][1].shape[0] // 21
+    noise = pictures.enlarge(pictures.grid(np.zeros((20, *SHAPE), np.uint8), columns=5), side=512)[..., 0] == 0
+    pixels = frames[0][1][noise].reshape(-1, 1)
+    assert factor > 1
+    assert abs(np.isin(pixels, (0, 255)).mean() - 0.317) < 0.085
+    assert sorted(file.name for file in out.iterdir()) == [".lock", "job.json", "reverse.gif", "samples.npz"]
+
+    drawn.clear()
+    before = path.read_bytes()
+    run_job(job, out, number=20, batch_size=16, format="gif", columns=5)
+    assert "was there already" in capsys.readouterr().err
+    assert drawn == []
+    run_job(job, out, number=20, batch_size=16, format="gif", columns=4)
+    assert path.read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (dict(seed=4), r"\(seed is 3 there and 4 here\)"),
+        (dict(checkpoint=8), r"\(checkpoint is 7 there and 8 here\)"),
+        (dict(params=random_params(make_config(), seed=1)), r"\(weights is \w{8} there and \w{8} here\)"),
+        (
+            dict(config=Config(**{**vars(make_config()), "diffusion": DiffusionConfig(num_steps=T, clip_x0=False)})),
+            r"\(diffusion.beta_start is 0.05 there and 0.0001 here; .*diffusion.clip_x0 is True there and False here\)",
+        ),
+    ],
+    ids=["seed", "checkpoint", "weights", "diffusion"],
+)
+def test_the_folder_of_another_job_is_refused(job, tmp_path, change, line):
+    out = tmp_path / "out"
+    run_job(job, out, number=2, batch_size=16, format="npz")
+    before = (out / "samples.npz").read_bytes()
+    with pytest.raises(UserError, match=f"^{out} holds another job {line}: give another --out, or remove it$"):
+        run_job(job._replace(**change), out, number=2, batch_size=16, format="npz")
+    assert (out / "samples.npz").read_bytes() == before
+
+
+def test_a_folder_of_something_else_is_refused(job, tmp_path):
+    (tmp_path / "holiday.png").write_text("")
+    for out in (tmp_path, tmp_path / "holiday.png"):
+        with pytest.raises(UserError, match="is not empty and holds no sampling job: give another --out$"):
+            run_job(job, out, number=2, batch_size=16, format="npz")
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "job.json").write_text("{")
+    with pytest.raises(UserError, match="job.json is damaged"):
+        run_job(job, tmp_path / "job", number=2, batch_size=16, format="npz")
+
+
+@pytest.mark.parametrize(
+    ("request_", "line"),
+    [
+        (dict(number=0), "--num must be at least 1, not 0"),
+        (dict(batch_size=-1), "--batch-size must be at least 1, not -1"),
+        (dict(columns=0), "--columns must be at least 1, not 0"),
+        (
+            dict(number=10**8, format="grid"),
+            "--format grid: 100000000 images of 4x6 are too many .* --format png or npz",
+        ),
+        (dict(number=10**8, format="gif"), "--format gif: .* use --num 228571 or less"),
+    ],
+)
+def test_bad_requests_are_one_line_before_anything_is_made(job, tmp_path, request_, line):
+    with pytest.raises(UserError, match=line):
+        run_job(job, tmp_path / "out", **{"number": 2, "batch_size": 8, "format": "grid", **request_})
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_of_two_channels_are_saved_but_not_shown(tmp_path):
+    config = make_config(channels=2)
+    job = Job(config, random_params(config), checkpoint=1, seed=0)
+    for format in ("grid", "png", "gif"):
+        with pytest.raises(UserError, match=f"^--format {format}: images of 2 channels .*--format npz"):
+            run_job(job, tmp_path / "out", number=2, batch_size=8, format=format)
+    run_job(job, tmp_path / "out", number=2, batch_size=8, format="npz")
+    assert npz(tmp_path / "out").shape == (2, 4, 6, 2)
+
+
+@pytest.fixture(scope="module")
+def run(job, tmp_path_factory):
+    """The folder of a run that has saved twice."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    folder.mkdir()
+    save_config(job.config, folder / "config.json")
+    with Checkpoints(folder, keep=2, warn=print) as checkpoints:
+        for step, ema in ((5, random_params(job.config, seed=5)), (7, job.params)):
+            # Of the averaged weights alone samples are drawn.
+            state = TrainState(jnp.int32(step), jax.tree.map(jnp.zeros_like, ema), ema, (jnp.zeros(3),))
+            checkpoints.save(step, state, notes={})
+    return folder
+
+
+def test_the_script_draws_from_the_newest_average_and_says_where(run, job, expected, tmp_path, run_script):
+    status, said, _ = run_script("sample.py", run, "--num", 9, "--batch-size", 16, "--seed", 3)
+    out = run / "samples" / "checkpoint_7_seed_3"
+    assert (status, said) == (0, f"9 images of checkpoint 7: {out / 'grid.png'}\n")
+    assert_same(npz(out), expected[:9])
+    assert json.loads((out / "job.json").read_text())["checkpoint"] == 7
+
+    # Of an older checkpoint, elsewhere.
+    words = ("--num=3", "--seed=3", "--step=5", "--out", tmp_path / "o", "--format=npz")
+    status, said, _ = run_script("sample.py", run, *words)
+    assert (status, said) == (0, f"3 images of checkpoint 5: {tmp_path / 'o' / 'samples.npz'}\n")
+    assert abs(npz(tmp_path / "o").astype(int) - expected[:3]).max() > 10
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["nowhere"], "there is no folder nowhere: give the folder of a run, such as runs/digits"),
+        (["{empty}"], "is not the folder of a run: it has no config.json"),
+        (["{unsaved}"], "no checkpoints in .*has not saved yet"),
+        (["{run}", "--step", "6"], "has no checkpoint of step 6: there are 5, 7"),
+        (["{run}", "--seed", "-1"], r"--seed must be in \[0, 2\^32\), not -1"),
+        (["{run}", "--num", "0"], "--num must be at least 1, not 0"),
+        (["{run}", "--num", "many"], "--num needs an integer, not 'many'"),
+        (["{run}", "--format", "gird"], "--format needs .*grid.*, not 'gird'"),
+        (["{run}", "--nums", "3"], "unknown option --nums: did you mean --num"),
+        ([], "RUN is missing"),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
+)
+def test_the_script_refuses_in_one_line_with_status_2(run, job, tmp_path, run_script, words, line):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "unsaved").mkdir()
+    save_config(job.config, tmp_path / "unsaved" / "config.json")
+    places = {"run": run, "empty": tmp_path / "empty", "unsaved": tmp_path / "unsaved"}
+    status, out, err = run_script("sample.py", *(word.format(**places) for word in words))
+    assert (status, out) == (2, "")
+    chex.assert_equal(err.count("\n"), 1)
+    assert err.startswith("sample.py: error: ")
+    assert re.search(line, err)
+
+
+def test_weights_of_another_network_are_refused_in_one_line(run, job, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    wider = dataclasses.replace(job.config, model=dataclasses.replace(job.config.model, width=16))
+    save_config(wider, other / "config.json")
+    with pytest.raises(UserError, match=r"checkpoint 7 does not fit .*config.json: \['.*\] is \(.*\) float32 there"):
+        load_job(other, seed=0)
+
+
+def test_the_script_runs_alone():
+    done = subprocess.run([sys.executable, SCRIPT, "nowhere"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert (
+        done.stderr == "sample.py: error: there is no folder nowhere: give the folder of a run, such as runs/digits\n"
+    )
+
+
+def test_the_largest_seed_works(run):
+    assert load_job(run, seed=2**32 - 1).seed == 2**32 - 1
+    jax.random.key(2**32 - 1)
+    with pytest.raises(UserError, match="4294967296"):
+        load_job(run, seed=2**32)

@@ -1,0 +1,148 @@
+import zipfile
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+
+from ddpm_jax.generation.store import Parts, StoredImages, missing_ranges
+from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import claimed
+
+SHAPE = (3, 2, 1)
+
+
+def images(first, stop):
+    """Images whose pixels tell their index."""
+    return np.arange(first * 6, stop * 6).astype(np.uint8).reshape(-1, *SHAPE)
+
+
+@given(
+    ends=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=6),
+    number=st.integers(1, 40),
+    longest=st.integers(1, 50),
+)
+def test_missing_ranges_are_all_that_is_not_done_once_each(ends, number, longest):
+    done = [(min(pair), max(pair)) for pair in ends]
+    ranges = missing_ranges(done, number, longest=longest)
+    listed = [index for first, stop in ranges for index in range(first, stop)]
+    assert listed == [i for i in range(number) if not any(first <= i < stop for first, stop in done)]
+    assert all(0 < stop - first <= longest for first, stop in ranges)
+
+
+def test_images_are_packed_as_public_evaluators_read_them(tmp_path):
+    stored = StoredImages(tmp_path, SHAPE)
+    stored.save(2, images(2, 5))
+    stored.save(0, images(0, 2))
+    assert stored.pack() == 5
+    with np.load(tmp_path / "samples.npz") as file:
+        assert file.files == ["arr_0"]
+        assert file["arr_0"].dtype == np.uint8
+        np.testing.assert_array_equal(file["arr_0"], images(0, 5))
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
+    np.testing.assert_array_equal(np.concatenate(list(stored.read(3))), images(0, 3))
+
+
+def test_packing_goes_on_where_it_ended_and_keeps_what_lies_beyond_a_gap(tmp_path):
+    stored = StoredImages(tmp_path, SHAPE)
+    stored.save(0, images(0, 300))  # more than is read at once
+    assert stored.pack() == 300
+    stored.save(290, images(290, 310))
+    stored.save(320, images(320, 330))
+    assert stored.pack() == 310
+    assert stored.done() == [(0, 310), (320, 330)]
+    np.testing.assert_array_equal(np.load(stored.file)["arr_0"], images(0, 310))
+    stored.save(310, images(310, 320))
+    assert stored.pack() == 330
+    np.testing.assert_array_equal(np.load(stored.file)["arr_0"], images(0, 330))
+    assert stored.done() == [(0, 330)]
+
+
+def test_the_same_images_give_the_same_bytes(tmp_path):
+    for name, cuts in (("one", [0, 5]), ("two", [0, 1, 3, 5])):
+        stored = StoredImages(tmp_path / name, SHAPE)
+        for first, stop in zip(cuts[:-1], cuts[1:], strict=True):
+            stored.save(first, images(first, stop))
+        stored.pack()
+    assert (tmp_path / "one" / "samples.npz").read_bytes() == (tmp_path / "two" / "samples.npz").read_bytes()
+
+
+def test_damaged_and_foreign_parts_count_as_not_drawn(tmp_path):
+    parts = Parts(tmp_path, SHAPE)
+    parts.save(0, images(0, 2))
+    parts.save(2, images(2, 4))
+    whole = (tmp_path / "00000002-00000004.npy").read_bytes()
+    (tmp_path / "00000002-00000004.npy").write_bytes(whole[:-1])
+    np.save(tmp_path / "00000004-00000006.npy", np.zeros((2, 9, 9, 1), np.uint8))
+    np.save(tmp_path / "mine.npy", images(0, 2))
+    assert list(parts.files()) == [(0, 2)]
+    with pytest.raises(UserError, match="^images 2 to 3 have gone"):
+        list(parts.read(0, 4))
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda data: data[:50], lambda data: b"", lambda data: data.replace(b"arr_0", b"arr_1")]
+)
+def test_a_damaged_npz_is_one_line_and_left_alone(tmp_path, spoil):
+    stored = StoredImages(tmp_path, SHAPE)
+    stored.save(0, images(0, 2))
+    stored.pack()
+    spoilt = spoil(stored.file.read_bytes())
+    stored.file.write_bytes(spoilt)
+    with pytest.raises(UserError, match="samples.npz is damaged .*: move it away"):
+        stored.done()
+    assert stored.file.read_bytes() == spoilt
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    stored = StoredImages(tmp_path, SHAPE)
+    stored.save(0, images(0, 9))
+    stored.pack()
+    data = bytearray(stored.file.read_bytes())
+    data[data.index(images(0, 9).tobytes()) + 7] ^= 1
+    stored.file.write_bytes(data)
+    with pytest.raises(UserError, match="is damaged"):
+        list(stored.read(9))
+
+
+def test_an_npz_of_other_images_is_one_line(tmp_path):
+    np.savez(tmp_path / "samples.npz", np.zeros((2, 9, 9, 1), np.uint8))
+    with pytest.raises(UserError, match=r"holds images of \(9, 9, 1\), not \(3, 2, 1\)"):
+        StoredImages(tmp_path, SHAPE).done()
+
+
+def test_numpys_own_npz_is_read(tmp_path):
+    np.savez(tmp_path / "samples.npz", images(0, 3))
+    stored = StoredImages(tmp_path, SHAPE)
+    stored.save(3, images(3, 4))
+    assert stored.pack() == 4
+    np.testing.assert_array_equal(np.load(stored.file)["arr_0"], images(0, 4))
+    with zipfile.ZipFile(stored.file) as archive:
+        assert archive.testzip() is None
+
+
+def test_a_full_disk_while_packing_loses_nothing(tmp_path, monkeypatch):
+    stored = StoredImages(tmp_path, SHAPE)
+    stored.save(0, images(0, 2))
+    stored.pack()
+    stored.save(2, images(2, 4))
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np.lib.format, "write_array_header_1_0", full)
+        with pytest.raises(UserError, match=r"^cannot write .*samples.npz: No space left on device$"):
+            stored.pack()
+    assert stored.done() == [(0, 2), (2, 4)]
+    assert stored.pack() == 4
+
+
+def test_a_folder_is_written_by_one_at_a_time(tmp_path):
+    def claim():
+        with claimed(tmp_path / "job"):
+            pass
+
+    with claimed(tmp_path / "job"), pytest.raises(UserError, match="another process is writing to"):
+        claim()
+    claim()
