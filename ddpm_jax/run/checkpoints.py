@@ -32,7 +32,7 @@ from jax.experimental import multihost_utils
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import crc32
 from ddpm_jax.system.hosts import barrier, first_line, is_primary_host
-from ddpm_jax.training.state import Params, TrainState
+from ddpm_jax.unet import Params
 
 # Orbax warns of what is meant to be so (waiting for a save, opening to read only), and what fails is told by us.
 absl.logging.set_verbosity(absl.logging.FATAL)
@@ -88,13 +88,18 @@ def _failure(error: BaseException, what: str = "") -> Damage | CannotRead:
     return Damage(what + line)
 
 
-def _items(state: TrainState) -> dict[str, Any]:
-    items = {
-        "params": state.params,
-        "ema": state.ema,
-        "optimizer": state.opt_state,
-        "time_sampling": state.time_sampling,
-    }
+class Restored(NamedTuple):
+    """A checkpoint that was read."""
+
+    step: int
+    """Its step, from the folder's name: one number less that could be damaged or disagree."""
+    items: dict[str, Any]
+    """The pytrees, by the names they were saved under."""
+    notes: dict[str, Any]
+    """What else was remembered."""
+
+
+def _not_empty(items: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}  # Orbax refuses an empty one
 
 
@@ -317,14 +322,14 @@ class Checkpoints:
         """Says which steps are saved, in rising order."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, *, notes: dict[str, Any], loss: float | None = None) -> None:
-        """Saves a state in the background; `wait` says when it is on disk.
+    def save(self, step: int, items: Mapping[str, Any], *, notes: dict[str, Any], loss: float | None = None) -> None:
+        """Saves pytrees in the background; `wait` returns when they are on disk.
 
-        The state may be given to the next step, which writes over it, at once.
+        Their arrays may be donated to the next step at once.
 
         Args:
-          step: how many steps the state has done.
-          state: as `Layout.saved_state` gives it.
+          step: the number of training steps done.
+          items: "params", "ema", "optimizer" and "time_sampling"; a pytree without arrays is not written.
           notes: what else to remember, JSON.
           loss: the mean loss since the save before, by which the best are known.
 
@@ -334,7 +339,7 @@ class Checkpoints:
         self.wait()
         if step in self._manager.all_steps():
             return
-        items = _items(state)
+        items = _not_empty(items)
         describe = _describer(_leaves(items))
         self._unfinished = step
         if loss is not None:
@@ -381,14 +386,14 @@ class Checkpoints:
                 "make room or mend the folder, then start the same command again"
             ) from error
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore(self, abstract: Mapping[str, Any]) -> Restored | None:
         """Restores the newest step that is whole; damaged ones are named, set aside, and passed over.
 
         Args:
-          abstract: shapes, types and shardings to restore into, as `Layout.abstract_state` gives them.
+          abstract: `jax.ShapeDtypeStruct`s with shardings, as items of `save`.
 
         Returns:
-          the state and the notes saved with it, or None if nothing was ever saved.
+          the checkpoint, or None if nothing was ever saved.
 
         Raises:
           UserError: the saved arrays have other shapes or types, no step is whole, or one cannot be read just now; then
@@ -398,17 +403,14 @@ class Checkpoints:
         damaged: dict[int, Damage] = {}
         for step in steps:
             try:
-                items, notes = _restore(self._manager, step, _items(abstract), of=_ITEMS)
+                items, notes = _restore(self._manager, step, _not_empty(abstract), of=_ITEMS)
             except Damage as damage:
                 damaged[step] = damage
                 continue
             for each, reason in damaged.items():  # not before another is found to go on from
                 aside = self._set_aside(each)
                 self._warn(f"checkpoint {each} is damaged ({reason}): set aside as {aside}, using the one before it")
-            # The step counts from the folder's name: one number less that could be damaged or disagree.
-            count = jax.device_put(np.int32(step), abstract.step.sharding)
-            state = TrainState(count, items["params"], items["ema"], items["optimizer"], items.get("time_sampling", ()))
-            return state, notes
+            return Restored(step, {**abstract, **items}, notes)
         set_aside = len([*self._folder.glob("damaged_*")])
         if damaged or set_aside:
             reasons = "".join(f"; {step}: {reason}" for step, reason in [*damaged.items()][:1])

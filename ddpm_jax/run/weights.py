@@ -23,7 +23,7 @@ from ddpm_jax.run.checkpoints import load_ema
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import crc32, write_json, write_whole
 from ddpm_jax.system.progress import say
-from ddpm_jax.training.state import Params, TrainState
+from ddpm_jax.unet import Params
 
 _SEPARATOR = "."
 # Lines of a table that name single arrays.
@@ -160,19 +160,20 @@ def fit(params: Params, weights: Mapping[str, Any]) -> tuple[Params, Fitted]:
     return traverse_util.unflatten_dict(merged, sep=_SEPARATOR), fitted
 
 
-def start_from(init_from: Path, state: TrainState, *, run: Path) -> TrainState:
-    """Starts a run from another's average or from a file of weights, where they fit; all else stays as drawn.
+def start_from(init_from: Path, params: Params, ema: Params, *, run: Path) -> tuple[Params, Params]:
+    """Replaces a new run's weights, where they fit, by another run's EMA weights or those in a .safetensors file.
 
-    The run's numbers depend on them, so it notes which they were: begun again (killed before its first checkpoint), it
-    refuses others.
+    The run's numbers depend on them, so it records which they were: started again (killed before its first
+    checkpoint), it refuses others.
 
     Args:
-      init_from: a run's folder, of which the newest average that is whole is taken, or a .safetensors file.
-      state: the state as drawn, as `Layout.saved_state` gives it.
-      run: the run that starts, which gets a file `init_from.json`.
+      init_from: a run's folder, whose newest undamaged EMA weights are taken, or a .safetensors file.
+      params: the parameters as initialized, without an axis of devices.
+      ema: their EMA, likewise.
+      run: the folder of the run that starts; gets a file `init_from.json`.
 
     Returns:
-      the state, with other parameters and average.
+      the parameters and their EMA.
 
     Raises:
       UserError: there are no such weights, none fit, or they are others than this run started from.
@@ -187,13 +188,13 @@ def start_from(init_from: Path, state: TrainState, *, run: Path) -> TrainState:
         weights, metadata = load_weights(init_from)
         step = int(metadata["step"]) if metadata.get("step", "").isdigit() else None
     try:
-        params, fitted = fit(state.params, weights)
-        ema, _ = fit(state.ema, weights)
+        params, fitted = fit(params, weights)
+        ema, _ = fit(ema, weights)
     except UserError as error:
         raise UserError(f"train.init_from={init_from}: {error}") from None
     _note(run / "init_from.json", {"from": str(init_from), "step": step, "crc32": checksum(weights)})
     say(f"starting from the weights of {init_from}{'' if step is None else f', step {step}'}:\n{fitted.table()}")
-    return dataclasses.replace(state, params=params, ema=ema)
+    return params, ema
 
 
 def _note(file: Path, found: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Why a step is not finite: that step again, which is a pure function, with every layer watched."""
 
+import dataclasses
 import functools
 import typing
 from pathlib import Path
@@ -25,7 +26,7 @@ from ddpm_jax.system.files import claimed
 from ddpm_jax.system.progress import Progress, say
 from ddpm_jax.training.metrics import StepNumbers
 from ddpm_jax.training.setup import Setup, make_setup
-from ddpm_jax.training.state import TrainState
+from ddpm_jax.training.state import TrainState, from_items, to_items
 from ddpm_jax.training.step import Batch
 
 
@@ -60,14 +61,16 @@ def find_not_finite(config: Config, run: Path) -> str:
         with Checkpoints(
             run, keep=rules.keep, keep_every=rules.keep_every, keep_best=rules.keep_best, warn=say
         ) as checkpoints:
-            restored = checkpoints.restore(layout.abstract_state(parts.init, keys.init))
+            abstract = layout.abstract_state(parts.init, keys.init)
+            restored = checkpoints.restore(to_items(abstract))
         if restored is not None:
-            state = layout.place_state(restored[0])
+            state = layout.place_state(from_items(restored.step, restored.items, abstract.step.sharding))
         else:
             state = layout.init(parts.init, keys.init)
             if config.train.init_from:
                 drawn = layout.saved_state(state)
-                state = layout.place_state(start_from(Path(config.train.init_from), drawn, run=run))
+                params, ema = start_from(Path(config.train.init_from), drawn.params, drawn.ema, run=run)
+                state = layout.place_state(dataclasses.replace(drawn, params=params, ema=ema))
         first = int(jax.device_get(layout.saved_state(state).step))
         train = config.train
         feed: prefetch.Prefetch[prefetch.Batch] = prefetch.batches(

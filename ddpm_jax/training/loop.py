@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -40,7 +41,7 @@ from ddpm_jax.training.metric_writers import open_metric_writers
 from ddpm_jax.training.metrics import StepNumbers, append_line, read_lines, rewind, summarize
 from ddpm_jax.training.setup import make_setup
 from ddpm_jax.training.speed import peak_memory_gib, peak_tflops, training_flops, utilization
-from ddpm_jax.training.state import Params, learning_rate
+from ddpm_jax.training.state import Params, from_items, learning_rate, to_items
 from ddpm_jax.training.step import StepInfo
 from ddpm_jax.unet import UNet
 
@@ -105,15 +106,17 @@ def _train(config: Config, run: Path, source: Source, received: list[int], begun
     with Checkpoints(
         run, keep=rules.keep, keep_every=rules.keep_every, keep_best=rules.keep_best, warn=say
     ) as checkpoints:
-        restored = checkpoints.restore(layout.abstract_state(init, init_key))
+        abstract = layout.abstract_state(init, init_key)
+        restored = checkpoints.restore(to_items(abstract))
         if restored is None:
             state, window = layout.init(init, init_key), []
             if config.train.init_from:
                 drawn = layout.saved_state(state)
-                state = layout.place_state(start_from(Path(config.train.init_from), drawn, run=run))
+                params, ema = start_from(Path(config.train.init_from), drawn.params, drawn.ema, run=run)
+                state = layout.place_state(dataclasses.replace(drawn, params=params, ema=ema))
         else:
-            state = layout.place_state(restored[0])
-            window = [StepNumbers(*numbers) for numbers in restored[1]["window"]]
+            state = layout.place_state(from_items(restored.step, restored.items, abstract.step.sharding))
+            window = [StepNumbers(*numbers) for numbers in restored.notes["window"]]
         first = int(jax.device_get(layout.saved_state(state).step))
         for file in (metrics_file, timing_file) if is_primary_host() else ():
             rewind(file, first, warn=say)
@@ -135,7 +138,7 @@ def _train(config: Config, run: Path, source: Source, received: list[int], begun
         def save(step: int) -> None:
             nonlocal saved_at
             loss = float(np.mean(losses_since_save))
-            checkpoints.save(step, layout.saved_state(state), notes={"window": window}, loss=loss)
+            checkpoints.save(step, to_items(layout.saved_state(state)), notes={"window": window}, loss=loss)
             losses_since_save.clear()
             saved_at = time.monotonic()
 

@@ -1,11 +1,12 @@
 """What changes while a run trains, and how it starts."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -30,6 +31,28 @@ class TrainState:
     """The optimizer's moments and counts."""
     time_sampling: Any = ()
     """State of the timestep sampler: `time_sampling.LossHistory` for "loss_aware", empty for the others."""
+
+
+def to_items(state: TrainState) -> dict[str, Any]:
+    """Returns the pytrees that a checkpoint stores of a state; the step is the checkpoint's own."""
+    return {
+        "params": state.params,
+        "ema": state.ema,
+        "optimizer": state.opt_state,
+        "time_sampling": state.time_sampling,
+    }
+
+
+def from_items(step: int, items: Mapping[str, Any], sharding: jax.sharding.Sharding) -> TrainState:
+    """Returns the state of a checkpoint.
+
+    Args:
+      step: of the checkpoint.
+      items: as `to_items` returns them.
+      sharding: where the step counter lies.
+    """
+    count = jax.device_put(np.int32(step), sharding)
+    return TrainState(count, items["params"], items["ema"], items["optimizer"], items["time_sampling"])
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:

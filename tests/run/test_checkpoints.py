@@ -1,7 +1,6 @@
 """Checkpoints: what comes back is what was saved, or the user is told so."""
 
 import contextlib
-import dataclasses
 import errno
 import json
 import math
@@ -26,7 +25,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ddpm_jax.run.checkpoints import Checkpoints, Damage, _hush_orbax, kept, load_ema, sealed, unsealed, verify
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.training.state import TrainState
 
 # Of threads that Orbax leaves where it found damage.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -39,13 +37,12 @@ def state_at(step, size=2048):
     random = np.random.default_rng(step)
     # Of all floats but infinities and NaN.
     bits = lambda *shape: (random.integers(0, 2**32, shape, np.uint32) & np.uint32(0xBFFFFFFF)).view(np.float32)
-    return TrainState(
-        step=jnp.int32(step),
-        params={"conv": {"kernel": jnp.array(bits(size)), "bias": jnp.array(bits(2, 3))}},
-        ema={"conv": {"kernel": jnp.array(bits(size)), "bias": jnp.array(bits(2, 3))}},
-        opt_state=({"mu": jnp.array(bits(size)), "count": jnp.int32(step)},),
-        time_sampling={"losses": jnp.array(bits(size))},
-    )
+    return {
+        "params": {"conv": {"kernel": jnp.array(bits(size)), "bias": jnp.array(bits(2, 3))}},
+        "ema": {"conv": {"kernel": jnp.array(bits(size)), "bias": jnp.array(bits(2, 3))}},
+        "optimizer": ({"mu": jnp.array(bits(size)), "count": jnp.int32(step)},),
+        "time_sampling": {"losses": jnp.array(bits(size))},
+    }
 
 
 def abstract_of(state, sharding=None):
@@ -124,9 +121,10 @@ def flip_a_bit_of(array, files):
 
 class TestSaved:
     def test_comes_back_bit_by_bit(self, saved):
-        (state, notes), warnings = restore(saved)
+        assert restore(saved)[1] == []
+        step, state, notes = restore(saved)[0]
         same_bits(state, state_at(20))
-        assert (notes, warnings) == ({"step": 20}, [])
+        assert (step, notes) == (20, {"step": 20})
 
     def test_nothing_saved_is_nothing_restored(self, tmp_path):
         assert restore(tmp_path) == (None, [])
@@ -138,7 +136,7 @@ class TestSaved:
     def test_notes_keep_every_digit(self, tmp_path):
         numbers = [math.pi, 0.1, 5e-324, 1.7976931348623157e308, float(np.float32(0.1)), -0.0]
         save(tmp_path, 1, notes={"window": [numbers, []]})
-        (_, notes), _ = restore(tmp_path)
+        (_, _, notes), _ = restore(tmp_path)
         assert [number.hex() for number in notes["window"][0]] == [number.hex() for number in numbers]
         assert list(notes) == ["window"]
 
@@ -146,7 +144,7 @@ class TestSaved:
         before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
         with Checkpoints(run, keep=5, warn=pytest.fail) as checkpoints:
             checkpoints.save(20, state_at(3), notes={})
-        same_bits(restore(run)[0][0], state_at(20))
+        same_bits(restore(run)[0].items, state_at(20))
         assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
 
     @pytest.mark.parametrize("there", PLACES)
@@ -160,7 +158,7 @@ class TestSaved:
                 state_at(7),
                 wanted,
             )
-            (state, _), warnings = restore(tmp_path, shapes)
+            (step, state, _), warnings = restore(tmp_path, shapes)
             assert not warnings
             same_bits(state, state_at(7))
             assert jax.tree.map(lambda leaf: leaf.sharding, state) == wanted
@@ -170,7 +168,7 @@ class TestSaved:
             with Checkpoints(tmp_path / name, keep=1, warn=pytest.fail) as checkpoints:
                 checkpoints.save(7, jax.device_put(state_at(7), shardings(state_at(7), name)), notes={})
         (first, *others) = [notes_of(tmp_path / name, 7) for name in PLACES]
-        kernel = np.asarray(state_at(7).ema["conv"]["kernel"])
+        kernel = np.asarray(state_at(7)["ema"]["conv"]["kernel"])
         assert first["leaves"]["ema['conv']['kernel']"]["crc32"] == zlib.crc32(kernel.tobytes())
         assert all(each == first for each in others)
 
@@ -180,14 +178,15 @@ class TestSaved:
             return {f"w{each}": jnp.array(random.standard_normal(300_000, np.float32)) for each in range(4)}
 
         overwrite = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
-        jax.block_until_ready(overwrite(TrainState(jnp.int32(0), large(0), large(0), large(0))))
+        items = lambda step: {name: large(step + 10 * part) for part, name in enumerate(ITEMS)}
+        jax.block_until_ready(overwrite(items(0)))
         with Checkpoints(tmp_path, keep=3, warn=pytest.fail) as checkpoints:
             for step in (1, 2, 3):
-                state = TrainState(jnp.int32(step), *(large(step + 10 * part) for part in range(3)))
+                state = items(step)
                 checkpoints.save(step, state, notes={})
                 jax.block_until_ready(overwrite(state))
-        state = TrainState(jnp.int32(3), *(large(3 + 10 * part) for part in range(3)))
-        (restored, _), warnings = restore(tmp_path, abstract_of(state))
+        state = items(3)
+        (_, restored, _), warnings = restore(tmp_path, abstract_of(state))
         assert not warnings
         same_bits(restored, state)
 
@@ -197,7 +196,7 @@ class TestSaved:
             checkpoints.save(7, state_at(7, size=2_000_000), notes={"window": window})
             window[0][0] = 9.0
             window.append([3.0, 4.0])
-        (_, notes), _ = restore(tmp_path, abstract_of(state_at(7, size=2_000_000)))
+        (_, _, notes), _ = restore(tmp_path, abstract_of(state_at(7, size=2_000_000)))
         assert notes == {"window": [[1.0, 2.0]]}
 
 
@@ -249,15 +248,15 @@ class TestDamaged:
     @pytest.mark.parametrize(
         ("item", "leaf", "name"),
         [
-            ("params", lambda state: state.params["conv"]["kernel"], "params['conv']['kernel']"),
-            ("ema", lambda state: state.ema["conv"]["kernel"], "ema['conv']['kernel']"),
-            ("optimizer", lambda state: state.opt_state[0]["mu"], "optimizer[0]['mu']"),
-            ("time_sampling", lambda state: state.time_sampling["losses"], "time_sampling['losses']"),
+            ("params", lambda state: state["params"]["conv"]["kernel"], "params['conv']['kernel']"),
+            ("ema", lambda state: state["ema"]["conv"]["kernel"], "ema['conv']['kernel']"),
+            ("optimizer", lambda state: state["optimizer"][0]["mu"], "optimizer[0]['mu']"),
+            ("time_sampling", lambda state: state["time_sampling"]["losses"], "time_sampling['losses']"),
         ],
     )
     def test_one_flipped_bit_is_found_and_named(self, run, item, leaf, name):
         flip_a_bit_of(leaf(state_at(20)), files_of(run, 20, item))
-        (state, notes), warnings = restore(run)
+        (_, state, notes), warnings = restore(run)
         same_bits(state, state_at(10))
         assert notes == {"step": 10}
         (warning,) = warnings
@@ -265,7 +264,7 @@ class TestDamaged:
         assert "damaged_20_0" in warning
         # It is out of the way: the step can be trained and saved again.
         assert save(run, 20) == [10, 20]
-        same_bits(restore(run)[0][0], state_at(20))
+        same_bits(restore(run)[0].items, state_at(20))
         assert (run / "checkpoints" / "damaged_20_0").is_dir()
 
     @pytest.mark.parametrize("item", [*ITEMS, "notes"])
@@ -276,7 +275,7 @@ class TestDamaged:
                 file.unlink()
             else:
                 os.truncate(file, file.stat().st_size // 2)
-        (state, _), warnings = restore(run)
+        (step, state, _), warnings = restore(run)
         same_bits(state, state_at(10))
         (warning,) = warnings
         assert warning.startswith("checkpoint 20 is damaged (")
@@ -294,8 +293,8 @@ class TestDamaged:
             content = bytearray(file.read_bytes())
             content[random.integers(len(content))] ^= 1 << random.integers(8)
             file.write_bytes(content)
-            (state, _), warnings = restore(run)
-            found.append(int(state.step))
+            (step, state, _), warnings = restore(run)
+            found.append(step)
             same_bits(state, state_at(found[-1]))
             assert len(warnings) == (found[-1] == 10)
             shutil.rmtree(run)
@@ -304,7 +303,7 @@ class TestDamaged:
 
     def test_all_damaged_is_one_line_and_changes_nothing(self, run):
         for step in (10, 20):
-            flip_a_bit_of(state_at(step).ema["conv"]["kernel"], files_of(run, step, "ema"))
+            flip_a_bit_of(state_at(step)["ema"]["conv"]["kernel"], files_of(run, step, "ema"))
         before = sorted(path.name for path in (run / "checkpoints").iterdir())
         message = (
             r"no checkpoint in .* is whole \(2 damaged; 20: the checksum of ema.* differs\): restore .* --workdir$"
@@ -346,7 +345,7 @@ class TestDamaged:
                 checkpoints.restore(abstract_of(state_at(0)))
             with pytest.raises(UserError, match=rf"cannot read checkpoint 20 in .*: {said}"):
                 load_ema(run, warn=pytest.fail)
-        (state, _), warnings = restore(run)
+        (step, state, _), warnings = restore(run)
         assert not warnings
         same_bits(state, state_at(20))
 
@@ -361,7 +360,7 @@ class TestDamaged:
 
     def test_a_second_damaged_copy_gets_its_own_name(self, run):
         for _ in range(2):
-            flip_a_bit_of(state_at(20).ema["conv"]["kernel"], files_of(run, 20, "ema"))
+            flip_a_bit_of(state_at(20)["ema"]["conv"]["kernel"], files_of(run, 20, "ema"))
             restore(run)
             save(run, 20)
         assert sorted(path.name for path in (run / "checkpoints").glob("damaged*")) == ["damaged_20_0", "damaged_20_1"]
@@ -386,16 +385,16 @@ def test_what_is_left_over_in_orbax_is_not_told_of(monkeypatch):
 class TestVerified:
     def test_every_array_of_every_step_is_looked_at(self, run):
         found = list(verify(run))
-        arrays = jax.tree.leaves(dataclasses.replace(state_at(0), step=()))
+        arrays = jax.tree.leaves(state_at(0))
         size = sum(leaf.nbytes for leaf in arrays)
         assert found == [(step, len(arrays), size, None) for step in (10, 20)]
 
     @pytest.mark.parametrize(
         ("leaf", "name"),
         [
-            (lambda state: state.params["conv"]["kernel"], "params['conv']['kernel']"),
-            (lambda state: state.opt_state[0]["mu"], "optimizer[0]['mu']"),
-            (lambda state: state.time_sampling["losses"], "time_sampling['losses']"),
+            (lambda state: state["params"]["conv"]["kernel"], "params['conv']['kernel']"),
+            (lambda state: state["optimizer"][0]["mu"], "optimizer[0]['mu']"),
+            (lambda state: state["time_sampling"]["losses"], "time_sampling['losses']"),
         ],
     )
     def test_damage_is_named_and_nothing_is_changed(self, run, leaf, name):
@@ -419,7 +418,7 @@ class TestVerified:
         params = {"a": {"k": jnp.arange(3.0)}}
         opt_state = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)).init(params)
         with Checkpoints(tmp_path, keep=1, warn=pytest.fail) as checkpoints:
-            checkpoints.save(1, TrainState(jnp.int32(1), params, params, opt_state), notes={})
+            checkpoints.save(1, {"params": params, "ema": params, "optimizer": opt_state}, notes={})
         (verdict,) = verify(tmp_path)
         assert verdict == (1, 5, 12 * 4 + 4, None)
 
@@ -442,21 +441,21 @@ class TestOfAnotherConfiguration:
 
     def test_other_types_are_refused_not_cast(self, run):
         state = state_at(0)
-        state = dataclasses.replace(state, params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.params))
+        state = {**state, "params": jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state["params"])}
         line = self.refused(run, abstract_of(state))
         assert "params['conv']['bias'] is (2, 3) float32 there and (2, 3) bfloat16 here" in line
 
     def test_missing_and_needless_arrays_are_named(self, run):
         state = state_at(0)
-        more = dataclasses.replace(state, ema={**state.ema, "more": jnp.zeros(3)})
+        more = {**state, "ema": {**state["ema"], "more": jnp.zeros(3)}}
         assert "ema['more'] is absent there and (3,) float32 here" in self.refused(run, abstract_of(more))
-        fewer = dataclasses.replace(state, opt_state=({"count": jnp.int32(0)},))
+        fewer = {**state, "optimizer": ({"count": jnp.int32(0)},)}
         line = self.refused(run, abstract_of(fewer))
         assert "optimizer[0]['mu'] is (2048,) float32 there and absent here" in line
 
     @pytest.mark.parametrize("here", ["with", "without"])
     def test_a_memory_of_times_must_be_on_both_sides(self, tmp_path, here):
-        state = {"with": state_at(1), "without": dataclasses.replace(state_at(1), time_sampling=())}
+        state = {"with": state_at(1), "without": {**state_at(1), "time_sampling": ()}}
         there = "without" if here == "with" else "with"
         with Checkpoints(tmp_path, keep=2, warn=pytest.fail) as checkpoints:
             checkpoints.save(1, state[there], notes={})
@@ -471,22 +470,22 @@ class TestAverage:
             shutil.rmtree(run / "checkpoints" / "20" / item)
         step, ema = load_ema(run, warn=pytest.fail)
         assert step == 20
-        same_bits(ema, state_at(20).ema)
+        same_bits(ema, state_at(20)["ema"])
         assert {leaf.sharding.device_set == {jax.devices()[0]} for leaf in jax.tree.leaves(ema)} == {True}
 
     def test_of_a_step_asked_for(self, saved):
         step, ema = load_ema(saved, step=10, warn=pytest.fail)
         assert step == 10
-        same_bits(ema, state_at(10).ema)
+        same_bits(ema, state_at(10)["ema"])
         with pytest.raises(UserError, match="has no checkpoint of step 15: there are 10, 20"):
             load_ema(saved, step=15, warn=pytest.fail)
 
     def test_of_a_damaged_checkpoint(self, run):
-        flip_a_bit_of(state_at(20).ema["conv"]["kernel"], files_of(run, 20, "ema"))
+        flip_a_bit_of(state_at(20)["ema"]["conv"]["kernel"], files_of(run, 20, "ema"))
         warnings = []
         step, ema = load_ema(run, warn=warnings.append)
         assert (step, len(warnings)) == (10, 1)
-        same_bits(ema, state_at(10).ema)
+        same_bits(ema, state_at(10)["ema"])
         with pytest.raises(UserError, match=r"checkpoint 20 of .* is damaged \(.*\): there are 10 beside it"):
             load_ema(run, step=20, warn=warnings.append)
         assert (run / "checkpoints" / "20").is_dir()  # it only reads
@@ -507,11 +506,11 @@ class TestFailingDisk:
         import jax.numpy as jnp
         from ddpm_jax.system.errors import UserError
         from ddpm_jax.run.checkpoints import Checkpoints, load_ema
-        from ddpm_jax.training.state import TrainState
+
 
         def state(value, size):
             tree = {"w": jnp.arange(size, dtype=jnp.float32) * value}
-            return TrainState(jnp.int32(value), tree, tree, tree)
+            return {"params": tree, "ema": tree, "optimizer": tree}
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         try:
@@ -558,7 +557,7 @@ class TestFailingDisk:
             with pytest.raises(UserError, match="cannot save step 30 .* step 20 is the last good checkpoint"):  # noqa: PT012
                 checkpoints.save(30, state_at(30), notes={})
                 checkpoints.wait()
-        same_bits(restore(run)[0][0], state_at(20))
+        same_bits(restore(run)[0].items, state_at(20))
 
     def test_a_failure_under_way_is_not_hidden_by_that_of_the_disk(self, tmp_path):
         with pytest.raises(ZeroDivisionError), Checkpoints(tmp_path, keep=1, warn=pytest.fail) as checkpoints:  # noqa: PT012

@@ -17,7 +17,6 @@ from ddpm_jax.run.weights import checksum, fit, load_weights, save_weights, star
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.training import loop, setup
 from ddpm_jax.training.loop import train
-from ddpm_jax.training.state import TrainState
 
 CONFIG = Config(
     train=TrainConfig(steps=2, batch_size=8, learning_rate=1e-3, warmup_steps=2, ema_decay=0.5),
@@ -32,8 +31,9 @@ def weights_of(seed, **more):
     return {"down": {"conv": {"kernel": draw(3, 3, 2, 4), "bias": draw(4)}}, "out": {"bias": draw(2)}, **more}
 
 
-def state_of(params):
-    return TrainState(jnp.int32(0), jax.tree.map(jnp.asarray, params), jax.tree.map(jnp.asarray, params), ())
+def begin(init_from, run):
+    drawn = jax.tree.map(jnp.asarray, weights_of(1))
+    return start_from(init_from, drawn, drawn, run=run)
 
 
 @pytest.fixture
@@ -117,30 +117,30 @@ class TestStart:
     def test_is_from_the_average_of_a_run_or_a_file(self, file, tmp_path, capsys):
         source = tmp_path / "source"
         with Checkpoints(source, keep=1, warn=pytest.fail) as checkpoints:
-            state = dataclasses.replace(state_of(weights_of(5)), ema=state_of(weights_of(0)).ema)
-            checkpoints.save(70, dataclasses.replace(state, opt_state={"mu": jnp.ones(2)}), notes={})
+            items = {"params": weights_of(5), "ema": weights_of(0), "optimizer": {"mu": np.ones(2)}}
+            checkpoints.save(70, jax.tree.map(jnp.asarray, items), notes={})
         for init_from in (source, file):
             run = tmp_path / f"from_{init_from.name}"
-            begun = start_from(init_from, state_of(weights_of(1)), run=run)
-            chex.assert_trees_all_equal(begun.params, weights_of(0))
-            chex.assert_trees_all_equal(begun.ema, weights_of(0))
+            params, ema = begin(init_from, run)
+            chex.assert_trees_all_equal(params, weights_of(0))
+            chex.assert_trees_all_equal(ema, weights_of(0))
             noted = json.loads((run / "init_from.json").read_text())
             assert noted == {"from": str(init_from), "step": 70, "crc32": checksum(weights_of(0))}
             assert f"starting from the weights of {init_from}, step 70:\nloaded" in capsys.readouterr().err
 
     def test_again_from_others_is_refused(self, file, tmp_path):
         run = tmp_path / "run"
-        start_from(file, state_of(weights_of(1)), run=run)
-        start_from(file, state_of(weights_of(1)), run=run)
+        begin(file, run)
+        begin(file, run)
         save_weights(file, weights_of(9), config=CONFIG, step=80)
         with pytest.raises(UserError, match=r"not those that .*run started from \(step 70 then, 80 now\)"):
-            start_from(file, state_of(weights_of(1)), run=run)
+            begin(file, run)
 
     def test_from_nothing_is_one_line(self, tmp_path):
         with pytest.raises(UserError, match=r"train.init_from=.*none: there is no such folder"):
-            start_from(tmp_path / "none", state_of(weights_of(1)), run=tmp_path)
+            begin(tmp_path / "none", tmp_path)
         with pytest.raises(UserError, match="it is not the folder of a run"):
-            start_from(tmp_path, state_of(weights_of(1)), run=tmp_path)
+            begin(tmp_path, tmp_path)
 
     def test_the_checksum_knows_names_shapes_and_every_bit(self):
         whole = checksum(weights_of(0))

@@ -20,6 +20,7 @@ from ddpm_jax.schedules import make_schedule
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.time_sampling import loss_aware
 from ddpm_jax.training.parallel import make_layout
+from ddpm_jax.training.state import from_items, to_items
 from ddpm_jax.training.step import step_keys
 
 LAYOUTS = {
@@ -214,9 +215,11 @@ def test_a_state_saved_by_one_way_goes_on_by_the_other(training, tmp_path, saved
     first, second = layout_of(saved_by), layout_of(restored_by)
     _, _, state = advance(training, first, network, optimizer, jax.jit(init)(jax.random.key(0)), 2)
     with Checkpoints(tmp_path, keep=1, warn=pytest.fail) as checkpoints:
-        checkpoints.save(2, first.saved_state(first.place_state(state)), notes={})
+        checkpoints.save(2, to_items(first.saved_state(first.place_state(state))), notes={})
         checkpoints.wait()
-        restored, _ = checkpoints.restore(second.abstract_state(init, jax.random.key(1)))
+        abstract = second.abstract_state(init, jax.random.key(1))
+        read = checkpoints.restore(to_items(abstract))
+    restored = from_items(read.step, read.items, abstract.step.sharding)
     chex.assert_trees_all_equal(jax.device_get(restored), state)
     _, _, never_stopped = advance(training, first, network, optimizer, state, 2)
     _, _, went_on = advance(training, second, network, optimizer, restored, 2)
