@@ -1,11 +1,11 @@
-"""How long training waits for data: 50,000 images of CIFAR-10's shape, from each place where a set may be kept.
+"""How long training waits for data: 50,000 images of CIFAR-10's shape, from each place a data set can be stored.
 
     python benchmarks/data_wait.py [STEPS]                # 30 steps from each place, minutes on two CPU cores
 
-The images are noise, made for the purpose. Each feed is measured twice: alone, as fast as it can be taken from, and
-before a real training step of a small U-Net, as the loop has it. The share of time waited is that of `timing.jsonl`:
-seconds in which the loop had to wait for a batch, over all seconds. On CPUs the threads that read and the network share
-the cores, so the images a second of the whole are told as well.
+The images are random noise. Each input pipeline is measured twice: alone, as fast as it can go, and feeding real
+training steps of a small U-Net, as in the training loop. The fraction of time spent waiting is defined as in
+`timing.jsonl`: seconds the loop waited for a batch, divided by all seconds. On CPUs, the reading threads and the
+network share the cores, so the overall images per second are printed as well.
 """
 
 import collections
@@ -41,7 +41,7 @@ def config_of(data: DataConfig) -> Config:
 
 
 def places(folder: Path) -> dict[str, DataConfig]:
-    """Writes the images, and names the configurations that keep them in each place."""
+    """Writes the images and returns, by name, a config for each place where they can be stored."""
     images = np.random.default_rng(0).integers(0, 256, (NUMBER, 32, 32, 3), np.uint8)
     np.save(folder / "images.npy", images)
     (folder / "png").mkdir()
@@ -53,12 +53,12 @@ def places(folder: Path) -> dict[str, DataConfig]:
     return {
         "on the device": array,
         "in memory": dataclasses.replace(array, device_gib=0.0),
-        "streamed, an array": dataclasses.replace(array, **on_disk),
-        "streamed, PNG files": dataclasses.replace(files, **on_disk),
+        "streamed array": dataclasses.replace(array, **on_disk),
+        "streamed PNG files": dataclasses.replace(files, **on_disk),
     }
 
 
-def feed_of(config: Config, source: Source, parts: Setup) -> InputPipeline:
+def pipeline_of(config: Config, source: Source, parts: Setup) -> InputPipeline:
     data = config.data
     return make_input_pipeline(
         source,
@@ -71,23 +71,23 @@ def feed_of(config: Config, source: Source, parts: Setup) -> InputPipeline:
     )
 
 
-def alone(feed: InputPipeline, seconds: float = 4.0) -> float:
-    """Images a second that the feed gives when nothing else is done."""
-    with feed.open(0, 10**9) as opened:
+def alone(pipeline: InputPipeline, seconds: float = 4.0) -> float:
+    """Returns the images per second of the pipeline when nothing else runs."""
+    with pipeline.open(0, 10**9) as opened:
         jax.block_until_ready(next(opened).data)
-        begun, taken = time.perf_counter(), 0
-        while time.perf_counter() - begun < seconds:
+        began, taken = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds:
             jax.block_until_ready(next(opened).data)
             taken += BATCH
-        return taken / (time.perf_counter() - begun)
+        return taken / (time.perf_counter() - began)
 
 
-def trained(feed: InputPipeline, parts: Setup, steps: int) -> tuple[float, float]:
-    """The share of time waited, and images a second, of training; compiling and the first steps are left out."""
-    step = parts.layout.lift(with_inputs(parts.make_step, feed))
+def trained(pipeline: InputPipeline, parts: Setup, steps: int) -> tuple[float, float]:
+    """Returns training's fraction of time spent waiting and images per second, after compilation and warmup."""
+    step = parts.layout.lift(with_inputs(parts.make_step, pipeline))
     state = parts.layout.init(parts.init, parts.keys.init)
     in_flight: collections.deque[jax.Array] = collections.deque()
-    with feed.open(0, steps + 3) as opened:
+    with pipeline.open(0, steps + 3) as opened:
         for number, data in opened:
             state, info = step(parts.keys.run, state, data)
             in_flight.append(info.loss)
@@ -95,24 +95,24 @@ def trained(feed: InputPipeline, parts: Setup, steps: int) -> tuple[float, float
                 jax.block_until_ready(in_flight.popleft())
             if number == 2:
                 jax.block_until_ready(state)
-                begun, waited = time.perf_counter(), opened.seconds_waited
+                began, waited = time.perf_counter(), opened.seconds_waited
         jax.block_until_ready(state)
-        busy = time.perf_counter() - begun
-        return (opened.seconds_waited - waited) / busy, steps * BATCH / busy
+        elapsed = time.perf_counter() - began
+        return (opened.seconds_waited - waited) / elapsed, steps * BATCH / elapsed
 
 
 def main(steps: int) -> None:
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, batch {BATCH}, {steps} steps")
-    print(f"{'set':<20} {'feed alone, images/s':>21} {'training, images/s':>19} {'waited':>8}")
+    print(f"{'data set':<20} {'data alone, images/s':>21} {'training, images/s':>19} {'waiting':>8}")
     with tempfile.TemporaryDirectory() as folder:
         for name, data in places(Path(folder)).items():
             config = config_of(data)
             source = load_source(data)
             parts = make_setup(config, source.image_shape)
-            feed = feed_of(config, source, parts)
-            rate = alone(feed)
-            share, images = trained(feed, parts, steps)
-            print(f"{name:<20} {rate:>21,.0f} {images:>19,.1f} {share:>8.3%}", flush=True)
+            pipeline = pipeline_of(config, source, parts)
+            rate = alone(pipeline)
+            waiting, images = trained(pipeline, parts, steps)
+            print(f"{name:<20} {rate:>21,.0f} {images:>19,.1f} {waiting:>8.3%}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""The tables of docs/results/digits.md: the digits' bits/dim by loss and variance, and quality by sampler and steps.
+"""The tables of docs/results/digits.md: bits/dim of the digits by loss and variance, and quality by sampler and steps.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python benchmarks/digits_tables.py
 
-Trains one run a loss (three, minutes each), then evaluates: about two hours on two CPU cores. Started again it goes on
-where it was, since every command that it calls does. Writes docs/results/digits_bits.csv, digits_quality.csv
-and its plot.
+Trains one run per loss (three, minutes each), then evaluates them: about two hours on two CPU cores. Run it again to
+resume: every command that it calls resumes. Writes docs/results/digits_bits.csv, digits_quality.csv and its plot.
 """
 
 import csv
@@ -24,7 +23,7 @@ LOSSES = {
     "hybrid": ["--loss.kind=hybrid", "--diffusion.variance=learned_range"],
     "vlb": ["--loss.kind=vlb", "--diffusion.variance=learned_range", "--loss.time-sampling=loss_aware"],
 }
-# "model" is the variance of the run itself: fixed_large for the simple loss, learned for the others.
+# "model" is the run's own variance: fixed_large for the simple loss, learned for the others.
 VARIANCES = ("model", "optimal", "fixed_small", "fixed_large")
 SAMPLERS = ("ancestral", "ddim", "dpm++2m", "dpm++2m_sde", "unipc")
 STEPS = (5, 10, 20, 50, 100, 250)
@@ -38,7 +37,7 @@ def call(*words: str | Path) -> None:
 
 
 def bits(loss: str, variance: str) -> dict[str, object]:
-    """Counts bits/dim of all held-out digits under a run, with a choice of variances."""
+    """Computes bits/dim of all held-out digits for a run, with the given variance."""
     out = RUNS / loss / "likelihood" / variance
     part = () if variance == "model" else ("--times", "100")  # an unbiased estimate at a tenth of the cost
     call("evaluate.py", "likelihood", RUNS / loss, "--sigma", variance, "--out", out, "--batch-size", "360", *part)
@@ -48,7 +47,7 @@ def bits(loss: str, variance: str) -> dict[str, object]:
 
 
 def quality(sampler: str, steps: int) -> dict[str, object]:
-    """Judges samples of the run with the simple loss, by a classifier of the real digits."""
+    """Scores samples from the run with the simple loss, using a classifier of the real digits."""
     out = RUNS / "simple" / "quality" / f"{sampler}_{steps}"
     how = ("--sampler", sampler, "--steps", steps) if steps < 1000 else ()
     call("sample.py", RUNS / "simple", "--num", IMAGES, "--batch-size", IMAGES, "--format", "npz", "--out", out, *how)
@@ -68,14 +67,14 @@ def write(name: str, rows: list[dict[str, object]]) -> None:
 
 
 def plot(rows: list[dict[str, object]]) -> None:
-    """Draws the table of quality: the distance over the steps, a line a sampler."""
+    """Plots the quality table: distance against number of steps, one line per sampler."""
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for sampler in SAMPLERS:
         steps, ratios = zip(*[(row["steps"], row["ratio"]) for row in rows if row["sampler"] == sampler], strict=True)
         axes.plot(steps, ratios, marker="o", label=sampler)
-    axes.axhline(1, color="gray", linestyle="--", label="real images among themselves")
+    axes.axhline(1, color="gray", linestyle="--", label="real images")
     axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="Frechet distance, relative to real images'")
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()

@@ -1,9 +1,9 @@
-"""How far apart training ends on one device and on many: the largest differences that the tests of the layouts see.
+"""How much training on many devices differs from training on one: the largest differences seen by the layout tests.
 
     python benchmarks/layouts.py                          # three minutes on two CPU cores
 
-Runs these tests, and prints what they record as a table: ten steps from one state on simulated devices, and forty of
-two real processes with four devices each. Keys, times, x_t and dropout masks are the same bits on all of them: the
+Runs these tests and prints what they record as a table: ten steps from one state on simulated devices, and forty on
+two real processes with four devices each. Keys, timesteps, x_t and dropout masks are bit-identical on all of them: the
 tests fail otherwise.
 """
 
@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
-TESTS = ("tests/training/test_parallel.py", "tests/test_hosts.py")
+TESTS = ("tests/training/test_parallel.py", "tests/system/test_hosts.py")
 WHAT = {
     "test_gradient_of_the_first_step_is_the_same": "the first gradient",
     "test_ten_steps_of_sgd_end_alike": "10 steps of SGD",
@@ -26,11 +26,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         tests = [*TESTS, "-m", "not slow", "-p", "no:cacheprovider"]
-        ended = subprocess.run([sys.executable, "-m", "pytest", *tests, f"--junitxml={report}"])
-        if ended.returncode:
-            sys.exit("the tests fail: there is nothing to measure")
+        finished = subprocess.run([sys.executable, "-m", "pytest", *tests, f"--junitxml={report}"])
+        if finished.returncode:
+            sys.exit("the layout tests failed, so there is nothing to report")
         cases = list(ElementTree.parse(report).iter("testcase"))
-    print("\n| 1 device and | after | what | largest difference |\n|---|---|---|---|")
+    print("\n| 1 device vs. | after | quantity | largest difference |\n|---|---|---|---|")
     for case in cases:
         test, _, layout = case.attrib["name"].partition("[")
         largest: dict[str, float] = {}

@@ -1,17 +1,17 @@
-r"""How fast each sampler converges: its error against the number of steps, for data whose truth is known exactly.
+r"""How fast each sampler converges: its error against the number of steps, for data with a known distribution.
 
     python benchmarks/sampler_order.py            # minutes; writes docs/results/sampler_order.png and .csv
 
-The data are Gaussian, with a mean and four correlated pixels of very different variance. The best network is then known
-in closed form, every step of every sampler is an affine map plus Gaussian noise, and the law of what a chain ends in
-is worked out from the sampler's own steps, without drawing a sample: what is measured is the sampler alone.
+The data are Gaussian: four correlated pixels with a nonzero mean and very different variances. The optimal network is
+then known in closed form, every step of every sampler is an affine map plus Gaussian noise, and the final distribution
+of a chain follows from the sampler's own steps, without drawing any samples: only the sampler itself is measured.
 
-- "order": from the exact q(x_T), over steps of one length in log(alpha / sigma), to the first time of the schedule,
-  where the exact law is known too. The slope is the order of convergence.
-- "chain": the whole chain of the paper's schedule (linear, T = 1000), from N(0, I) to images, as `sample.py` runs it.
-  It ends in a floor: that of a thousand steps' own discretization.
+- "order": from the exact q(x_T), in equal steps of log(alpha / sigma), to the first timestep of the schedule, where the
+  exact distribution is known too. The slope is the order of convergence.
+- "chain": the full chain of the paper's schedule (linear, T = 1000), from N(0, I) to images, as run by `sample.py`.
+  The error levels off at the discretization error of the thousand steps.
 
-The error is that of the mean and of the covariance together, relative to the covariance.
+The error combines those of the mean and of the covariance, relative to the covariance.
 """
 
 import contextlib
@@ -53,18 +53,18 @@ class Law(typing.NamedTuple):
 
 
 def make_data() -> Law:
-    """Gives the data: standard deviations along the axes of 0.1, 0.3, 0.5 and 1, the axes turned."""
+    """Returns the data distribution: standard deviations 0.1, 0.3, 0.5 and 1 along rotated axes."""
     rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(SIZE, SIZE)))
     return Law(np.array([-0.5, 0.1, 0.3, 0.7]), rotation @ np.diag([0.1, 0.3, 0.5, 1.0]) ** 2 @ rotation.T)
 
 
 def diffuse(data: Law, alphas_bar: float) -> Law:
-    """Gives q(x_t)."""
+    """Returns q(x_t)."""
     return Law(np.sqrt(alphas_bar) * data.mean, alphas_bar * data.covariance + (1 - alphas_bar) * np.eye(SIZE))
 
 
 def best_network(data: Law, alphas_bar: np.ndarray) -> Callable[[Array, Array], Array]:
-    r"""Gives E[x_0 | x_t] as a function of (x_t, t), in whatever precision it is called in.
+    r"""Returns E[x_0 | x_t] as a function of (x_t, t), computed in the precision of its inputs.
 
     .. math:: E[x_0 | x_t] = \mu + \sqrt{\bar\alpha}\, C\, (\bar\alpha C + (1 - \bar\alpha) I)^{-1}
               (x_t - \sqrt{\bar\alpha}\, \mu)
@@ -74,32 +74,32 @@ def best_network(data: Law, alphas_bar: np.ndarray) -> Callable[[Array, Array], 
     gains = root * data.covariance @ np.linalg.inv(covariances)
 
     def predict(x_t: Array, t: Array) -> Array:
-        centred = x_t.reshape(-1, SIZE) - jnp.asarray(root[:, :, 0] * data.mean)[t]
-        x0 = jnp.einsum("bij,bj->bi", jnp.asarray(gains)[t], centred) + jnp.asarray(data.mean)[None]
+        centered = x_t.reshape(-1, SIZE) - jnp.asarray(root[:, :, 0] * data.mean)[t]
+        x0 = jnp.einsum("bij,bj->bi", jnp.asarray(gains)[t], centered) + jnp.asarray(data.mean)[None]
         return x0.reshape(x_t.shape)
 
     return predict
 
 
 def in_float64(schedule: Schedule) -> Schedule:
-    """Widens the tables, so that a chain runs in float64 (inside `jax.enable_x64`)."""
+    """Converts the tables to float64, so that a chain runs in float64 (inside `jax.enable_x64`)."""
     widen = lambda table: table.astype(jnp.float64) if jnp.issubdtype(table.dtype, jnp.floating) else table
     return jax.tree.map(widen, schedule)
 
 
 def law_of_chain(sampler: Sampler, start: Law, *, num_steps: int | None = None) -> Law:
-    r"""Works out the law of x after the first steps of a chain, exactly, for a network that is affine in x_t.
+    r"""Computes the exact distribution of x after the first steps of a chain, for a network that is affine in x_t.
 
-    Each step is y' = F y + c + B z for what the chain holds, y (the images and its memory), and for the noise z that
-    it draws: F and B are its derivatives, c its value at 0.
+    Each step is y' = F y + c + B z, where y is the state of the chain (the images and its memory) and z the noise that
+    the step draws: F and B are the step's derivatives, and c is its value at 0.
 
     Args:
-      sampler: the rule.
-      start: of x_T.
-      num_steps: how many steps; all if None.
+      sampler: the sampler.
+      start: distribution of x_T.
+      num_steps: number of steps; all if None.
 
     Returns:
-      the law of x.
+      The distribution of x.
     """
     at_zero = sampler.init(jnp.zeros((1, *IMAGE)))
     zero, unravel = ravel_pytree(at_zero)
@@ -130,19 +130,19 @@ def law_of_chain(sampler: Sampler, start: Law, *, num_steps: int | None = None) 
 
 
 def error(law: Law, truth: Law) -> float:
-    """Gives the distance of mean and covariance together, relative to the true covariance."""
+    """Computes the combined error of mean and covariance, relative to the true covariance."""
     distance = np.hypot(np.linalg.norm(law.mean - truth.mean), np.linalg.norm(law.covariance - truth.covariance))
     return float(distance / np.linalg.norm(truth.covariance))
 
 
 def betas_of_even_log_ratios(num_times: int, *, highest: float = 3.0) -> np.ndarray:
-    """Gives the betas of a schedule whose log(alpha / sigma) falls evenly from `highest` to minus that."""
+    """Returns the betas of a schedule whose log(alpha / sigma) falls linearly from `highest` to `-highest`."""
     alphas_bar = 1 / (1 + np.exp(-2 * np.linspace(highest, -highest, num_times)))
     return 1 - alphas_bar / np.append(1.0, alphas_bar[:-1])
 
 
 def order_errors(make: Callable[..., Sampler], steps: Sequence[int], **options: typing.Any) -> np.ndarray:
-    """Measures a sampler over steps of one length, from the exact q(x_T) to the first time: (len(steps),)."""
+    """Measures a sampler in equal steps, from the exact q(x_T) to the first timestep: (len(steps),)."""
     data, errors = make_data(), []
     num_times = int(np.lcm.reduce(steps)) + 1
     betas = betas_of_even_log_ratios(num_times)
@@ -173,12 +173,12 @@ def chain_errors(
 
 
 def slope(steps: Sequence[int], errors: np.ndarray) -> float:
-    """Fits the order: by which power of the number of steps the error falls."""
+    """Fits the order of convergence: the power of the number of steps at which the error falls."""
     return float(-np.polyfit(np.log(steps), np.log(errors), 1)[0])
 
 
 def main() -> None:
-    # The samplers run in float64, on tables of float32: below this the error is that of the tables.
+    # The samplers run in float64 on float32 tables: below this floor, the tables' rounding error dominates.
     floor = 3e-7
     rows = []
     figure, (order_axes, chain_axes) = plt.subplots(1, 2, figsize=(11, 4.6), sharey=False)
@@ -199,7 +199,7 @@ def main() -> None:
         if "linspace" not in chosen:
             label = f"{name} (linspace)"
             chain_axes.loglog(CHAIN_STEPS, by_spacing["linspace"], ":", color=f"C{i}", label=label)
-    order_axes.set(title="order: steps of one length in log SNR", xlabel="steps", ylabel="error of mean and covariance")
+    order_axes.set(title="order: equal steps in log SNR", xlabel="steps", ylabel="error of mean and covariance")
     chain_axes.set(title="chain: linear, T = 1000, noise to images", xlabel="steps", ylim=(1e-3, 3))
     for axes in (order_axes, chain_axes):
         axes.grid(alpha=0.3, which="both")

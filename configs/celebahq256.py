@@ -1,10 +1,10 @@
-"""CelebA-HQ, 256x256: the paper's model of 113.7M parameters.
+"""CelebA-HQ, 256x256: the paper's model with 113.7M parameters.
 
     python train.py configs/celebahq256.py
 
-The set must be prepared once for TensorFlow Datasets (the error line says how). The paper trained 500,000
-steps at 2.2 steps/s on a TPU v3-8 (63 hours by that speed) and reports no FID for it; a third party's DDPM had 8.91.
-None of this is measured here.
+The data set must be prepared once with TensorFlow Datasets (the error line says how). The paper trained for 500,000
+steps at 2.2 steps/s on a TPU v3-8 (63 hours at that speed) and reports no FID for it; a third party's DDPM reached
+8.91. None of this has been measured here.
 """
 
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig

@@ -1,13 +1,13 @@
-"""CIFAR-10, 32x32, unconditional: the paper's model of 35.7M parameters.
+"""CIFAR-10, 32x32, unconditional: the paper's model with 35.7M parameters.
 
     python train.py configs/cifar10.py
 
-The set is CIFAR-10's own archive, put into ./data (the error line says where it is downloaded); with
-`--data.source tfds:cifar10` it is the one that tensorflow-datasets has prepared, in another order. The paper trained
-800,000 steps in 10.6 hours (21 steps/s) on a TPU v3-8, which it calls similar to 8 V100 GPUs, and reports FID 3.17
-(50,000 samples against the training set), Inception Score 9.46, at most 3.75 bits/dim on the test set. A third party's
-training (tqch) had FID 9.16 after 47,000 steps, 4.08 after 187,000 and 3.19, with a loss of 0.028, after 796,000. None
-of this is measured here.
+Reads CIFAR-10's own archive from ./data (the error line says where to download it); with `--data.source tfds:cifar10`,
+reads the copy prepared by tensorflow-datasets, which is in a different order. The paper trained for 800,000 steps in
+10.6 hours (21 steps/s) on a TPU v3-8, which it calls similar to 8 V100 GPUs, and reports FID 3.17 (50,000 samples
+against the training set), Inception Score 9.46, and at most 3.75 bits/dim on the test set. A third-party run (tqch)
+reached FID 9.16 after 47,000 steps, 4.08 after 187,000, and 3.19, with a loss of 0.028, after 796,000. None of this has
+been measured here.
 """
 
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig

@@ -1,8 +1,8 @@
-"""Handwritten digits, 8x8: scikit-learn's real scans, 1,438 to train on. Nothing is downloaded; `make demo` runs this.
+"""Handwritten digits, 8x8: scikit-learn's real scans, 1,438 for training. Nothing is downloaded; `make demo` runs this.
 
     python train.py                      (or: python train.py configs/digits.py)
 
-Hardware: two CPU cores, about 3 minutes for the 1,600 steps. Expect a loss near 0.09, and digits that can be read.
+Hardware: two CPU cores, about 3 minutes for the 1,600 steps. Expect a loss near 0.09 and legible digits.
 """
 
 from ddpm_jax.config import CheckpointConfig, Config, DataConfig, DiffusionConfig, LogConfig, ModelConfig, TrainConfig

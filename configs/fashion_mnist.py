@@ -1,11 +1,11 @@
-"""Fashion-MNIST, 28x28 padded to 32x32, gray: clothes, 60,000 real images that Debian packages.
+"""Fashion-MNIST, 28x28 padded to 32x32, grayscale: 60,000 real images of clothes, available as a Debian package.
 
     apt-get install dataset-fashion-mnist
     python train.py configs/fashion_mnist.py
 
-Meant for one GPU, or for CPU cores overnight. Not of the paper: a smaller U-Net (6M parameters) with the paper's
-diffusion and a faster learning rate. Neither its hours nor its number is measured yet. Not mirrored: the shoes of this
-set all point to the left.
+For one GPU, or CPU cores overnight. Not from the paper: a smaller U-Net (6M parameters) with the paper's diffusion and
+a higher learning rate. Neither training time nor final quality has been measured yet. No flips: the shoes in this set
+all point left.
 """
 
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig

@@ -1,11 +1,11 @@
-"""A folder of your own images, 64x64: PNG, JPEG or WebP of any size, gray, color or with alpha.
+"""A folder of your own images, 64x64: PNG, JPEG or WebP of any size, grayscale, color or with alpha.
 
     python train.py configs/image_folder.py --data.path FOLDER
 
-Images are cropped in the middle and resized; other sizes: `--data.height 128 --data.width 96` (each divisible by 16).
-Meant for one GPU with 16 GB or more, a day or two; with few images fewer steps (`--train.steps 100000`) and a look at
-the samples as they come. The network (78.7M parameters) and the learning rate are those of DDIM (Song et al. 2021) for
-CelebA 64x64, which reports FID 3.51 there after 1000-step sampling. Nothing of this is measured here.
+Images are center-cropped and resized; for other sizes: `--data.height 128 --data.width 96` (each divisible by 16). For
+one GPU with 16 GB or more, a day or two; with few images, train for fewer steps (`--train.steps 100000`) and watch the
+samples. The network (78.7M parameters) and the learning rate are those of DDIM (Song et al. 2021) for CelebA 64x64,
+which reports FID 3.51 there with 1000-step sampling. None of this has been measured here.
 """
 
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig

@@ -1,10 +1,10 @@
-"""LSUN Bedroom, 256x256: the paper's model of 113.7M parameters.
+"""LSUN Bedroom, 256x256: the paper's model with 113.7M parameters.
 
     python train.py configs/lsun_bedroom256.py
 
-The set must be prepared once for TensorFlow Datasets (the error line says how). The paper trained
-2,400,000 steps at 2.2 steps/s on a TPU v3-8 (303 hours by that speed) and reports FID 6.36 (50,000 samples). The one
-set of the paper that is not mirrored. None of this is measured here.
+The data set must be prepared once with TensorFlow Datasets (the error line says how). The paper trained for 2,400,000
+steps at 2.2 steps/s on a TPU v3-8 (303 hours at that speed) and reports FID 6.36 (50,000 samples). This is the paper's
+only data set without random flips. None of this has been measured here.
 """
 
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig

@@ -2,10 +2,10 @@
 
     python train.py configs/lsun_bedroom256_large.py
 
-The set must be prepared once for TensorFlow Datasets (the error line says how). The paper trained
-1,150,000 steps on a TPU v3-8, says no speed, and reports FID 4.90 (50,000 samples). It says "approximately 256 million
-parameters by increasing filter count" and no more; width 192 is the only plain choice that gives them. None of this is
-measured here.
+The data set must be prepared once with TensorFlow Datasets (the error line says how). The paper trained for 1,150,000
+steps on a TPU v3-8, at a speed it does not state, and reports FID 4.90 (50,000 samples). It says only "approximately
+256 million parameters by increasing filter count"; width 192 is the only simple choice that gives this. None of this
+has been measured here.
 """
 
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig

@@ -1,10 +1,10 @@
-"""LSUN Cat, 256x256: the paper's model of 113.7M parameters.
+"""LSUN Cat, 256x256: the paper's model with 113.7M parameters.
 
     python train.py configs/lsun_cat256.py
 
-The set must be prepared once for TensorFlow Datasets (the error line says how). The paper trained
-1,800,000 steps at 2.2 steps/s on a TPU v3-8 (227 hours by that speed) and reports FID 19.75 (50,000 samples). It says
-that the images were mirrored; its code's command for this set says not (`--data.no-flip`). None of this is measured
+The data set must be prepared once with TensorFlow Datasets (the error line says how). The paper trained for 1,800,000
+steps at 2.2 steps/s on a TPU v3-8 (227 hours at that speed) and reports FID 19.75 (50,000 samples). It says that random
+flips were used; the command for this set in its code turns them off (`--data.no-flip`). None of this has been measured
 here.
 """
 

@@ -1,10 +1,10 @@
-"""LSUN Church (outdoor), 256x256: the paper's model of 113.7M parameters.
+"""LSUN Church (outdoor), 256x256: the paper's model with 113.7M parameters.
 
     python train.py configs/lsun_church256.py
 
-The set must be prepared once for TensorFlow Datasets (the error line says how). The paper trained
-1,200,000 steps at 2.2 steps/s on a TPU v3-8 (152 hours by that speed) and reports FID 7.89 (50,000 samples); the
-checkpoint that its authors released says 4,432,000 steps. None of this is measured here.
+The data set must be prepared once with TensorFlow Datasets (the error line says how). The paper trained for 1,200,000
+steps at 2.2 steps/s on a TPU v3-8 (152 hours at that speed) and reports FID 7.89 (50,000 samples); the checkpoint that
+its authors released says 4,432,000 steps. None of this has been measured here.
 """
 
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, TrainConfig

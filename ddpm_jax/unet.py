@@ -1,6 +1,6 @@
-"""The U-Net of the paper in Flax Linen (Ho et al. 2020, app. B), as its code builds it.
+"""The U-Net of the paper in Flax Linen (Ho et al. 2020, app. B), built as in the original code.
 
-Parameters are named as in the released TensorFlow checkpoints, with `_` for the `/` between a level and its parts.
+Parameter names are those of the released TensorFlow checkpoints, with `_` instead of `/` between a level and its parts.
 """
 
 import itertools
@@ -18,32 +18,32 @@ from jax.typing import DTypeLike
 from ddpm_jax import keys as per_image_keys
 
 Params = typing.Any
-"""A pytree of arrays: the parameters of a network."""
+"""A pytree of arrays: a network's parameters."""
 
 
 def _init(scale: float) -> nn.initializers.Initializer:
     return nn.initializers.variance_scaling(scale, "fan_avg", "uniform")
 
 
-# The original asks for scale 0 in the last layer of each residual branch and of the network, and its initializer
-# makes 1e-10 of it: the untrained network says (almost) 0, and L_simple starts at 1.
+# The original requests scale 0 for the last layer of each residual branch and of the network, and its initializer
+# replaces 0 by 1e-10: the untrained network outputs (almost) 0, and L_simple starts at 1.
 _DEFAULT, _NEAR_ZERO = _init(1.0), _init(1e-10)
 
 
 def time_embedding(t: Array, dim: int) -> Array:
-    r"""Embeds times as sines and cosines of geometrically spaced frequencies.
+    r"""Embeds timesteps as sines and cosines of geometrically spaced frequencies.
 
     .. math:: e = [\sin(t f_0), .., \sin(t f_{h-1}), \cos(t f_0), .., \cos(t f_{h-1})], \quad
               f_k = 10000^{-k / (h - 1)}, \quad h = \lfloor \mathrm{dim} / 2 \rfloor
 
     Args:
-      t: 0-based times, (B,) int32.
-      dim: the size of the embedding, >= 4, static.
+      t: 0-based timesteps, (B,) int32.
+      dim: embedding size, >= 4, static.
 
     Returns:
       (B, dim) float32; the last column is 0 if `dim` is odd.
 
-    Ho et al. 2020, app. B; Vaswani et al. 2017, sec. 3.5; the original code's order and its h - 1.
+    Ho et al. 2020, app. B; Vaswani et al. 2017, sec. 3.5; the order and the h - 1 follow the original code.
     """
     chex.assert_rank(t, 1)
     half = dim // 2
@@ -54,15 +54,15 @@ def time_embedding(t: Array, dim: int) -> Array:
 
 
 def dropout(x: Array, keys: Array | None, rate: float) -> Array:
-    """Drops elements with probability `rate`, each image from its own key, and scales up the others.
+    """Zeroes elements with probability `rate`, using one key per image, and scales the others up.
 
     Args:
       x: (B, H, W, C).
-      keys: (B,) typed keys; None for a network that is not being trained.
+      keys: (B,) typed keys; None outside of training.
       rate: in [0, 1), static.
 
     Returns:
-      shaped as `x`; `x` itself without keys or at rate 0.
+      An array of the same shape; `x` itself without keys or at rate 0.
     """
     if keys is None or rate == 0:
         return x
@@ -78,7 +78,7 @@ def _upsample(x: Array) -> Array:
 
 
 class ResnetBlock(nn.Module):
-    """Norm, swish, convolution, twice, with the time added between and the input added at the end."""
+    """Norm, swish, convolution, twice; the timestep embedding is added in between, and the input at the end."""
 
     channels: int
     num_groups: int
@@ -122,7 +122,7 @@ class AttentionBlock(nn.Module):
 
 
 def _norm(block: "ResnetBlock | AttentionBlock | UNet", name: str) -> nn.GroupNorm:
-    # The two-pass variance is the original's; the fast one, E[x^2] - E[x]^2, loses digits.
+    # Two-pass variance, as in the original; the fast one, E[x^2] - E[x]^2, loses precision.
     return nn.GroupNorm(block.num_groups, epsilon=1e-6, use_fast_variance=False, dtype=block.dtype, name=name)
 
 
@@ -134,15 +134,15 @@ def _conv(
     strides: int = 1,
     init: nn.initializers.Initializer = _DEFAULT,
 ) -> nn.Conv:
-    # At stride 2 "SAME" pads nothing at the top and left and one zero at the bottom and right, as TensorFlow does.
+    # At stride 2, "SAME" pads one row and column of zeros, at the bottom and right only, as TensorFlow does.
     return nn.Conv(channels, (3, 3), strides=strides, padding="SAME", kernel_init=init, dtype=block.dtype, name=name)
 
 
 class UNet(nn.Module):
-    """The network of the paper: x_t and t to what it predicts of them.
+    """The network of the paper: maps x_t and t to its prediction.
 
-    Apply it as `unet.apply({"params": params}, x_t, t)`; with `dropout_keys` when it is being trained. Level l has
-    the resolution H / 2^l x W / 2^l and `width * channel_mult[l]` channels.
+    Apply it as `unet.apply({"params": params}, x_t, t)`, with `dropout_keys` during training. Level l has
+    resolution H / 2^l x W / 2^l and `width * channel_mult[l]` channels.
     """
 
     width: int = 128
@@ -150,42 +150,43 @@ class UNet(nn.Module):
     channel_mult: Sequence[int] = (1, 2, 2, 2)
     """Channels of each level, in units of `width`."""
     num_res_blocks: int = 2
-    """Residual blocks of each level on the way down; one more on the way up."""
+    """Residual blocks per level on the way down; one more on the way up."""
     attention_resolutions: Sequence[int] = (16,)
-    """Heights of the levels whose blocks are followed by attention; the middle always has it."""
+    """Heights of the levels whose blocks are followed by attention; the middle block always has it."""
     num_heads: int = 1
     """Attention heads."""
     dropout: float = 0.1
-    """Rate of the dropout in each residual block."""
+    """Dropout rate in each residual block."""
     out_channels: int = 3
-    """Channels of the output: those of the image, or twice as many for a learned variance."""
+    """Output channels: as many as the image has, or twice as many for a learned variance."""
     num_groups: int = 32
-    """Groups of each group normalization; must divide every level's channels."""
+    """Groups of each group normalization; must divide the channels of every level."""
     num_classes: int = 0
-    """Classes that the network can be told of; 0: none."""
+    """Number of classes of a class-conditional network; 0: unconditional."""
     dtype: DTypeLike = jnp.float32
     """Type of the computation; parameters, statistics, softmax and output stay float32."""
     remat: bool = False
-    """Whether each block is computed a second time for its gradient, instead of what is in it kept."""
+    """Whether to recompute each block in the backward pass instead of storing its activations."""
 
     @nn.compact
     def __call__(self, x: Array, t: Array, labels: Array | None = None, *, dropout_keys: Array | None = None) -> Array:
-        r"""Predicts.
+        r"""Computes the prediction for a batch.
 
         Args:
           x: x_t, (B, H, W, C), H and W divisible by 2^(levels - 1).
-          t: 0-based times, (B,) int32.
-          labels: (B,) int32, each in [0, num_classes], where num_classes itself says "not told"; None for an
-            unconditional network, and for a conditional one that is told nothing.
-          dropout_keys: (B,) typed keys, one an image; None to sample or evaluate, without dropout.
+          t: 0-based timesteps, (B,) int32.
+          labels: (B,) int32 class labels in [0, num_classes], where num_classes itself means "no label"; None for an
+            unconditional network, or for unconditional predictions of a conditional one.
+          dropout_keys: (B,) typed keys, one per image; None disables dropout, for sampling and evaluation.
 
         Returns:
           (B, H, W, out_channels) float32.
 
         Raises:
-          ValueError: H or W, the groups or the heads do not divide what they must; labels for an unconditional network.
+          ValueError: H or W is not divisible by the strides, or a channel count by the groups or heads; or labels were
+            passed to an unconditional network.
 
-        Ho et al. 2020, app. B, and its code (`models/unet.py`); labels: Nichol & Dhariwal 2021, its code.
+        Ho et al. 2020, app. B, and its code (`models/unet.py`); labels as in the code of Nichol & Dhariwal 2021.
         """
         chex.assert_rank(x, 4)
         chex.assert_shape(t, x.shape[:1])
@@ -210,11 +211,11 @@ class UNet(nn.Module):
             nn.swish(embedding)
         )
         if self.num_classes:
-            told = jnp.full_like(t, self.num_classes) if labels is None else labels
+            labels = jnp.full_like(t, self.num_classes) if labels is None else labels
             classes = nn.Embed(self.num_classes + 1, 4 * self.width, dtype=self.dtype, name="class_embedding")
-            embedding += classes(told)
+            embedding += classes(labels)
         elif labels is not None:
-            raise ValueError("labels were given to an unconditional network (num_classes is 0)")
+            raise ValueError("labels were passed to an unconditional network (num_classes is 0)")
 
         h = _conv(self, self.width, "conv_in")(x)
         skips = [h]
@@ -246,10 +247,11 @@ class UNet(nn.Module):
 
 
 def check_unet(unet: UNet, image_size: Sequence[int]) -> None:
-    """Checks that a U-Net fits images of (H, W).
+    """Checks that a U-Net fits images of size (H, W).
 
     Raises:
-      ValueError: H or W, the groups or the heads do not divide what they must; says which, and what would.
+      ValueError: H or W is not divisible by the strides, or a channel count by the groups or heads; the message
+        names a value that works.
     """
     if unet.width < 4:
         raise ValueError(f"model width {unet.width} is too small: the time embedding needs at least 4")
@@ -260,7 +262,7 @@ def check_unet(unet: UNet, image_size: Sequence[int]) -> None:
             nearest = f"{below} or {below + stride}" if below else f"{stride}"
             raise ValueError(
                 f"image {side} {size} is not divisible by {stride}, as {len(unet.channel_mult)} levels need: "
-                f"use {nearest}, or fewer model channel_mult"
+                f"use {nearest}, or fewer levels (model.channel_mult)"
             )
     for multiplier in unet.channel_mult:
         channels = unet.width * multiplier
@@ -268,5 +270,5 @@ def check_unet(unet: UNet, image_size: Sequence[int]) -> None:
             if channels % divisor:
                 raise ValueError(
                     f"{channels} channels (width {unet.width} x multiplier {multiplier}) are not divisible by "
-                    f"{divisor} {what}: use model {what} {math.gcd(channels, divisor)}, or another width"
+                    f"{divisor} {what}: use model.num_{what} {math.gcd(channels, divisor)}, or another width"
                 )

@@ -435,11 +435,11 @@ class TestRefusals:
         check_unet(CIFAR10, (24, 40))
 
     def test_groups(self):
-        with pytest.raises(ValueError, match=r"48 channels .* 32 groups: use model groups 16"):
+        with pytest.raises(ValueError, match=r"48 channels .* 32 groups: use model.num_groups 16"):
             check_unet(UNet(width=48), (32, 32))
 
     def test_heads(self):
-        with pytest.raises(ValueError, match=r"128 channels .* 3 heads: use model heads 1"):
+        with pytest.raises(ValueError, match=r"128 channels .* 3 heads: use model.num_heads 1"):
             check_unet(UNet(num_heads=3), (32, 32))
 
     def test_times_that_are_not_one_an_image(self):

@@ -1,4 +1,4 @@
-"""Trains as train.py does, with a network of one product: a process that starts in half the time."""
+"""Trains like train.py, but with an elementwise linear network, so that the process starts in half the time."""
 
 import runpy
 import sys
@@ -10,7 +10,7 @@ from ddpm_jax.training import loop, setup
 
 
 class Linear(nn.Module):
-    """eps = scale x_t + offset, each pixel with its own scale."""
+    """Predicts eps = scale x_t + offset, with one scale per pixel."""
 
     num_classes: int = 0
 

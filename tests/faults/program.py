@@ -1,11 +1,11 @@
-"""Faults: real training processes, broken in every way we know, and what became of the run.
+"""Fault injection: breaks real training processes in every way we know, and checks that the run recovers exactly.
 
-One run is trained to its end without a fault. Others, of the same configuration, are killed, starved of disk, damaged
-and robbed of their images, and started again by the same command. After each fault the process has either been killed,
-or has ended with one clear line; every checkpoint that it left holds the bits that the whole run had at that step; and
-at the end every array and every byte of `metrics.jsonl` are those of the whole run.
+A reference run trains to completion without faults. Others with the same config are killed, run out of disk space, have
+their files damaged or lose their images, and are restarted with the same command. After each fault, the process has
+been killed or has exited with one clear error line, and every checkpoint it left holds the same bits as the reference
+run at that step. At the end, every array and every byte of `metrics.jsonl` equal those of the reference run.
 
-`make faults` goes through all of it many times and prints a table; `test_faults.py` has a short form.
+`make faults` runs every fault several times and prints a table; `test_faults.py` is a short version.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from ddpm_jax.run.checkpoints import verify
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 60
-# Many saves, each rule of what is kept, a sampler of times with a memory, and a network that compiles in no time.
+# Many checkpoints, all retention rules, a timestep sampler with memory, and a network that compiles quickly.
 WORDS = (
     "--model.width 4 --model.num-groups 2 --model.channel-mult 1 --model.num-res-blocks 1 "
     "--model.attention-resolutions "
@@ -46,27 +46,27 @@ WORDS = (
 ).split()
 KEPT = [f"--checkpoints.{rule}" for rule in ("every=10", "keep=2", "keep-every=20", "keep-best=1")]
 STREAMED = ["--data.memory-gib", "0", "--data.device-gib", "0"]
-ARRAYS = "*/d/*"  # in a checkpoint: where Orbax has arrays as small as these; it keeps more files than it reads
+ARRAYS = "*/d/*"  # where in a checkpoint Orbax puts arrays this small; it writes more files than it reads
 TWICE_TERMINATED = 128 + signal.SIGTERM
-# Takes from root what modes do not hold back: of Linux, the capability CAP_DAC_OVERRIDE by PR_CAPBSET_DROP.
+# Makes root obey file modes: drops the Linux capability CAP_DAC_OVERRIDE with PR_CAPBSET_DROP.
 _WITHOUT_PRIVILEGE = "import ctypes, os; os.geteuid() or ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)"
 
 
 class Lost(AssertionError):
-    """Something that was saved is gone or other than it was, or a fault was not told of in one line."""
+    """Saved data is missing or has changed, or a fault was not reported in one line."""
 
 
-def hold(condition: object, what: str) -> None:
-    """Raises `Lost` unless a condition holds."""
+def require(condition: object, message: str) -> None:
+    """Raises `Lost` unless a condition is true."""
     if not condition:
-        raise Lost(what)
+        raise Lost(message)
 
 
 class Process:
     """A training process."""
 
     may_find_damage = False
-    """Whether it may say that a checkpoint is damaged."""
+    """Whether it may report a damaged checkpoint."""
 
     def __init__(self, command: list[str], environment: dict[str, str]):
         self._process = subprocess.Popen(
@@ -78,13 +78,13 @@ class Process:
             text=True,
         )
         self._lines: list[str] = []
-        # Read as it comes: a full pipe would stop the process.
+        # Read continuously: a full pipe would block the process.
         self._reader = threading.Thread(target=lambda: self._lines.extend(self._process.stdout), daemon=True)
         self._reader.start()
 
     @property
-    def said(self) -> str:
-        """All that it has written."""
+    def output(self) -> str:
+        """Everything it has printed so far."""
         return "".join(self._lines)
 
     def running(self) -> bool:
@@ -96,57 +96,57 @@ class Process:
             self._process.send_signal(number)
 
     def wait_until(self, happened: Callable[[], bool]) -> None:
-        """Waits until something has happened, or the process has ended."""
+        """Waits until a condition is true or the process has exited."""
         end = time.monotonic() + 300
         while self.running() and not happened():
-            hold(time.monotonic() < end, f"the process hangs:\n{self.said}")
+            require(time.monotonic() < end, f"the process hangs:\n{self.output}")
             time.sleep(0.002)
 
     def wait(self, *statuses: int) -> int:
-        """Waits for the end, which must be with one of some statuses."""
+        """Waits for the process to exit, which it must do with one of the given statuses."""
         try:
             status = self._process.wait(timeout=300)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            raise Lost(f"the process hangs:\n{self.said}") from None
+            raise Lost(f"the process hangs:\n{self.output}") from None
         self._reader.join(timeout=60)
-        hold(status in statuses, f"ended with status {status}, not {' or '.join(map(str, statuses))}:\n{self.said}")
-        hold("Traceback" not in self.said, f"a traceback:\n{self.said}")
+        require(status in statuses, f"exited with status {status}, not one of {statuses}:\n{self.output}")
+        require("Traceback" not in self.output, f"a traceback:\n{self.output}")
         if not self.may_find_damage:
-            hold("is damaged" not in self.said, f"damage that nobody did:\n{self.said}")
+            require("is damaged" not in self.output, f"reported damage where there is none:\n{self.output}")
         return status
 
-    def refused(self, *words: str) -> str:
-        """Waits for the end with status 2 and one line, which has some words in it; gives the line."""
+    def refused(self, *patterns: str) -> str:
+        """Waits for an exit with status 2 and one error line that matches one of the patterns; returns the line."""
         self.wait(2)
-        line = self.said.strip().splitlines()[-1]
-        hold(line.startswith("train.py: error: "), f"no error line at the end:\n{self.said}")
-        hold(self.said.count("train.py: error: ") == 1, f"more than one error line:\n{self.said}")
-        hold(any(re.search(word, line) for word in words), f"none of {words} in: {line}")
+        line = self.output.strip().splitlines()[-1]
+        require(line.startswith("train.py: error: "), f"no error line at the end:\n{self.output}")
+        require(self.output.count("train.py: error: ") == 1, f"more than one error line:\n{self.output}")
+        require(any(re.search(pattern, line) for pattern in patterns), f"none of {patterns} in: {line}")
         return line
 
 
-class Whole(NamedTuple):
-    """A run without a fault: what others are held against."""
+class Reference(NamedTuple):
+    """The results of a run without faults, which other runs must match."""
 
     saved: dict[int, tuple[object, object]]
-    """What `Bench.bits` gives, by step."""
+    """`Bench.bits` of each saved step."""
     metrics: bytes
-    """All of metrics.jsonl."""
+    """The contents of metrics.jsonl."""
 
 
 class Bench:
-    """The run without a fault, and what others are held against."""
+    """Trains the reference run, starts others, and checks them against it."""
 
     KEEP_ALL = ("--checkpoints.keep", str(STEPS))
 
     def __init__(self, folder: Path, seed: int, *, script: str = "train.py"):
-        """Makes images and trains the whole run, which keeps all that it saves.
+        """Makes images and trains the reference run, which keeps all its checkpoints.
 
         Args:
-          folder: for all that is written.
-          seed: of the moments and places of the faults.
-          script: what trains.
+          folder: where everything is written.
+          seed: determines when and where the faults strike.
+          script: the training script.
         """
         self.folder, self.random, self.script = folder, random.Random(seed), script
         self.images = folder / "images"
@@ -164,15 +164,15 @@ class Bench:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "OMP_NUM_THREADS": "1",
         }
-        whole = folder / "whole"
-        self.start(whole, *self.KEEP_ALL).wait(0)
-        self.whole = self._read_whole(whole)
+        reference = folder / "reference"
+        self.start(reference, *self.KEEP_ALL).wait(0)
+        self.reference = self._read_reference(reference)
         self.checkpoint_bytes = sum(
-            file.stat().st_size for file in (whole / "checkpoints" / str(STEPS)).rglob("*") if file.is_file()
+            file.stat().st_size for file in (reference / "checkpoints" / str(STEPS)).rglob("*") if file.is_file()
         )
 
     def start(self, run: Path, *words: str, before: str = "") -> Process:
-        """Starts the command of a run; the process first does `before`, a line of Python."""
+        """Starts the training command of a run; the process first executes `before`, a line of Python."""
         command = [sys.executable, self.script, "--workdir", str(run), "--data.path", str(self.images)]
         if before:
             then = "import os, sys; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
@@ -180,65 +180,67 @@ class Bench:
         return Process([*command, *WORDS, *KEPT, *words], self.environment)
 
     def start_hosts(self, run: Path, *words: str) -> list[Process]:
-        """Starts the command of a run on two hosts that train it together."""
+        """Starts the training command of a run on two hosts that train it together."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             where = f"127.0.0.1:{free.getsockname()[1]}"
-        # Each has a half of the state, of arrays large enough to be written where they are: what one saves the other
-        # does not.
+        # Each host holds half of the state, in arrays large enough to be saved by the host that holds them: neither
+        # saves what the other does.
         words = (*words, "--train.fsdp", "2", "--model.width", "16")
         joined = ["--hosts.coordinator", where, "--hosts.count", "2", "--hosts.silence", "10", "--hosts.index"]
         return [self.start(run, *words, *joined, str(index)) for index in range(2)]
 
     @functools.cached_property
-    def whole_of_hosts(self) -> Whole:
-        """The run of two hosts without a fault: its sums are in another order than those of one."""
-        run = self.folder / "whole_of_hosts"
+    def reference_of_hosts(self) -> Reference:
+        """The reference run on two hosts: it sums in a different order than one process does."""
+        run = self.folder / "reference_of_hosts"
         for process in self.start_hosts(run, *self.KEEP_ALL):
             process.wait(0)
-        return self._read_whole(run)
+        return self._read_reference(run)
 
-    def _read_whole(self, run: Path) -> Whole:
+    def _read_reference(self, run: Path) -> Reference:
         saved = {step: self.bits(run, step) for step in self.steps(run)}
-        hold(list(saved) == list(range(10, STEPS + 1, 10)), f"{run} did not save every tenth step")
-        return Whole(saved, (run / "metrics.jsonl").read_bytes())
+        require(list(saved) == list(range(10, STEPS + 1, 10)), f"{run} did not save every tenth step")
+        return Reference(saved, (run / "metrics.jsonl").read_bytes())
 
     @staticmethod
     def steps(run: Path) -> list[int]:
-        """Says which steps a run has saved."""
+        """Lists the steps that a run has saved."""
         folder = run / "checkpoints"
         return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit()) if folder.exists() else []
 
     @staticmethod
     def bits(run: Path, step: int) -> tuple[object, object]:
-        """Gives shape, type and CRC-32 of every array of a step, and its losses since the last line of metrics."""
+        """Reads shape, dtype and CRC-32 of every array of a checkpoint, and its losses since the last metrics line."""
         notes = json.loads((run / "checkpoints" / str(step) / "notes" / "metadata").read_text())
         return notes["leaves"], notes["window"]
 
-    def check(self, run: Path, whole: Whole | None = None) -> None:
-        """Holds what a run has on disk against the whole run, of one process if not given."""
-        whole = whole or self.whole
+    def check(self, run: Path, reference: Reference | None = None) -> None:
+        """Checks a run's files against a reference run; by default, that of one process."""
+        reference = reference or self.reference
         for verdict in verify(run) if self.steps(run) else ():
-            hold(verdict.damage is None, f"step {verdict.step} is damaged on disk: {verdict.damage}")
-        for step in set(self.steps(run)) & set(whole.saved):  # others were saved when it was told to stop
-            hold(self.bits(run, step) == whole.saved[step], f"step {step} is not that of the whole run")
+            require(verdict.damage is None, f"step {verdict.step} is damaged on disk: {verdict.damage}")
+        for step in set(self.steps(run)) & set(reference.saved):  # others were saved when it was stopped
+            require(self.bits(run, step) == reference.saved[step], f"step {step} differs from the reference run")
         file = run / "metrics.jsonl"
         written = file.read_bytes() if file.exists() else b""
-        hold(whole.metrics.startswith(written[: written.rfind(b"\n") + 1]), f"{file} is not a part of the whole run's")
+        require(
+            reference.metrics.startswith(written[: written.rfind(b"\n") + 1]), f"{file} is no prefix of the reference"
+        )
 
     def finish(self, run: Path) -> None:
-        """Trains a run to its end, and holds every array and the metrics against the whole run."""
+        """Trains a run to completion, and checks every array and the metrics against the reference run."""
         self.start(run).wait(0)
         self.check_end(run)
 
-    def check_end(self, run: Path, whole: Whole | None = None) -> None:
-        """Holds the end of a run against that of the whole run, of one process if not given."""
-        self.check(run, whole)
-        hold(self.steps(run)[-1] == STEPS, f"the last checkpoint is step {self.steps(run)[-1]}")
-        hold((run / "metrics.jsonl").read_bytes() == (whole or self.whole).metrics, "metrics.jsonl differs")
+    def check_end(self, run: Path, reference: Reference | None = None) -> None:
+        """Checks a completed run against a reference run; by default, that of one process."""
+        self.check(run, reference)
+        require(self.steps(run)[-1] == STEPS, f"the last checkpoint is step {self.steps(run)[-1]}")
+        require((run / "metrics.jsonl").read_bytes() == (reference or self.reference).metrics, "metrics.jsonl differs")
 
     def advance(self, run: Path, *, damaged: bool = False) -> Process:
-        """Goes on until another checkpoint is there, and stops in order, which saves one more."""
+        """Resumes until another checkpoint exists, then stops gracefully, which saves one more."""
         process, before = self.start(run), set(self.steps(run))
         process.may_find_damage = damaged
         process.wait_until(lambda: bool(set(self.steps(run)) - before))
@@ -247,7 +249,7 @@ class Bench:
         return process
 
     def ready(self, run: Path) -> None:
-        """Sees to it that a run has two checkpoints and steps left to do."""
+        """Makes sure that a run has two checkpoints and steps left to train."""
         if self.steps(run) and self.steps(run)[-1] > STEPS - 20:
             self.finish(run)
             shutil.rmtree(run)
@@ -255,11 +257,11 @@ class Bench:
             self.advance(run)
 
 
-# Each fault leaves a run that can be started again, and says in words what came of it.
+# Each fault leaves a run that can be restarted, and returns a description of the outcome.
 
 
 def kill(bench: Bench, run: Path, moment: str, *words: str) -> str:
-    """Ends a process by SIGKILL at a random moment of a stage."""
+    """Kills a process with SIGKILL at a random moment of a stage."""
     checkpoints = run / "checkpoints"
     draw, before = bench.random.uniform, set(bench.steps(run))
     process = bench.start(run, *words)
@@ -277,22 +279,23 @@ def kill(bench: Bench, run: Path, moment: str, *words: str) -> str:
         process.wait_until(lambda: any(checkpoints.glob("deleted/*")))
     process.send(signal.SIGKILL)
     process.wait(-signal.SIGKILL, 0)
-    return "killed; the next start goes on"
+    return "killed; the next start resumes"
 
 
 def sigterm_twice(bench: Bench, run: Path) -> str:
-    """Sends SIGTERM, and again before the first is done with."""
+    """Sends SIGTERM, and again before the first has been handled."""
     process, before = bench.start(run), set(bench.steps(run))
     process.wait_until(lambda: bool(set(bench.steps(run)) - before))
     process.send(signal.SIGTERM)
     time.sleep(bench.random.uniform(0, 0.1))
     process.send(signal.SIGTERM)
     process.wait(TWICE_TERMINATED, 0)
-    return "saved in time" if "saved: the same command goes on" in process.said else "ended at once"
+    saved = "stopped by SIGTERM at step" in process.output
+    return f"{'saves and exits' if saved else 'exits at once'}; the next start resumes"
 
 
 def damage(bench: Bench, run: Path, how: str, files: str = "**/*") -> str:
-    """Cuts off a random file of the newest checkpoint, or flips a bit of it; not all of them are read again."""
+    """Truncates a random file of the newest checkpoint or flips a bit in it; resuming does not read all files."""
     newest = bench.steps(run)[-1]
     found = (run / "checkpoints" / str(newest)).glob(files)
     candidates = [path for path in found if path.is_file() and path.stat().st_size]
@@ -305,31 +308,31 @@ def damage(bench: Bench, run: Path, how: str, files: str = "**/*") -> str:
         content[at] ^= 1 << bench.random.randrange(8)
     file.write_bytes(content)
     process = bench.advance(run, damaged=True)
-    if f"checkpoint {newest} is damaged" in process.said:
-        hold((run / "checkpoints" / f"damaged_{newest}_0").is_dir(), "the damaged step was not set aside")
+    if f"checkpoint {newest} is damaged" in process.output:
+        require((run / "checkpoints" / f"damaged_{newest}_0").is_dir(), "the damaged step was not set aside")
         shutil.rmtree(run / "checkpoints" / f"damaged_{newest}_0")
-        return "named, set aside, the one before it used"
-    return "harmless: every array whole"
+        return "reported and set aside; the previous checkpoint used"
+    return "harmless, every array intact"
 
 
 def damage_all(bench: Bench, run: Path) -> str:
-    """Cuts off every file of every checkpoint."""
+    """Truncates every file of every checkpoint."""
     copy = run.with_name(f"{run.name}_copy")
     shutil.copytree(run, copy)
     for file in (run / "checkpoints").rglob("*"):
         if file.is_file():
             os.truncate(file, file.stat().st_size // 2)
-    for _ in range(2):  # the second must not begin anew
+    for _ in range(2):  # the second must not start from scratch
         bench.start(run).refused("no checkpoint in .* is whole")
     shutil.rmtree(run / "checkpoints")
     shutil.copytree(copy / "checkpoints", run / "checkpoints")
     shutil.rmtree(copy)
-    return "one line; goes on from a copy"
+    return "one error line; resumes from a copy"
 
 
 @functools.cache
 def can_mount() -> bool:
-    """Says whether a file system in memory can be mounted."""
+    """Returns whether an in-memory file system can be mounted."""
     with tempfile.TemporaryDirectory() as folder:
         mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
         return mount.returncode == 0 and subprocess.run(["umount", folder]).returncode == 0
@@ -357,16 +360,16 @@ def full_disk(bench: Bench, run: Path) -> str:
         shutil.copytree(on_disk, run)
     finally:
         subprocess.run(["umount", "-l", place], check=True)
-    return "one line: cannot save" if "cannot save" in line else "one line: cannot write"
+    return "one error line: cannot save" if "cannot save" in line else "one error line: cannot write"
 
 
 def too_large(bench: Bench, run: Path) -> str:
-    """Trains where no file may be larger than a part of a checkpoint's largest."""
+    """Trains with a limit on file size below that of the largest checkpoint file."""
     largest = max(file.stat().st_size for file in (run / "checkpoints").rglob("*") if file.is_file())
     limit = bench.random.randrange(largest // 2, largest)
     limits = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
     line = bench.start(run, before=limits).refused("cannot save step", "cannot write")
-    return "one line: cannot save" if "cannot save" in line else "one line: cannot write"
+    return "one error line: cannot save" if "cannot save" in line else "one error line: cannot write"
 
 
 @contextlib.contextmanager
@@ -382,38 +385,38 @@ def _read_only(folder: Path) -> Iterator[None]:
 
 
 def read_only(bench: Bench, run: Path, when: str) -> str:
-    """Takes the right to write a run's folder, before or while it trains."""
+    """Removes write permission from a run's folder, before or during training."""
     if when == "before":
         with _read_only(run):
             bench.start(run, before=_WITHOUT_PRIVILEGE).refused("cannot write to")
-        return "one line: cannot write"
+        return "one error line: cannot write"
     process, before = bench.start(run, before=_WITHOUT_PRIVILEGE), set(bench.steps(run))
     process.wait_until(lambda: bool(set(bench.steps(run)) - before))
-    process.send(signal.SIGSTOP)  # what it writes just now must not come and go meanwhile
+    process.send(signal.SIGSTOP)  # files it is writing must not appear or vanish meanwhile
     with _read_only(run):
         process.send(signal.SIGCONT)
         line = process.refused("cannot save step", "cannot write")
-    return "one line: cannot save" if "cannot save" in line else "one line: cannot write"
+    return "one error line: cannot save" if "cannot save" in line else "one error line: cannot write"
 
 
 def second_process(bench: Bench, run: Path) -> str:
-    """Starts the same command while it runs."""
+    """Starts the same command while it is running."""
     process, before = bench.start(run), set(bench.steps(run))
     process.wait_until(lambda: bool(set(bench.steps(run)) - before))
-    process.send(signal.SIGSTOP)  # so that it cannot be done before the other has started
+    process.send(signal.SIGSTOP)  # so that it cannot finish before the other has started
     try:
         bench.start(run).refused("another process is writing")
     finally:
         process.send(signal.SIGCONT)
         process.send(signal.SIGTERM)
     process.wait(TWICE_TERMINATED, 0)
-    return "one line; the first goes on"
+    return "refused with one error line; the first process continues"
 
 
 def kill_host(bench: Bench, run: Path, *, first: bool) -> str:
-    """Kills one of two hosts that train a run of their own together, which then goes on to its end."""
-    del run  # is of one process
-    whole, run = bench.whole_of_hosts, bench.folder / "run_of_hosts"
+    """Kills one of two hosts that train their own run together, then resumes the run to completion."""
+    del run  # that of one process
+    reference, run = bench.reference_of_hosts, bench.folder / "run_of_hosts"
     shutil.rmtree(run, ignore_errors=True)
     hosts, before = bench.start_hosts(run), set(bench.steps(run))
     killed, other = hosts if first else hosts[::-1]
@@ -422,24 +425,24 @@ def kill_host(bench: Bench, run: Path, *, first: bool) -> str:
     killed.send(signal.SIGKILL)
     if killed.wait(-signal.SIGKILL, 0) == 0:
         other.wait(0)
-        return "done before"
-    # The library of jax may end the other by an abort before we do.
+        return "finished before the kill"
+    # JAX's own library may abort the other before we exit.
     if other.wait(2, -signal.SIGABRT) == 2:
-        hold(other.said.count("train.py: error: ") == 1, f"not one error line:\n{other.said}")
-        ending = "the other ends with one line"
+        require(other.output.count("train.py: error: ") == 1, f"not one error line:\n{other.output}")
+        ending = "the other exits with one error line"
     else:
-        ending = "jax ends the other, with its own words"
-    bench.check(run, whole)
+        ending = "JAX aborts the other with its own message"
+    bench.check(run, reference)
     for process in bench.start_hosts(run):
         process.wait(0)
-    bench.check_end(run, whole)
-    return f"{ending}; both go on"
+    bench.check_end(run, reference)
+    return f"{ending}; both resume"
 
 
 def damage_of_one_host(bench: Bench, run: Path) -> str:
-    """Cuts off what one of two hosts has saved of a run of their own; the other's files are whole."""
-    del run  # is of one process
-    whole, run = bench.whole_of_hosts, bench.folder / "run_of_hosts"
+    """Truncates the files that one of two hosts has saved of their own run; the other's files stay intact."""
+    del run  # that of one process
+    reference, run = bench.reference_of_hosts, bench.folder / "run_of_hosts"
     shutil.rmtree(run, ignore_errors=True)
     hosts = bench.start_hosts(run)
     hosts[0].wait_until(lambda: len(bench.steps(run)) >= 2)
@@ -454,9 +457,9 @@ def damage_of_one_host(bench: Bench, run: Path) -> str:
     for host in hosts:
         host.may_find_damage = True
         host.wait(0)
-    bench.check_end(run, whole)
-    found = f"checkpoint {newest} is damaged" in hosts[0].said
-    return "named, set aside, the one before it used by both" if found else "harmless: every array whole"
+    bench.check_end(run, reference)
+    found = f"checkpoint {newest} is damaged" in hosts[0].output
+    return "reported and set aside; both use the previous checkpoint" if found else "harmless, every array intact"
 
 
 @contextlib.contextmanager
@@ -474,67 +477,67 @@ def _corrupted(bench: Bench) -> Iterator[list[str]]:
 
 
 def corrupt_images(bench: Bench, run: Path, when: str) -> str:
-    """Cuts off 5 % of the images, before or while they are streamed."""
+    """Truncates 5% of the image files, before training or while they are streamed."""
     if when == "before":
         with _corrupted(bench) as names:
             bench.start(run).refused(*map(re.escape, names))
-        return "one line that names them"
+        return "one error line naming them"
     process, before = bench.start(run, *STREAMED), set(bench.steps(run))
     process.wait_until(lambda: bool(set(bench.steps(run)) - before))
     with _corrupted(bench) as names:
         if process.wait(2, 0) == 0:
-            return "read before: the run ends as it should"
+            return "already read: the run finishes normally"
         process.refused(*map(re.escape, names))
-    return "one line that names one"
+    return "one error line naming one"
 
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A fault, and how often it is tried."""
+    """A fault, and how often it is injected."""
 
     name: str
     apply: Callable[[Bench, Path], str]
     long: int
-    """Times in the long form."""
+    """Number of repetitions in the full campaign."""
 
 
 FAULTS = [
     *(
         Fault(f"kill -9 while {stage}", functools.partial(kill, moment=stage), times)
-        for stage, times in (("starting", 5), ("training", 10), ("saving", 10), ("deleting", 5))
+        for stage, times in (("starting", 5), ("training", 10), ("saving", 10), ("deleting an old checkpoint", 5))
     ),
     Fault("SIGTERM twice", sigterm_twice, 5),
-    Fault("a checkpoint's file cut off", functools.partial(damage, how="truncated"), 8),
-    Fault("a file of arrays cut off", functools.partial(damage, how="truncated", files=ARRAYS), 5),
-    Fault("a checkpoint's bit flipped", functools.partial(damage, how="flipped"), 8),
-    Fault("a bit of a file of arrays flipped", functools.partial(damage, how="flipped", files=ARRAYS), 5),
+    Fault("an array file truncated", functools.partial(damage, how="truncated", files=ARRAYS), 5),
+    Fault("a bit flipped in an array file", functools.partial(damage, how="flipped", files=ARRAYS), 5),
+    Fault("any checkpoint file truncated", functools.partial(damage, how="truncated"), 8),
+    Fault("a bit flipped in any checkpoint file", functools.partial(damage, how="flipped"), 8),
     Fault("all checkpoints damaged", damage_all, 2),
     Fault("full disk", full_disk, 5),
-    Fault("files limited in size", too_large, 3),
+    Fault("file size limit", too_large, 3),
     Fault("read-only folder", functools.partial(read_only, when="before"), 2),
-    Fault("folder made read-only while training", functools.partial(read_only, when="while"), 3),
-    Fault("a second process on the folder", second_process, 2),
+    Fault("folder made read-only during training", functools.partial(read_only, when="while"), 3),
+    Fault("a second process in the folder", second_process, 2),
     Fault("host 0 of two killed", functools.partial(kill_host, first=True), 2),
     Fault("host 1 of two killed", functools.partial(kill_host, first=False), 3),
-    Fault("what one of two hosts saved cut off", damage_of_one_host, 3),
-    Fault("5 % of the images corrupted", functools.partial(corrupt_images, when="before"), 2),
-    Fault("5 % of the images corrupted while streamed", functools.partial(corrupt_images, when="while"), 3),
+    Fault("files saved by one of two hosts truncated", damage_of_one_host, 3),
+    Fault("5% of the images corrupted", functools.partial(corrupt_images, when="before"), 2),
+    Fault("5% of the images corrupted while streaming", functools.partial(corrupt_images, when="while"), 3),
 ]
 
 
-def campaign(bench: Bench, faults: list[Fault], *, tell: Callable[[str], object] = print) -> collections.Counter:
-    """Lets faults befall one run after the other, in the order given; each ends bit for bit as the whole run.
+def campaign(bench: Bench, faults: list[Fault], *, report: Callable[[str], object] = print) -> collections.Counter:
+    """Injects faults in the given order, into one run after another; each run must end bit-identical to the reference.
 
     Args:
-      bench: the whole run.
-      faults: which.
-      tell: is told what came of each.
+      bench: the reference run.
+      faults: the faults.
+      report: called with the outcome of each.
 
     Returns:
-      how often each (fault, outcome) was seen.
+      The number of times each (fault, outcome) was seen.
 
     Raises:
-      Lost: something saved was lost, or a fault was not told of in one line; says of which fault.
+      Lost: saved data was lost, or a fault was not reported in one line; the message names the fault.
     """
     run = bench.folder / "run"
     seen: collections.Counter = collections.Counter()
@@ -546,13 +549,13 @@ def campaign(bench: Bench, faults: list[Fault], *, tell: Callable[[str], object]
         except Lost as lost:
             raise Lost(f"{fault.name}: {lost}") from None
         seen[fault.name, outcome] += 1
-        tell(f"{fault.name}: {outcome}")
+        report(f"{fault.name}: {outcome}")
     bench.finish(run)
     return seen
 
 
 def table(seen: collections.Counter) -> str:
-    """Writes what was seen as a table."""
+    """Formats the counts as a table."""
     lines = ["| fault | times | outcome |", "|---|---|---|"]
     order = [fault.name for fault in FAULTS]
     for (name, outcome), times in sorted(seen.items(), key=lambda entry: (order.index(entry[0][0]), entry[0][1])):
@@ -562,11 +565,11 @@ def table(seen: collections.Counter) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Breaks training runs in every way we know; ends with 1 if one is lost."
+        description="Breaks training runs in every way we know; exits with status 1 if data is lost."
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and places of the faults")
-    parser.add_argument("--only", default="", help="faults whose names have this in them")
-    parser.add_argument("--times", type=float, default=1.0, help="so many times as often")
+    parser.add_argument("--seed", type=int, default=0, help="determines when and where the faults strike")
+    parser.add_argument("--only", default="", help="only faults whose names contain this")
+    parser.add_argument("--times", type=float, default=1.0, help="multiplies the number of repetitions")
     options = parser.parse_args()
     faults = [
         fault
@@ -579,7 +582,9 @@ def main() -> None:
         bench = Bench(Path(folder) / "bench", options.seed)
         bench.random.shuffle(faults)
         seen = campaign(bench, faults)
-    print(f"\n{len(faults)} faults in {time.monotonic() - began:.0f} s; every run ended bit for bit as the whole one\n")
+    print(
+        f"\n{len(faults)} faults in {time.monotonic() - began:.0f} s; every run ended bit-identical to the reference\n"
+    )
     print(table(seen))
 
 
