@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ddpm_jax.data.check import check_data
 from ddpm_jax.data.sources import resolve
-from ddpm_jax.run.build import build_unet, image_shape
+from ddpm_jax.run.build import build_network, image_shape
 from ddpm_jax.run.command import parse_run
 from ddpm_jax.run.validation import validate, warnings_of
 from ddpm_jax.system.exits import exit_at_once, run_script
@@ -39,7 +39,7 @@ def main() -> None:
     validate(config)
     config = dataclasses.replace(config, data=resolve(config.data))
     if options.summary:
-        print(summary(build_unet(config), image_shape(config)))
+        print(summary(build_network(config), image_shape(config)))
         return
     run = Path(options.workdir or Path("runs") / config.name)
     if options.check_data:

@@ -108,7 +108,7 @@ def main(steps: int) -> None:
         for name, data in places(Path(folder)).items():
             config = config_of(data)
             source = load_source(data)
-            parts = make_setup(config, source.image_shape)
+            parts = make_setup(config)
             pipeline = pipeline_of(config, source, parts)
             rate = alone(pipeline)
             waiting, images = trained(pipeline, parts, steps)

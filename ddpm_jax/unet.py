@@ -5,7 +5,6 @@ Parameter names are those of the released TensorFlow checkpoints, with `_` inste
 
 import itertools
 import math
-import typing
 from collections.abc import Sequence
 
 import chex
@@ -16,9 +15,6 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from ddpm_jax import keys as per_image_keys
-
-Params = typing.Any
-"""A pytree of arrays: a network's parameters."""
 
 
 def _init(scale: float) -> nn.initializers.Initializer:

@@ -16,8 +16,8 @@ from ddpm_jax.generation import editor, sampler_config
 from ddpm_jax.generation.batches import batch_chain
 from ddpm_jax.generation.job import Job
 from ddpm_jax.generation.sampler_config import SamplerConfig
-from ddpm_jax.networks import init_params
-from ddpm_jax.run.build import build_unet, image_shape
+from ddpm_jax.networks import parameter_shapes
+from ddpm_jax.run.build import build_network
 from ddpm_jax.run.checkpoints import Checkpoints
 from ddpm_jax.run.record import save_config
 
@@ -39,15 +39,14 @@ def make_job(*, num_classes=0, data=None, seed=0, choice=None):
             num_classes=num_classes,
         ),
     )
-    shapes = jax.eval_shape(lambda key: init_params(key, build_unet(config), image_shape(config)), jax.random.key(0))
-    leaves, structure = jax.tree.flatten(shapes)
+    leaves, structure = jax.tree.flatten(parameter_shapes(build_network(config)))
     random = np.random.default_rng(0)
     # As initialized the network says almost 0.
     params = structure.unflatten([jnp.asarray(0.2 * random.normal(size=leaf.shape), jnp.float32) for leaf in leaves])
     return Job(config, params, 7, seed, SamplerConfig() if choice is None else choice)
 
 
-def closed_form(unet, params, labels, **choice):
+def closed_form(network, params, labels, **choice):
     """A network that compiles at once, for what does not depend on which network it is."""
     told = 0.0 if labels is None else 0.3 * jnp.sin(labels.astype(jnp.float32))[:, None, None, None]
     return lambda x_t, t: 0.6 * x_t + 0.2 * jnp.roll(x_t, 1, axis=1) + told
@@ -87,9 +86,9 @@ def run_script(monkeypatch, capsys):
 def drawing():
     """Makes jobs of T steps, whose network is a closed form while the module's tests run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler_config, "network", closed_form)
-        patch.setattr(editor, "network", closed_form)
-        patch.setattr(bits_per_dim, "network", closed_form)
+        patch.setattr(sampler_config, "predict_with", closed_form)
+        patch.setattr(editor, "predict_with", closed_form)
+        patch.setattr(bits_per_dim, "predict_with", closed_form)
         batch_chain.cache_clear()
         bits_per_dim.batch_bound.cache_clear()
         yield types.SimpleNamespace(T=T, make_job=make_job, save_run=save_run)

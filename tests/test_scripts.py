@@ -331,5 +331,5 @@ class TestMisuse:
         monkeypatch.chdir(tmp_path)
         status, out, err = call("train", REPOSITORY / "configs/cifar10.py", "--summary")
         assert (status, err) == (0, "")
-        assert "35,746,307" in out.splitlines()[-1]
+        assert "35,746,307 parameters" in out.splitlines()[-1]
         assert not list(tmp_path.iterdir())  # it only looks

@@ -31,16 +31,15 @@ from ddpm_jax.generation.job import Job, describe_job
 from ddpm_jax.generation.store import Range, missing_ranges
 from ddpm_jax.keys import image_keys
 from ddpm_jax.likelihood import Bound, bound_at, draw_times, estimated_log_variances, rate_distortion, strata
-from ddpm_jax.networks import network
+from ddpm_jax.networks import Params, predict_with
 from ddpm_jax.pixels import to_float
 from ddpm_jax.reverse import LEARNED_VARIANCES
-from ddpm_jax.run.build import build_schedule, build_unet, matmul_precision
+from ddpm_jax.run.build import build_network, build_schedule, matmul_precision
 from ddpm_jax.schedules import Schedule
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import check_same_job, claimed, write_json, write_whole
 from ddpm_jax.system.mesh import batch_sharding, gather, replicated, shardings, widest_mesh
 from ddpm_jax.system.progress import Progress, say
-from ddpm_jax.unet import Params
 
 Sigma = typing.Literal["model", "fixed_small", "fixed_large", "optimal"]
 """The variance of the reverse steps: the model's own, a fixed one, or the one that makes the bound least."""
@@ -94,7 +93,7 @@ class BatchBound:
         num_steps = config.diffusion.num_steps
         self.edges = strata(num_steps, num_times or num_steps)
         """(K + 1,) the ranges of times that each give one."""
-        unet, schedule, diffusion = build_unet(config), build_schedule(config), config.diffusion
+        network, schedule, diffusion = build_network(config), build_schedule(config), config.diffusion
 
         def advance(
             params: Params,
@@ -108,7 +107,7 @@ class BatchBound:
             return bound_at(
                 image_keys(key, indices),
                 schedule,
-                network(unet, gather(mesh, params), labels, variance=diffusion.variance),
+                predict_with(network, gather(mesh, params), labels, variance=diffusion.variance),
                 to_float(pixels),
                 times,
                 prediction=diffusion.prediction,

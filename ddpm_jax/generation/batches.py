@@ -11,11 +11,11 @@ from jax import Array
 from ddpm_jax.config import Config
 from ddpm_jax.generation.sampler_config import MakeChain, SamplerConfig, labels_of, make_chain
 from ddpm_jax.keys import image_keys
+from ddpm_jax.networks import Params
 from ddpm_jax.pixels import to_uint8
 from ddpm_jax.run.build import image_shape
 from ddpm_jax.samplers.chain import Chain, initial_noise, run_chain
 from ddpm_jax.system.mesh import batch_sharding, gather, shardings, widest_mesh
-from ddpm_jax.unet import Params
 
 # So often the host looks at the chain: it costs about 1 % and shows progress.
 STEPS_AT_ONCE = 50

@@ -21,9 +21,9 @@ from ddpm_jax.generation.batches import cut, whole_batch
 from ddpm_jax.generation.job import Job
 from ddpm_jax.generation.sampler_config import SamplerConfig, labels_of, make_chain
 from ddpm_jax.keys import image_keys
-from ddpm_jax.networks import network
+from ddpm_jax.networks import Params, predict_with
 from ddpm_jax.pixels import to_float, to_uint8
-from ddpm_jax.run.build import build_betas, build_unet, image_shape, matmul_precision
+from ddpm_jax.run.build import build_betas, build_network, image_shape, matmul_precision
 from ddpm_jax.samplers.by_name import default_spacing, x0_of_mean
 from ddpm_jax.samplers.chain import Chain, Sampler, Trajectory, initial_noise, run_chain
 from ddpm_jax.samplers.ddim import ddim_inversion
@@ -32,7 +32,6 @@ from ddpm_jax.schedules import Schedule
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.mesh import batch_sharding, make_mesh, replicated
 from ddpm_jax.system.progress import Progress
-from ddpm_jax.unet import Params
 
 # So often the host looks at a chain: to show progress, and for the frames of the reverse process.
 _STEPS_AT_ONCE, _LOOKS = 50, 40
@@ -163,11 +162,11 @@ class Editor:
     def _invert(self) -> _Rule:
         """DDIM from images to noise."""
         config, choice = self.job.config, self._there_and_back
-        schedule, unet, betas = self._schedule(choice), build_unet(config), build_betas(config)
+        schedule, network, betas = self._schedule(choice), build_network(config), build_betas(config)
         prediction, variance = config.diffusion.prediction, config.diffusion.variance
 
         def invert(params: Params, labels: Array | None) -> Sampler:
-            predict = network(unet, params, labels, guidance_scale=choice.guidance_scale, variance=variance)
+            predict = predict_with(network, params, labels, guidance_scale=choice.guidance_scale, variance=variance)
             if prediction == "mean":
                 predict = x0_of_mean(betas, predict, variance=variance)
             target = "x0" if prediction == "mean" else prediction

@@ -22,13 +22,13 @@ from ddpm_jax.config import Config
 from ddpm_jax.generation.batches import STEPS_AT_ONCE, batch_chain, cut, whole_batch
 from ddpm_jax.generation.sampler_config import SamplerConfig, make_chain
 from ddpm_jax.generation.store import Parts, StoredImages, missing_ranges
+from ddpm_jax.networks import Params
 from ddpm_jax.run.build import image_shape, matmul_precision
 from ddpm_jax.run.trained import load_average, run_config
 from ddpm_jax.system import pictures
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import check_same_job, claimed
 from ddpm_jax.system.progress import Progress, say
-from ddpm_jax.unet import Params
 
 Format = typing.Literal["grid", "png", "npz", "gif"]
 """How images are shown: one picture of all, a picture each, none, or the reverse process of all."""

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from ddpm_jax.config import Config
-from ddpm_jax.networks import network
-from ddpm_jax.run.build import build_betas, build_unet
+from ddpm_jax.networks import Params, predict_with
+from ddpm_jax.run.build import build_betas, build_network
 from ddpm_jax.samplers.by_name import SamplerName, make_sampler
 from ddpm_jax.samplers.chain import Sampler
 from ddpm_jax.samplers.ddim import EpsAfterClipping
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.unet import Params
 
 MakeChain = Callable[[Params, Array | None], Sampler]
 """(params, labels) to the sampler of images with these labels, (B,) int32; None for an unconditional run."""
@@ -79,10 +78,12 @@ def make_chain(config: Config, choice: SamplerConfig, *, visited: Sequence[int] 
             raise UserError(f"--labels {label}: the run's classes are 0 to {classes - 1}")
     if not 0 <= choice.guidance_scale < float("inf"):
         raise UserError(f"--guidance-scale {choice.guidance_scale} must be at least 0")
-    unet, betas, diffusion = build_unet(config), build_betas(config), config.diffusion
+    network, betas, diffusion = build_network(config), build_betas(config), config.diffusion
 
     def make(params: Params, labels: Array | None) -> Sampler:
-        predict = network(unet, params, labels, guidance_scale=choice.guidance_scale, variance=diffusion.variance)
+        predict = predict_with(
+            network, params, labels, guidance_scale=choice.guidance_scale, variance=diffusion.variance
+        )
         return make_sampler(
             choice.sampler,
             betas,

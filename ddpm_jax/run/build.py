@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.config import Config
+from ddpm_jax.networks import Network, from_linen
 from ddpm_jax.reverse import LEARNED_VARIANCES
 from ddpm_jax.schedules import Schedule, make_betas, schedule_from_betas
 from ddpm_jax.unet import UNet
@@ -37,6 +38,15 @@ def image_shape(config: Config) -> tuple[int, int, int]:
     if config.data.channels is None:
         raise ValueError("data.channels is None: take it from the images before the network is made")
     return config.data.height, config.data.width, config.data.channels
+
+
+def build_network(config: Config) -> Network:
+    """Makes the network of a configuration that `validate` accepts, whose `data.channels` is known.
+
+    Raises:
+      ValueError: `data.channels` is None.
+    """
+    return from_linen(build_unet(config), image_shape(config))
 
 
 def build_unet(config: Config) -> UNet:

@@ -29,10 +29,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from ddpm_jax.networks import Params
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import crc32
 from ddpm_jax.system.hosts import barrier, first_line, is_primary_host
-from ddpm_jax.unet import Params
 
 # Orbax warns of what is meant to be so (waiting for a save, opening to read only), and what fails is told by us.
 absl.logging.set_verbosity(absl.logging.FATAL)

@@ -5,13 +5,12 @@ from pathlib import Path
 import jax
 
 from ddpm_jax.config import Config
-from ddpm_jax.networks import init_params
-from ddpm_jax.run.build import build_unet, image_shape
+from ddpm_jax.networks import Params, parameter_shapes
+from ddpm_jax.run.build import build_network
 from ddpm_jax.run.checkpoints import load_ema
 from ddpm_jax.run.record import read_config
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.progress import say
-from ddpm_jax.unet import Params
 
 
 def run_config(run: Path) -> Config:
@@ -42,7 +41,7 @@ def load_average(run: Path, config: Config, *, step: int | None = None) -> tuple
       UserError: the folder has no such checkpoint, or one of another network.
     """
     checkpoint, params = load_ema(run, step=step, warn=say)
-    shapes = jax.eval_shape(lambda key: init_params(key, build_unet(config), image_shape(config)), jax.random.key(0))
+    shapes = parameter_shapes(build_network(config))
     kinds = lambda tree: {
         jax.tree_util.keystr(path): f"{leaf.shape} {leaf.dtype}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

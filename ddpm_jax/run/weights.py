@@ -19,11 +19,11 @@ from flax import traverse_util
 
 import ddpm_jax
 from ddpm_jax.config import Config
+from ddpm_jax.networks import Params
 from ddpm_jax.run.checkpoints import load_ema
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import crc32, write_json, write_whole
 from ddpm_jax.system.progress import say
-from ddpm_jax.unet import Params
 
 _SEPARATOR = "."
 # Lines of a table that name single arrays.

@@ -54,7 +54,7 @@ def find_not_finite(config: Config, run: Path) -> str:
         source = load_source(config.data)
         check_same_set(run / "data.json", source, write=False)
         check_classes(config, source)
-        parts = make_setup(config, source.image_shape)
+        parts = make_setup(config)
         layout, keys = parts.layout, parts.keys
         step = layout.lift(parts.make_step)
         rules = config.checkpoints

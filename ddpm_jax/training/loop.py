@@ -22,6 +22,7 @@ from ddpm_jax.data.fingerprint import check_same_set
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source
 from ddpm_jax.generation.sampler_config import SamplerConfig, labels_of, make_chain
+from ddpm_jax.networks import Network
 from ddpm_jax.pixels import to_uint8
 from ddpm_jax.run.build import image_shape, matmul_precision
 from ddpm_jax.run.checkpoints import Checkpoints, has_saved
@@ -40,10 +41,9 @@ from ddpm_jax.training.input_pipeline import make_input_pipeline, with_inputs
 from ddpm_jax.training.metric_writers import open_metric_writers
 from ddpm_jax.training.metrics import StepNumbers, append_line, read_lines, rewind, summarize
 from ddpm_jax.training.setup import make_setup
-from ddpm_jax.training.speed import peak_memory_gib, peak_tflops, training_flops, utilization
+from ddpm_jax.training.speed import forward_flops, peak_memory_gib, peak_tflops, utilization
 from ddpm_jax.training.state import Params, from_items, learning_rate, to_items
 from ddpm_jax.training.step import StepInfo
-from ddpm_jax.unet import UNet
 
 # Steps dispatched before the first of them is waited for: the device never waits for the host, nor runs far ahead.
 _IN_FLIGHT = 2
@@ -85,7 +85,7 @@ def train(config: Config, run: Path) -> None:
 
 def _train(config: Config, run: Path, source: Source, received: list[int], begun: Callable[[], None]) -> None:
     check_classes(config, source)
-    parts = make_setup(config, source.image_shape)
+    parts = make_setup(config)
     layout, init = parts.layout, parts.init
     init_key, run_key, samples_key = parts.keys
     feed = make_input_pipeline(
@@ -99,7 +99,7 @@ def _train(config: Config, run: Path, source: Source, received: list[int], begun
     )
     training_step = layout.lift(with_inputs(parts.make_step, feed))
     draw = _make_draw(config, samples_key, mesh=layout.mesh)
-    speed = _make_speed(config, parts.unet)
+    speed = _make_speed(config, parts.network)
     metrics_file, timing_file = run / "metrics.jsonl", run / "timing.jsonl"
 
     rules = config.checkpoints
@@ -225,10 +225,10 @@ def _train(config: Config, run: Path, source: Source, received: list[int], begun
     say(f"{run}: {config.train.steps} steps done, loss {last_line['loss']:.4f}")
 
 
-def _make_speed(config: Config, unet: UNet) -> Callable[[int, float, float], dict[str, float | None]]:
+def _make_speed(config: Config, network: Network) -> Callable[[int, float, float], dict[str, float | None]]:
     """Makes the function from images, seconds of training and of waiting to what is said of a run's speed."""
     device = jax.local_devices()[0]
-    flops = training_flops(unet, image_shape(config))
+    flops = forward_flops(network, image_shape(config))
     tflops = config.log.peak_tflops or peak_tflops(device.device_kind)
 
     def speed(images: int, seconds: float, waited: float) -> dict[str, float | None]:

@@ -1,21 +1,20 @@
 """From a configuration to what trains: network, optimizer, objective and where they run."""
 
 import typing
-from collections.abc import Sequence
 
 import jax
 import optax
 from jax import Array
 
 from ddpm_jax.config import Config
-from ddpm_jax.run.build import build_schedule, build_unet
+from ddpm_jax.networks import Network
+from ddpm_jax.run.build import build_network, build_schedule
 from ddpm_jax.schedules import Schedule
 from ddpm_jax.time_sampling import TimeSampler, make_time_sampler
 from ddpm_jax.training.objective import Objective, make_objective
 from ddpm_jax.training.parallel import Layout, make_layout
 from ddpm_jax.training.state import TrainState, init_state, make_optimizer
 from ddpm_jax.training.step import TrainingStep, make_training_step
-from ddpm_jax.unet import UNet
 
 # The uses of the run's seed.
 _INIT, _STEPS, _SAMPLES = 0, 1, 2
@@ -37,23 +36,21 @@ class Setup(typing.NamedTuple):
 
     config: Config
     keys: Keys
-    unet: UNet
+    network: Network
     schedule: Schedule
     optimizer: optax.GradientTransformation
     objective: Objective
     time_sampler: TimeSampler
     layout: Layout
-    image_shape: Sequence[int]
-    """(H, W, C)."""
 
     def init(self, key: Array) -> TrainState:
         """Makes the first state."""
-        return init_state(key, self.unet, self.optimizer, self.image_shape, time_sampler=self.time_sampler)
+        return init_state(key, self.network, self.optimizer, time_sampler=self.time_sampler)
 
     def make_step(self, **over_devices: typing.Any) -> TrainingStep:
         """Makes the pure step; `Layout.lift` says over which devices."""
         return make_training_step(
-            self.unet,
+            self.network,
             self.optimizer,
             self.objective,
             self.time_sampler,
@@ -65,12 +62,12 @@ class Setup(typing.NamedTuple):
         )
 
 
-def make_setup(config: Config, image_shape: Sequence[int]) -> Setup:
+def make_setup(config: Config, *, network: Network | None = None) -> Setup:
     """Makes the parts of a run.
 
     Args:
       config: the whole configuration, valid.
-      image_shape: (H, W, C).
+      network: the network; the one that the configuration describes if not given.
 
     Raises:
       UserError: the batch does not fit the devices.
@@ -80,7 +77,7 @@ def make_setup(config: Config, image_shape: Sequence[int]) -> Setup:
     return Setup(
         config,
         Keys(*(jax.random.fold_in(seed_key, use) for use in (_INIT, _STEPS, _SAMPLES))),
-        build_unet(config),
+        build_network(config) if network is None else network,
         schedule,
         make_optimizer(config.train),
         make_objective(
@@ -93,5 +90,4 @@ def make_setup(config: Config, image_shape: Sequence[int]) -> Setup:
             parts=config.train.grad_accum_steps,
             fsdp=config.train.fsdp,
         ),
-        image_shape,
     )

@@ -1,16 +1,17 @@
-"""How fast a run is, and what share of what the devices can do that is."""
+"""How fast a run trains, and what share of the devices' peak speed that is."""
 
 import resource
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from ddpm_jax.training.summary import blocks_of
-from ddpm_jax.unet import UNet
+from ddpm_jax.networks import Network, parameter_shapes
 
-# Dense bfloat16 products (float16 where there is no bfloat16), 10^12 operations a second, as the makers state them.
-# By the beginning of what jax calls the device, the longest first; of TPU v2 and v3 a device is a core, half a chip.
+# Dense bfloat16 products (float16 where there is no bfloat16), 10^12 operations per second, from the data sheets.
+# Keys are prefixes of `jax.Device.device_kind`; the longest match counts. A TPU v2 or v3 device is a core, half a chip.
 _PEAK_TFLOPS = {
     "NVIDIA H100 PCIe": 756,
     "NVIDIA H100": 989,
@@ -30,13 +31,13 @@ _PEAK_TFLOPS = {
 
 
 def peak_tflops(device_kind: str) -> float | None:
-    """Looks up what a device can do at most.
+    """Returns the peak speed of a device, from a table.
 
     Args:
       device_kind: as `jax.Device.device_kind` names it.
 
     Returns:
-      10^12 operations a second; None if it is not in the table, as no CPU is.
+      10^12 operations per second; None if it is not in the table (CPUs are not).
 
     >>> peak_tflops("NVIDIA H100 80GB HBM3"), peak_tflops("TPU v5 lite"), peak_tflops("cpu")
     (989, 197, None)
@@ -45,35 +46,50 @@ def peak_tflops(device_kind: str) -> float | None:
     return _PEAK_TFLOPS[max(found, key=len)] if found else None
 
 
-def training_flops(unet: UNet, image_shape: tuple[int, int, int]) -> float:
-    """Counts the operations that a training step needs for one image: three times those of a forward pass.
+def forward_flops(network: Network, image_shape: Sequence[int]) -> float | None:
+    """Returns the floating-point operations of one forward pass of one image.
 
-    What rematerialization does twice counts once: these are the model's, not the program's.
+    XLA counts them, on shapes alone and without compiling: every product and sum, and no convolution's padding.
+
+    Args:
+      network: the network.
+      image_shape: (H, W, C).
+
+    Returns:
+      the operations; None where XLA does not count them for the device.
     """
-    return 3 * 2 * sum(block.macs for block in blocks_of(unet, image_shape))
+    example = jnp.zeros((1, *image_shape)), jnp.zeros((1,), jnp.int32)
+    costs = jax.jit(network.apply).lower(parameter_shapes(network), *example).cost_analysis()
+    return (costs or {}).get("flops")
 
 
-def utilization(images_per_second: float, flops: float, *, devices: int, tflops: float | None) -> float | None:
-    r"""Gives the model FLOP utilization.
+def utilization(
+    images_per_second: float, forward_flops: float | None, *, devices: int, tflops: float | None
+) -> float | None:
+    r"""Returns the model FLOP utilization of training, whose step counts as three forward passes.
 
-    .. math:: \mathrm{MFU} = \frac{\text{images/s} \cdot \text{FLOPs of an image}}{\text{devices} \cdot \text{peak}}
+    .. math:: \mathrm{MFU} = \frac{\text{images/s} \cdot 3 \cdot \text{forward FLOPs}}{\text{devices} \cdot \text{peak}}
+
+    What rematerialization computes twice counts once: these are the model's operations, not the program's.
 
     Args:
       images_per_second: over all devices.
-      flops: of one image in training.
-      devices: how many.
-      tflops: peak of one device; None if it is not known.
+      forward_flops: floating-point operations of a forward pass of one image; None if unknown.
+      devices: number of devices.
+      tflops: peak of one device, 10^12 operations per second; None if unknown.
 
     Returns:
-      a share in [0, 1], or None.
+      a share in [0, 1], or None if unknown.
 
     Chowdhery et al. 2022 (PaLM), app. B.
     """
-    return None if tflops is None else images_per_second * flops / (devices * tflops * 1e12)
+    if tflops is None or forward_flops is None:
+        return None
+    return images_per_second * 3 * forward_flops / (devices * tflops * 1e12)
 
 
 def peak_memory_gib(device: jax.Device) -> float:
-    """Says the most memory that was in use so far: of the device, or of this process where the device is its CPU."""
+    """Returns the peak memory in use so far: of the device, or of this process if the device is a CPU."""
     statistics: dict[str, Any] = device.memory_stats() or {}
     if "peak_bytes_in_use" in statistics:
         return statistics["peak_bytes_in_use"] / 2**30

@@ -1,7 +1,7 @@
 """What changes while a run trains, and how it starts."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,9 +11,8 @@ import optax
 from jax import Array
 
 from ddpm_jax.config import TrainConfig
-from ddpm_jax.networks import init_params
+from ddpm_jax.networks import Network, Params
 from ddpm_jax.time_sampling import TimeSampler
-from ddpm_jax.unet import Params, UNet
 
 
 @jax.tree_util.register_dataclass
@@ -81,9 +80,8 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 def init_state(
     key: Array,
-    unet: UNet,
+    network: Network,
     optimizer: optax.GradientTransformation,
-    image_shape: Sequence[int],
     *,
     time_sampler: TimeSampler | None = None,
 ) -> TrainState:
@@ -91,15 +89,14 @@ def init_state(
 
     Args:
       key: a typed key; the parameters come from it.
-      unet: the network.
+      network: the network.
       optimizer: the optimizer.
-      image_shape: (H, W, C).
       time_sampler: the sampler of timesteps, whose memory is part of the state; None for one that remembers nothing.
 
     Returns:
       the state at step 0; its average is the parameters themselves.
     """
-    params = init_params(key, unet, image_shape)
+    params = network.init(key)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

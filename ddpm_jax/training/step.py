@@ -11,12 +11,12 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ddpm_jax import keys as per_image_keys
+from ddpm_jax.networks import Network
 from ddpm_jax.pixels import flip, to_float
 from ddpm_jax.time_sampling import TimeSampler
 from ddpm_jax.training.accumulation import in_parts
 from ddpm_jax.training.objective import Objective
 from ddpm_jax.training.state import Params, TrainState
-from ddpm_jax.unet import UNet
 
 
 class Batch(typing.NamedTuple):
@@ -138,7 +138,7 @@ def quartile_losses(t: Array, losses: Array, *, num_steps: int) -> tuple[Array, 
 
 
 def make_training_step(
-    unet: UNet,
+    network: Network,
     optimizer: optax.GradientTransformation,
     objective: Objective,
     time_sampler: TimeSampler,
@@ -156,7 +156,7 @@ def make_training_step(
     r"""Makes Algorithm 1: one step of gradient descent on the objective, and of the average behind it.
 
     Args:
-      unet: the network.
+      network: the network.
       optimizer: what turns gradients into updates.
       objective: the loss.
       time_sampler: the sampler of timesteps.
@@ -185,9 +185,9 @@ def make_training_step(
         if random_flip:
             x0 = flip(keys.flip, x0)
         labels = None
-        if unet.num_classes:
+        if network.num_classes:
             labels = hide_labels(
-                keys.label, jnp.asarray(batch.labels), rate=label_dropout, num_classes=unet.num_classes
+                keys.label, jnp.asarray(batch.labels), rate=label_dropout, num_classes=network.num_classes
             )
         t, weights = time_sampler.draw(
             lambda indices: step_keys(key, state.step, indices).time, indices, state.time_sampling
@@ -197,8 +197,7 @@ def make_training_step(
             whole_params = gather(params)
 
             def predict(x_t: Array, t: Array) -> Array:
-                output = unet.apply({"params": whole_params}, x_t, t, rows.labels, dropout_keys=rows.dropout)
-                return typing.cast(Array, output)
+                return network.apply(whole_params, x_t, t, rows.labels, dropout_keys=rows.dropout)
 
             losses = objective(rows.noise, predict, rows.x0, rows.t)
             return jnp.mean(rows.weights * losses), losses

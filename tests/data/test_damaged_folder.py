@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ddpm_jax.system.exits import run_script
-from ddpm_jax.training import loop, setup
+from ddpm_jax.training import setup
 
 NUMBER, DAMAGED = 60, (7, 31, 58)
 TINY = [
@@ -26,8 +26,7 @@ TINY = [
 
 @pytest.fixture(autouse=True)
 def _quickly(training, monkeypatch):
-    monkeypatch.setattr(setup, "build_unet", lambda config: training.Linear())
-    monkeypatch.setattr(loop, "training_flops", lambda unet, image_shape: 1e6)
+    monkeypatch.setattr(setup, "build_network", training.linear_network)
     with jax.numpy_dtype_promotion("standard"):
         yield
 

@@ -18,9 +18,9 @@ from ddpm_jax.generation.job import Job
 from ddpm_jax.generation.sampler_config import SamplerConfig
 from ddpm_jax.keys import image_keys
 from ddpm_jax.likelihood import Bound, bound_at, bound_terms, optimal_log_variances, strata
-from ddpm_jax.networks import init_params
+from ddpm_jax.networks import parameter_shapes
 from ddpm_jax.pixels import to_float
-from ddpm_jax.run.build import build_schedule, build_unet
+from ddpm_jax.run.build import build_network, build_schedule
 from ddpm_jax.run.checkpoints import Checkpoints
 from ddpm_jax.run.record import save_config
 from ddpm_jax.system.errors import UserError
@@ -41,7 +41,7 @@ def make_config(**diffusion):
 
 def make_job(config, seed=0):
     """A network that says something: as initialized it says almost 0."""
-    shapes = jax.eval_shape(lambda key: init_params(key, build_unet(config), (8, 8, 1)), jax.random.key(0))
+    shapes = parameter_shapes(build_network(config))
     leaves, structure = jax.tree.flatten(shapes)
     random = np.random.default_rng(seed)
     params = structure.unflatten([jnp.asarray(0.2 * random.normal(size=leaf.shape), jnp.float32) for leaf in leaves])
@@ -68,7 +68,7 @@ def whole(job, tmp_path_factory):
 def plain_bound(job, source, indices, use=0, **settings):
     """The bound of all images at once on one device, with nothing of the job but its key."""
     config, key = job.config, jax.random.fold_in(jax.random.key(job.seed), use)
-    predict = lambda x_t, t: build_unet(config).apply({"params": job.params}, x_t, t)
+    predict = lambda x_t, t: build_network(config).apply(job.params, x_t, t)
     compute = jax.jit(
         lambda x0: bound_terms(
             image_keys(key, jnp.asarray(indices)),

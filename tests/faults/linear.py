@@ -6,7 +6,9 @@ from pathlib import Path
 
 import flax.linen as nn
 
-from ddpm_jax.training import loop, setup
+from ddpm_jax.networks import from_linen
+from ddpm_jax.run.build import image_shape
+from ddpm_jax.training import setup
 
 
 class Linear(nn.Module):
@@ -22,7 +24,6 @@ class Linear(nn.Module):
 
 
 if __name__ == "__main__":
-    setup.build_unet = lambda config: Linear()
-    loop.training_flops = lambda unet, image_shape: 1.0
+    setup.build_network = lambda config: from_linen(Linear(), image_shape(config))
     sys.argv[0] = "train.py"
     runpy.run_path(str(Path(__file__).parents[2] / "train.py"), run_name="__main__")

@@ -128,7 +128,7 @@ def test_a_picture_is_diffused_to_the_time_asked_for(drawing, real):
     few = Editor(job, times=[5])
     made = few.reconstruct(key, real.images[:2], None, np.full(2, few.depth_of(5)), draws=2)
     schedule = respace(build_betas(job.config), [4, 11])
-    chain = ancestral(schedule, sampler_config.network(None, None, None))
+    chain = ancestral(schedule, sampler_config.predict_with(None, None, None))
     expected = editing.encode_decode(key, schedule, chain, to_float(jnp.asarray(real.images[:2])), depth=1, draws=2)
     assert abs(made.astype(int) - np.asarray(to_uint8(expected)).astype(int)).max() <= 1
     assert abs(made.astype(int) - real.images[:2, None]).max() > 5
@@ -153,7 +153,7 @@ def test_ddim_and_repaint_take_as_many_steps_as_are_asked_for(drawing, asked, us
 def test_interpolation_by_ddim_in_few_steps_is_that_of_the_definition(drawing, real):
     job, lambdas = drawing.make_job(choice=SamplerConfig("ddim", steps=5)), np.array([0, 0.5, 1])
     made = Editor(job).ddim_interpolate(real.images[:1], real.images[1:2], lambdas)
-    betas, predict = build_betas(job.config), sampler_config.network(None, None, None)
+    betas, predict = build_betas(job.config), sampler_config.predict_with(None, None, None)
     schedule = respace(betas, evenly_spaced(drawing.T, 5))
     a, b = (to_float(jnp.asarray(real.images[i : i + 1])) for i in range(2))
     expected = editing.ddim_interpolate(
@@ -196,7 +196,7 @@ def test_a_network_of_means_skips_steps_in_ddim_and_repaint(drawing, real, monke
     made = []
     for prediction, predict in (("mean", mean), ("x0", lambda x_t, t: clean(x_t))):
         for module in (sampler_config, editor):
-            monkeypatch.setattr(module, "network", lambda *told, predict=predict, **options: predict)
+            monkeypatch.setattr(module, "predict_with", lambda *told, predict=predict, **options: predict)
         diffusion = dataclasses.replace(job.config.diffusion, prediction=prediction)
         edits = Editor(job._replace(config=dataclasses.replace(job.config, diffusion=diffusion)))
         assert (edits.ddim_steps, edits.repaint_steps) == (5, 5)

@@ -22,7 +22,7 @@ from ddpm_jax.generation.edits import (
     share_latents,
 )
 from ddpm_jax.generation.sampler_config import SamplerConfig
-from ddpm_jax.networks import network
+from ddpm_jax.networks import predict_with
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import claimed
 
@@ -70,13 +70,13 @@ def test_images_that_share_a_late_x_t_are_more_alike(job, tmp_path):
 
 
 def test_guidance_is_told_to_the_network_of_every_mode(job, tmp_path, monkeypatch):
-    seen, known = set(), sampler_config.network
+    seen, known = set(), sampler_config.predict_with
 
-    def watched(unet, params, labels, *, guidance_scale=1.0, **choice):
+    def watched(network, params, labels, *, guidance_scale=1.0, **choice):
         seen.add(guidance_scale)
-        return known(unet, params, labels, guidance_scale=guidance_scale, **choice)
+        return known(network, params, labels, guidance_scale=guidance_scale, **choice)
 
-    monkeypatch.setattr(sampler_config, "network", watched)
+    monkeypatch.setattr(sampler_config, "predict_with", watched)
     share_latents(
         job._replace(choice=SamplerConfig(steps=2, guidance_scale=5.0)), tmp_path, times=[5], draws=1, label=3
     )
@@ -265,7 +265,7 @@ def test_what_cannot_be_done_with_own_pictures_is_one_line(color_job, job, own, 
 
 
 def test_the_script_reads_the_run_s_folder_alone(drawing, color_job, own, tmp_path, monkeypatch, run_script):
-    monkeypatch.setattr(sampler_config, "network", network)
+    monkeypatch.setattr(sampler_config, "predict_with", predict_with)
     run = drawing.save_run(color_job, tmp_path / "run")
     pair = ["--images", own / "a.png", own / "b.png"]
     status, said, error = run_script("sample.py", "interpolate", run, *pair, "--t", 9, "--num", 2)

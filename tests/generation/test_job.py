@@ -20,9 +20,9 @@ from ddpm_jax.generation.batches import BatchChain, cut
 from ddpm_jax.generation.job import Job, default_columns, load_job, run_job
 from ddpm_jax.generation.sampler_config import SamplerConfig, make_chain
 from ddpm_jax.generation.store import StoredImages
-from ddpm_jax.networks import init_params
+from ddpm_jax.networks import parameter_shapes
 from ddpm_jax.pixels import to_uint8
-from ddpm_jax.run.build import build_unet
+from ddpm_jax.run.build import build_network
 from ddpm_jax.run.checkpoints import Checkpoints
 from ddpm_jax.run.record import save_config
 from ddpm_jax.samplers.ancestral import ancestral
@@ -45,9 +45,7 @@ def make_config(channels=1):
 
 def random_params(config, seed=0):
     """Weights of a network that says something; as initialized it says almost 0."""
-    image_shape = (config.data.height, config.data.width, config.data.channels)
-    shapes = jax.eval_shape(lambda key: init_params(key, build_unet(config), image_shape), jax.random.key(0))
-    leaves, structure = jax.tree.flatten(shapes)
+    leaves, structure = jax.tree.flatten(parameter_shapes(build_network(config)))
     random = np.random.default_rng(seed)
     return structure.unflatten([jnp.asarray(0.2 * random.normal(size=leaf.shape), jnp.float32) for leaf in leaves])
 

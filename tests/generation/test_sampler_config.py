@@ -10,8 +10,8 @@ import pytest
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig
 from ddpm_jax.generation import sampler_config
 from ddpm_jax.generation.sampler_config import SamplerConfig, labels_of, make_chain
-from ddpm_jax.networks import network
-from ddpm_jax.run.build import build_unet
+from ddpm_jax.networks import parameter_shapes, predict_with
+from ddpm_jax.run.build import build_network
 from ddpm_jax.samplers.chain import sample
 from ddpm_jax.system.errors import UserError
 
@@ -63,7 +63,7 @@ def test_a_chain_is_as_long_as_asked(choice, steps):
 
 def test_clipping_is_a_choice(monkeypatch):
     """A network that sees no noise predicts images beyond [-1, 1]."""
-    monkeypatch.setattr(sampler_config, "network", lambda *arguments, **choice: lambda x_t, t: 0.5 * jnp.tanh(x_t))
+    monkeypatch.setattr(sampler_config, "predict_with", lambda *arguments, **choice: lambda x_t, t: 0.5 * jnp.tanh(x_t))
 
     def drawn(**choice):
         make = make_chain(UNCONDITIONAL, SamplerConfig(sampler="ddim", steps=5, **choice))
@@ -79,20 +79,20 @@ def test_clipping_is_a_choice(monkeypatch):
 
 
 def test_the_network_is_told_its_labels_and_guidance_pushes():
-    unet = build_unet(CONFIG)
+    network = build_network(CONFIG)
     x_t, t, labels = jax.random.normal(jax.random.key(0), (3, 4, 4, 1)), jnp.array([1, 5, 19]), jnp.array([0, 1, 2])
-    shapes = jax.eval_shape(lambda: unet.init(jax.random.key(0), x_t, t)["params"])
+    shapes = parameter_shapes(network)
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * random.normal(size=leaf.shape), jnp.float32), shapes)
-    told = network(unet, params, labels)(x_t, t)
-    not_told = network(unet, params, None)(x_t, t)
-    np.testing.assert_allclose(unet.apply({"params": params}, x_t, t, jnp.full(3, 3)), not_told, atol=1e-6)
+    told = predict_with(network, params, labels)(x_t, t)
+    not_told = predict_with(network, params, None)(x_t, t)
+    np.testing.assert_allclose(network.apply(params, x_t, t, jnp.full(3, 3)), not_told, atol=1e-6)
     assert np.abs(told - not_told).max() > 1e-3
-    pushed = network(unet, params, labels, guidance_scale=3.0)(x_t, t)
+    pushed = predict_with(network, params, labels, guidance_scale=3.0)(x_t, t)
     np.testing.assert_allclose(pushed, 3 * told - 2 * not_told, atol=1e-4)
 
 
 def test_labels_for_an_unconditional_network_are_refused():
-    unet = build_unet(UNCONDITIONAL)
+    network = build_network(UNCONDITIONAL)
     with pytest.raises(ValueError, match="unconditional network"):
-        unet.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))
+        network.apply({}, jnp.zeros((1, 4, 4, 1)), jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))

@@ -15,7 +15,7 @@ from ddpm_jax.config import CheckpointConfig, Config, LogConfig, TrainConfig
 from ddpm_jax.run.checkpoints import Checkpoints, load_ema
 from ddpm_jax.run.weights import checksum, fit, load_weights, save_weights, start_from
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.training import loop, setup
+from ddpm_jax.training import setup
 from ddpm_jax.training.loop import train
 
 CONFIG = Config(
@@ -155,8 +155,7 @@ class TestStart:
 
 
 def test_a_run_starts_from_the_average_of_another(training, tmp_path, monkeypatch):
-    monkeypatch.setattr(setup, "build_unet", lambda config: training.Linear())
-    monkeypatch.setattr(loop, "training_flops", lambda unet, image_shape: 1e6)
+    monkeypatch.setattr(setup, "build_network", training.linear_network)
     first, second = tmp_path / "first", tmp_path / "second"
     with jax.numpy_dtype_promotion("standard"):
         train(CONFIG, first)
@@ -177,8 +176,7 @@ def test_two_exports_are_the_same_bytes(tmp_path):
 
 @pytest.mark.parametrize("parallel", ["jit", "pmap"])
 def test_a_run_goes_on_from_its_own_checkpoint_not_from_the_weights(training, tmp_path, monkeypatch, parallel):
-    monkeypatch.setattr(setup, "build_unet", lambda config: training.Linear())
-    monkeypatch.setattr(loop, "training_flops", lambda unet, image_shape: 1e6)
+    monkeypatch.setattr(setup, "build_network", training.linear_network)
     weights = {"scale": np.full((8, 8, 1), 0.9, np.float32), "offset": np.array([0.2], np.float32)}
     file, run = tmp_path / "weights.safetensors", tmp_path / "run"
     save_weights(file, weights, config=CONFIG, step=70)

@@ -16,12 +16,14 @@ import pytest
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.sources import load_source
+from ddpm_jax.networks import from_linen
+from ddpm_jax.run.build import image_shape
 from ddpm_jax.run.checkpoints import load_ema
 from ddpm_jax.run.command import parse_run
 from ddpm_jax.system import hosts
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.hosts import LOST, Agreement, Hosts, check, first_line, is_loss_of_a_host, launcher
-from ddpm_jax.training import loop, setup
+from ddpm_jax.training import setup
 from ddpm_jax.training.loop import train
 
 REPOSITORY = Path(__file__).parents[2]
@@ -111,8 +113,7 @@ def two(cache, tmp_path_factory):
 
 def test_two_hosts_train_as_one(two, tmp_path, monkeypatch, record_property):
     network = runpy.run_path(str(REPOSITORY / "tests" / "faults" / "linear.py"), run_name="linear")["Linear"]
-    monkeypatch.setattr(setup, "build_unet", lambda config: network())
-    monkeypatch.setattr(loop, "training_flops", lambda unet, image_shape: 1.0)
+    monkeypatch.setattr(setup, "build_network", lambda config: from_linen(network(), image_shape(config)))
     _, config = parse_run(Hosts, WORDS)
     assert jax.device_count() == 8
     with jax.numpy_dtype_promotion("standard"):

@@ -10,6 +10,8 @@ import optax
 
 from ddpm_jax import keys as per_image_keys
 from ddpm_jax.config import LossConfig, TrainConfig
+from ddpm_jax.networks import from_linen
+from ddpm_jax.run.build import image_shape
 from ddpm_jax.schedules import make_schedule
 from ddpm_jax.time_sampling import uniform
 from ddpm_jax.training.objective import make_objective
@@ -51,21 +53,27 @@ class OneOfEach(nn.Module):
         return h.astype(jnp.float32)
 
 
-class Probe:
-    """The linear network, which writes down what it is given: one row an image, whatever the layout."""
+def as_network(network, image_shape=IMAGE):
+    """Makes a network of a Linen module; a network stays what it is."""
+    return from_linen(network, image_shape) if isinstance(network, nn.Module) else network
 
-    num_classes = 0
+
+def linear_network(config):
+    """Stands in for `build_network`: the linear network for the images of a configuration."""
+    return from_linen(Linear(), image_shape(config))
+
+
+class Probe:
+    """The linear network, which writes down what it is given: one row per image, whatever the layout."""
 
     def __init__(self):
-        self.network, self.rows = Linear(), []
+        self.linear, self.rows = as_network(Linear()), []
+        self.network = self.linear._replace(apply=self._apply)
 
-    def init(self, *arguments):
-        return self.network.init(*arguments)
-
-    def apply(self, variables, x_t, times, labels=None, *, dropout_keys):
+    def _apply(self, params, x_t, times, labels=None, *, dropout_keys):
         mask = dropout(jnp.ones_like(x_t), per_image_keys.fold(dropout_keys, 3), 0.5)
         jax.debug.callback(self._note, jax.random.key_data(dropout_keys), x_t, times, mask)
-        return self.network.apply(variables, x_t, times)
+        return self.linear.apply(params, x_t, times)
 
     def _note(self, *columns):
         self.rows += zip(*(np.asarray(column) for column in columns), strict=True)
@@ -95,7 +103,7 @@ def step_of(network, optimizer, *, schedule=None, times=None, ema_decay=0.9, ran
     objective = make_objective(LossConfig(), schedule, prediction="eps", variance="fixed_large")
     times = uniform(schedule.num_steps) if times is None else times
     return make_training_step(
-        network,
+        as_network(network),
         optimizer,
         objective,
         times,
@@ -106,8 +114,8 @@ def step_of(network, optimizer, *, schedule=None, times=None, ema_decay=0.9, ran
     )
 
 
-def state_of(key, network, optimizer, image_shape=IMAGE, **rest):
-    return init_state(key, network, optimizer, image_shape, **rest)
+def state_of(key, network, optimizer, **rest):
+    return init_state(key, as_network(network), optimizer, **rest)
 
 
 def drawn_state(network, optimizer, seed=0):
@@ -118,7 +126,7 @@ def drawn_state(network, optimizer, seed=0):
         fan_in = np.prod(leaf.shape[:-1], initial=1.0) if leaf.ndim > 1 else 10.0
         return (random.standard_normal(leaf.shape) / np.sqrt(fan_in)).astype(leaf.dtype)
 
-    state = jax.eval_shape(lambda key: init_state(key, network, optimizer, IMAGE), jax.random.key(0))
+    state = jax.eval_shape(lambda key: init_state(key, as_network(network), optimizer), jax.random.key(0))
     params = jax.tree.map(draw, state.params)
     return dataclasses.replace(
         state, step=np.int32(0), params=params, ema=params, opt_state=jax.device_get(optimizer.init(params))

@@ -19,7 +19,7 @@ def main(coordinator: str, index: str, out: str) -> None:
     join(Hosts(coordinator=coordinator, count=2, index=int(index)))
     helpers = runpy.run_path(str(Path(__file__).with_name("helpers.py")), run_name="helpers")
     layout, probe, optimizer = make_layout("jit", batch_size=16), helpers["Probe"](), optax.sgd(0.1)
-    step = layout.lift(lambda **device: helpers["step_of"](probe, optimizer, **device))
+    step = layout.lift(lambda **device: helpers["step_of"](probe.network, optimizer, **device))
     state = layout.init(lambda key: helpers["state_of"](key, probe.network, optimizer), jax.random.key(5))
     for number in range(3):
         state, _ = step(jax.random.key(11), state, layout.place_batch(helpers["images_of"](number)[layout.rows]))

@@ -12,7 +12,7 @@ import pytest
 
 from ddpm_jax.config import CheckpointConfig, Config, LogConfig, TrainConfig
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.training import loop, setup
+from ddpm_jax.training import setup
 from ddpm_jax.training.diagnosis import find_not_finite, first_not_finite
 from ddpm_jax.training.loop import train
 from ddpm_jax.training.setup import make_setup
@@ -38,16 +38,15 @@ class Layers(nn.Module):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _small_network():
+def _small_network(training):
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
-        patch.setattr(setup, "build_unet", lambda config: Layers())
-        patch.setattr(loop, "training_flops", lambda unet, image_shape: 1e6)
+        patch.setattr(setup, "build_network", lambda config: training.as_network(Layers()))
         yield
 
 
 @pytest.fixture(scope="module")
 def start(training):
-    parts = make_setup(CONFIG, (8, 8, 1))
+    parts = make_setup(CONFIG)
     return parts, jax.jit(parts.init)(parts.keys.init), Batch(training.images_of(0, 8), np.arange(8, dtype=np.int32))
 
 

@@ -48,7 +48,13 @@ def test_a_run_ends_better_than_it_began(name, source, training):
     objective = make_objective(loss, schedule, prediction=prediction, variance=variance)
     step = jax.jit(
         make_training_step(
-            unet, optimizer, objective, times, num_steps=schedule.num_steps, ema_decay=0.9, label_dropout=0.1
+            training.as_network(unet),
+            optimizer,
+            objective,
+            times,
+            num_steps=schedule.num_steps,
+            ema_decay=0.9,
+            label_dropout=0.1,
         ),
         donate_argnums=1,
     )

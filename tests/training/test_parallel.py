@@ -69,7 +69,7 @@ def test_what_is_random_is_the_same_bit_by_bit(training):
     for name in LAYOUTS:
         probe = training.Probe()
         start = training.state_of(jax.random.key(5), probe.network, optax.sgd(0.1))
-        advance(training, layout_of(name), probe, optax.sgd(0.1), start, 3)
+        advance(training, layout_of(name), probe.network, optax.sgd(0.1), start, 3)
         seen[name] = probe.take()
     keys, x_t, times, masks = seen["1 device"]
     chex.assert_shape(x_t, (3 * 16, 8, 8, 1))
@@ -100,7 +100,7 @@ def test_what_is_random_is_the_same_on_two_hosts(training, tmp_path):
 
     probe = training.Probe()
     start = training.state_of(jax.random.key(5), probe.network, optax.sgd(0.1))
-    advance(training, layout_of("1 device"), probe, optax.sgd(0.1), start, 3)
+    advance(training, layout_of("1 device"), probe.network, optax.sgd(0.1), start, 3)
     together = training.Probe()
     for index in range(2):
         with np.load(tmp_path / f"{index}.npz") as seen:

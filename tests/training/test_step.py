@@ -117,7 +117,7 @@ def test_flips_about_half_of_the_images_and_none_when_told_so(training):
     for random_flip in (False, True):
         probe = training.Probe()
         state = training.state_of(jax.random.key(0), probe.network, optax.sgd(0.0))
-        step = training.step_of(probe, optax.sgd(0.0), schedule=schedule, random_flip=random_flip)
+        step = training.step_of(probe.network, optax.sgd(0.0), schedule=schedule, random_flip=random_flip)
         step(RUN_KEY, state, batch_of(training))
         keys, x_t, _, _ = probe.take()
         places = bits(step_keys(RUN_KEY, jnp.int32(0), jnp.arange(16)).dropout)
