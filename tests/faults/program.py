@@ -556,7 +556,7 @@ def campaign(bench: Bench, faults: list[Fault], *, report: Callable[[str], objec
 
 def table(seen: collections.Counter) -> str:
     """Formats the counts as a table."""
-    lines = ["| fault | times | outcome |", "|---|---|---|"]
+    lines = ["| fault | count | outcome |", "|---|---|---|"]
     order = [fault.name for fault in FAULTS]
     for (name, outcome), times in sorted(seen.items(), key=lambda entry: (order.index(entry[0][0]), entry[0][1])):
         lines.append(f"| {name} | {times} | {outcome} |")
