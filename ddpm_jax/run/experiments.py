@@ -11,13 +11,13 @@ from ddpm_jax.config import Config
 from ddpm_jax.run.fields import check_kinds, nearest, sections
 from ddpm_jax.system.errors import UserError
 
-# Experiments: the files in configs/
-
-_REPOSITORY = Path(__file__).resolve().parents[2]
+_PACKAGE = Path(__file__).resolve().parents[1]
+# The wheel has the experiments inside the package; the repository has them beside it.
+_CONFIGS = (_PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent) / "configs"
 
 
 def _candidates(path: str) -> Iterator[Path]:
-    for base in (Path(), Path("configs"), _REPOSITORY / "configs", _REPOSITORY):
+    for base in (Path(), Path("configs"), _CONFIGS, _CONFIGS.parent):
         yield base / path
         yield base / f"{path}.py"
 
@@ -36,7 +36,7 @@ def load_config(path: str | Path) -> Config:
     """
     found = next((candidate for candidate in _candidates(str(path)) if candidate.is_file()), None)
     if found is None:
-        folders = (Path("configs"), _REPOSITORY / "configs")
+        folders = (Path("configs"), _CONFIGS)
         known = dict.fromkeys(file.stem for folder in folders for file in sorted(folder.glob("*.py")))
         near = difflib.get_close_matches(Path(path).stem, known, n=1, cutoff=0.5)
         hint = f"did you mean configs/{near[0]}.py?" if near else f"choose one of {', '.join(known)}, or give a file"
