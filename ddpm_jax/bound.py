@@ -14,11 +14,11 @@ from ddpm_jax.reverse import Prediction, Reverse, Variance, p_mean_variance
 from ddpm_jax.schedules import Schedule
 
 Cdf = typing.Literal["tanh", "erf"]
-"""The normal distribution function: the original code's approximation by tanh, or the exact one."""
+"""The CDF of the normal distribution: the original code's tanh approximation, or the exact one."""
 
 
 def gaussian_kl(p: Gaussian, q: Gaussian) -> Array:
-    r"""Computes KL(p || q) of two diagonal Gaussians, element by element, in nats.
+    r"""Computes KL(p || q) of two diagonal Gaussians elementwise, in nats.
 
     .. math:: \tfrac12\left(-1 + \log\frac{\sigma_q^2}{\sigma_p^2} + \frac{\sigma_p^2}{\sigma_q^2}
               + \frac{(\mu_p - \mu_q)^2}{\sigma_q^2}\right)
@@ -40,11 +40,11 @@ def _tanh_cdf(x: Array) -> Array:
 
 
 def decoder_log_likelihood(x0: Array, mean: Array, log_variance: Array, *, cdf: Cdf = "tanh") -> Array:
-    r"""Computes log p(x_0 | x_1) of 8-bit pixels: the mass of a Gaussian in each pixel's bin, in nats.
+    r"""Computes log p(x_0 | x_1) of 8-bit pixels, in nats: the mass of a Gaussian in each pixel's bin.
 
     .. math:: \log \int_{x - 1/255}^{x + 1/255} \mathcal N(u; \mu, \sigma^2)\, du
 
-    The bins of -1 and 1 reach to infinity. A mass below 1e-12 counts as 1e-12, as in the original code.
+    The bins of -1 and 1 extend to infinity. A mass below 1e-12 counts as 1e-12, as in the original code.
 
     Args:
       x0: clean images, (B, H, W, C), each pixel one of the 256 levels in [-1, 1].
@@ -61,7 +61,7 @@ def decoder_log_likelihood(x0: Array, mean: Array, log_variance: Array, *, cdf: 
     normal_cdf = _tanh_cdf if cdf == "tanh" else jax.scipy.special.ndtr
     inverse_sigma = jnp.exp(-0.5 * log_variance)
     half_bin, offset = inverse_sigma / 255, (x0 - mean) * inverse_sigma
-    # Each mass is taken in the lower tail, by symmetry: near 1 a float32 has no digits for small differences.
+    # By symmetry each mass is computed in the lower tail: near 1 float32 cannot resolve small differences.
     below, above = normal_cdf(half_bin + offset), normal_cdf(half_bin - offset)
     middle = normal_cdf(half_bin - jnp.abs(offset)) - normal_cdf(-half_bin - jnp.abs(offset))
     mass = jnp.where(x0 < -0.999, below, jnp.where(x0 > 0.999, above, middle))
@@ -69,12 +69,12 @@ def decoder_log_likelihood(x0: Array, mean: Array, log_variance: Array, *, cdf: 
 
 
 def bits_per_dim(nats: Array) -> Array:
-    """Averages nats over the elements of each image and says them in bits: (B, H, W, C) to (B,)."""
+    """Averages nats over the elements of each image and converts them to bits: (B, H, W, C) to (B,)."""
     return jnp.mean(nats, axis=(1, 2, 3)) / math.log(2)
 
 
 def prior_bits(schedule: Schedule, x0: Array) -> Array:
-    r"""Computes L_T, what is left of the image at the end of the chain, in bits/dim.
+    r"""Computes L_T, the prior term of the bound, in bits/dim.
 
     .. math:: L_T = KL(q(x_T | x_0) \| \mathcal N(0, I))
 
@@ -89,18 +89,18 @@ def prior_bits(schedule: Schedule, x0: Array) -> Array:
     """
     t = jnp.full(x0.shape[:1], schedule.num_steps - 1, jnp.int32)
     mean, log_variance = q_marginal(schedule, x0, t)
-    # 1 - exp(log(1 - alphas_bar)) has no digits left in float32: alphas_bar itself has.
+    # 1 - exp(log(1 - alphas_bar)) would lose all digits in float32; alphas_bar itself has them.
     excess = -log_variance - per_image(schedule.alphas_bar[t])
     return bits_per_dim(0.5 * (mean**2 + excess))
 
 
 class BoundTerm(typing.NamedTuple):
-    """One term of the bound, and how far off the clean image was."""
+    """One term of the bound, and the clean image that the model predicted."""
 
     bits: Array
     """(B,) bits/dim: L_{t-1} of the paper, or L_0 where t is 0."""
     x0: Array
-    """(B, H, W, C) the clean image that the model believed in."""
+    """(B, H, W, C) the predicted clean image."""
 
 
 def bound_term(
@@ -115,7 +115,7 @@ def bound_term(
     clip_x0: bool,
     cdf: Cdf = "tanh",
 ) -> BoundTerm:
-    r"""Computes the bound's term of time t from one draw of x_t, in bits/dim.
+    r"""Computes the bound's term at timestep t from one sample of x_t, in bits/dim.
 
     .. math::
       L_{t} = KL(q(x_{t-1} | x_t, x_0) \| p_\theta(x_{t-1} | x_t)) \text{ for } t > 0, \quad
@@ -125,11 +125,11 @@ def bound_term(
       schedule: tables of T steps.
       output: the network's output at (x_t, t), (B, H, W, C) or (B, H, W, 2C).
       x0: clean images, (B, H, W, C), each pixel one of 256 levels in [-1, 1].
-      x_t: a draw from q(x_t | x_0), shaped as `x0`.
-      t: 0-based times, (B,) int32, each in [0, T).
-      prediction: what the network's output means.
+      x_t: a sample of q(x_t | x_0), shaped as `x0`.
+      t: 0-based timesteps, (B,) int32, each in [0, T).
+      prediction: what the network predicts.
       variance: the variance of p.
-      clip_x0: whether the predicted clean image is clipped; the original does in evaluation, not in training.
+      clip_x0: whether the predicted clean image is clipped; the original clips it in evaluation, not in training.
       cdf: see `decoder_log_likelihood`.
 
     Returns:
@@ -142,7 +142,7 @@ def bound_term(
 
 
 def reverse_bits(schedule: Schedule, reverse: Reverse, x0: Array, x_t: Array, t: Array, *, cdf: Cdf = "tanh") -> Array:
-    """Computes the bound's term of time t for a reverse step that is known: see `bound_term`."""
+    """Computes the bound's term at timestep t for a given reverse step: see `bound_term`."""
     chex.assert_equal_shape([x0, x_t, reverse.mean])
     kl = gaussian_kl(q_posterior(schedule, x0, x_t, t), Gaussian(reverse.mean, reverse.log_variance))
     decoder = -decoder_log_likelihood(x0, reverse.mean, reverse.log_variance, cdf=cdf)

@@ -16,24 +16,24 @@ class Gaussian(typing.NamedTuple):
 
 
 def per_image(values: Array) -> Array:
-    """Shapes one number an image, (B,), so that it broadcasts over the image: (B, 1, 1, 1)."""
+    """Reshapes one number per image, (B,), to (B, 1, 1, 1), so that it broadcasts over the images."""
     chex.assert_rank(values, 1)
     return values[:, None, None, None]
 
 
 def q_step(schedule: Schedule, x_prev: Array, t: Array, eps: Array) -> Array:
-    r"""Diffuses images by one step.
+    r"""Computes x_t from x_{t-1} and noise: one step of the forward process.
 
     .. math:: x_t = \sqrt{1 - \beta_t}\, x_{t-1} + \sqrt{\beta_t}\, \epsilon
 
     Args:
       schedule: tables of T steps.
       x_prev: x_{t-1}, (B, H, W, C); x_0 where t is 0.
-      t: 0-based times, (B,) int32, each in [0, T).
+      t: 0-based timesteps, (B,) int32, each in [0, T).
       eps: standard normal noise, shaped as `x_prev`.
 
     Returns:
-      x_t, shaped as `x_prev`: a draw from q(x_t | x_{t-1}).
+      x_t, shaped as `x_prev`: a sample of q(x_t | x_{t-1}).
 
     Ho et al. 2020, eq. 2.
     """
@@ -44,14 +44,14 @@ def q_step(schedule: Schedule, x_prev: Array, t: Array, eps: Array) -> Array:
 
 
 def q_marginal(schedule: Schedule, x0: Array, t: Array) -> Gaussian:
-    r"""Gives the distribution of x_t for clean images.
+    r"""Returns the distribution of x_t given clean images.
 
     .. math:: q(x_t | x_0) = \mathcal N(\sqrt{\bar\alpha_t}\, x_0, (1 - \bar\alpha_t) I)
 
     Args:
       schedule: tables of T steps.
       x0: clean images, (B, H, W, C), in [-1, 1].
-      t: 0-based times, (B,) int32, each in [0, T).
+      t: 0-based timesteps, (B,) int32, each in [0, T).
 
     Returns:
       the Gaussian: mean (B, H, W, C), log-variance (B, 1, 1, 1).
@@ -66,24 +66,24 @@ def q_marginal(schedule: Schedule, x0: Array, t: Array) -> Gaussian:
 
 
 def q_sample(schedule: Schedule, x0: Array, t: Array, eps: Array) -> Array:
-    r"""Diffuses clean images to time `t` in one jump.
+    r"""Computes x_t from clean images and noise, in closed form.
 
     .. math:: x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\, \epsilon
 
     Args:
       schedule: tables of T steps.
       x0: clean images, (B, H, W, C), in [-1, 1].
-      t: 0-based times, (B,) int32, each in [0, T).
+      t: 0-based timesteps, (B,) int32, each in [0, T).
       eps: standard normal noise, shaped as `x0`.
 
     Returns:
-      x_t, shaped as `x0`: a draw from q(x_t | x_0).
+      x_t, shaped as `x0`: a sample of q(x_t | x_0).
 
     Ho et al. 2020, eq. 4 and the text above eq. 9.
 
     >>> schedule = make_schedule("linear", 1000)
     >>> x0 = jnp.ones((1, 2, 2, 1))
-    >>> q_sample(schedule, x0, jnp.array([999]), jnp.zeros_like(x0)).max()   # the signal is all but gone
+    >>> q_sample(schedule, x0, jnp.array([999]), jnp.zeros_like(x0)).max()   # almost no signal is left
     Array(0.00635282, dtype=float32)
     """
     chex.assert_rank(x0, 4)
@@ -94,7 +94,7 @@ def q_sample(schedule: Schedule, x0: Array, t: Array, eps: Array) -> Array:
 
 
 def q_posterior(schedule: Schedule, x0: Array, x_t: Array, t: Array) -> Gaussian:
-    r"""Gives the distribution of x_{t-1} when both x_t and x_0 are known.
+    r"""Returns the distribution of x_{t-1} given both x_t and x_0.
 
     .. math::
       \tilde\mu_t = \frac{\sqrt{\bar\alpha_{t-1}}\beta_t}{1 - \bar\alpha_t} x_0
@@ -104,8 +104,8 @@ def q_posterior(schedule: Schedule, x0: Array, x_t: Array, t: Array) -> Gaussian
     Args:
       schedule: tables of T steps.
       x0: clean images, (B, H, W, C), in [-1, 1].
-      x_t: diffused images, shaped as `x0`.
-      t: 0-based times, (B,) int32, each in [0, T).
+      x_t: noisy images, shaped as `x0`.
+      t: 0-based timesteps, (B,) int32, each in [0, T).
 
     Returns:
       the Gaussian: mean (B, H, W, C), log-variance (B, 1, 1, 1). At t = 0 the mean is `x0` and the true variance is

@@ -1,4 +1,4 @@
-"""One key an image: what is random about an image comes from its own key, never from its batch or its device."""
+"""One key per image: the randomness of an image comes from its own key, never from its batch or its device."""
 
 from collections.abc import Sequence
 
@@ -9,16 +9,16 @@ from jax.typing import ArrayLike
 
 
 def image_keys(key: Array, indices: Array) -> Array:
-    r"""Gives every image the key that belongs to its index.
+    r"""Returns the key of each image: a function of `key` and of the image's index alone.
 
     .. math:: k_i = \mathrm{fold\_in}(k, i)
 
-    The index is that of the image in the whole (global) batch or in the whole sampling job, so that its random
-    numbers are the same for any batch size, any number of devices and any number of images asked for.
+    The index is the image's position in the global batch or in the whole sampling job, so its random numbers are the
+    same for any batch size, any number of devices and any number of images.
 
     Args:
-      key: the key of the step or of the job, a typed scalar key.
-      indices: (B,) integers >= 0, one an image.
+      key: the key of the step or of the sampling job, a typed scalar key.
+      indices: (B,) integers >= 0, one per image.
 
     Returns:
       (B,) typed keys.
@@ -32,12 +32,12 @@ def image_keys(key: Array, indices: Array) -> Array:
 
 
 def fold(keys: Array, data: ArrayLike) -> Array:
-    r"""Derives from every image's key the key of one of its uses.
+    r"""Derives a key for one use from each image's key.
 
     Args:
       keys: (B,) typed keys.
-      data: an integer >= 0 that names the use (a step of the chain, a block of the network), one for all images or
-        (B,) one each.
+      data: an integer >= 0 that identifies the use (a step of the chain, a block of the network): a scalar for all
+        images, or (B,), one per image.
 
     Returns:
       (B,) typed keys: `fold_in(keys[i], data)`.
@@ -46,11 +46,11 @@ def fold(keys: Array, data: ArrayLike) -> Array:
 
 
 def split(keys: Array, num: int) -> tuple[Array, ...]:
-    """Splits every image's key into `num` independent ones.
+    """Splits each image's key into `num` independent keys.
 
     Args:
       keys: (B,) typed keys.
-      num: how many, static.
+      num: the number of keys, static.
 
     Returns:
       `num` arrays of (B,) typed keys.

@@ -1,8 +1,7 @@
-r"""Bits/dim of images under the model: the whole bound, its rate and distortion, and the variances that make it least.
+r"""Bits/dim of images under the model: the whole bound, rate and distortion, and the variances that minimize it.
 
-The bound counts the mass of bins of width 2/255, as for any 8-bit image. Images with fewer levels (scikit-learn's
-digits have 17) are charged for telling which of the 256 it is all the same, so their bits/dim only compare with
-others of the same set.
+The bound is on the mass of bins of width 2/255, as for any 8-bit image. Images with fewer levels (scikit-learn's
+digits have 17) still pay for one of 256, so their bits/dim are only comparable within the same data set.
 
 Ho et al. 2020, sec. 4.3; Bao et al. 2022 (Analytic-DPM).
 """
@@ -25,18 +24,18 @@ from ddpm_jax.schedules import Schedule
 
 
 class Bound(typing.NamedTuple):
-    """The bound on -log2 p(x_0) of B images at K times; over all T times the terms and the prior are all of it."""
+    """The bound on -log2 p(x_0) of B images at K timesteps; over all T, terms and prior add up to the whole bound."""
 
     terms: Array
-    """(K, B) bits/dim: the decoder's at t = 0, a KL divergence at the others."""
+    """(K, B) bits/dim: the decoder term at t = 0, a KL divergence at the other timesteps."""
     prior: Array
-    """(B,) bits/dim: what is left of the image at the end of the chain."""
+    """(B,) bits/dim: L_T."""
     x0_mse: Array
-    r"""(K, B) :math:`|x_0 - \hat x_0|^2` / dim, of the clean image that the mean was made from, clipped or not."""
+    r"""(K, B) :math:`|x_0 - \hat x_0|^2` / dim, of the predicted clean image behind the mean, clipped or not."""
     eps_mse: Array
-    r"""(K, B) :math:`|\epsilon - \epsilon_\theta|^2` / dim, never clipped: its mean over times is L_simple."""
+    r"""(K, B) :math:`|\epsilon - \epsilon_\theta|^2` / dim, never clipped: its mean over timesteps is L_simple."""
     mean_mse: Array
-    r"""(K, B) :math:`|\tilde\mu_t - \mu_\theta|^2` / dim, of the means of x_{t-1}: what the variance makes up for."""
+    r"""(K, B) :math:`|\tilde\mu_t - \mu_\theta|^2` / dim, of the means of x_{t-1}: what the variance has to cover."""
 
 
 def bound_terms(
@@ -53,25 +52,25 @@ def bound_terms(
     cdf: Cdf = "tanh",
     log_variances: Array | None = None,
 ) -> Bound:
-    r"""Computes the bound of images at all times or a range of them, with one draw of x_t for each image and time.
+    r"""Computes the bound of images at all timesteps or a range of them, from one sample of x_t for each.
 
     .. math:: -\log p_\theta(x_0) \le L_T + \sum_{t > 0} L_t + L_0
 
-    The noise of an image at t is drawn from `fold_in(its key, t)`, so that ranges of times that follow one another
-    give what one range over all of them gives.
+    The noise of an image at t is drawn from `fold_in(its key, t)`, so consecutive ranges together give the same
+    numbers as one range over all of them.
 
     Args:
-      keys: (B,) typed keys, one an image.
+      keys: (B,) typed keys, one per image.
       schedule: tables of T steps.
       predict: the network.
       x0: clean images, (B, H, W, C), each pixel one of 256 levels in [-1, 1].
-      first: the first time of the range, in [0, T).
-      num_steps: K, how many times, static; all from `first` = 0 on if not given.
-      prediction: as the following ones: see `bound_at`.
+      first: the first timestep of the range, in [0, T).
+      num_steps: K, the number of timesteps, static; T if None.
+      prediction: what the network predicts.
       variance: the variance of p(x_{t-1} | x_t).
-      clip_x0: whether the predicted clean image is clipped; the original does in evaluation.
+      clip_x0: whether the predicted clean image is clipped, as the original code does in evaluation.
       cdf: see `bound.decoder_log_likelihood`.
-      log_variances: (T,) replace those of `variance`.
+      log_variances: (T,) log-variances to use instead of `variance`'s, see `bound_at`.
 
     Returns:
       the `Bound`.
@@ -79,13 +78,13 @@ def bound_terms(
     Ho et al. 2020, eqs. 3 and 5, and its code (`calc_bpd_loop`).
     """
     chex.assert_rank(x0, 4)
-    times = jnp.asarray(first, jnp.int32) + jnp.arange(schedule.num_steps if num_steps is None else num_steps)
+    timesteps = jnp.asarray(first, jnp.int32) + jnp.arange(schedule.num_steps if num_steps is None else num_steps)
     return bound_at(
         keys,
         schedule,
         predict,
         x0,
-        jnp.broadcast_to(times[:, None], (len(times), len(x0))),
+        jnp.broadcast_to(timesteps[:, None], (len(timesteps), len(x0))),
         prediction=prediction,
         variance=variance,
         clip_x0=clip_x0,
@@ -99,7 +98,7 @@ def bound_at(
     schedule: Schedule,
     predict: Predict,
     x0: Array,
-    times: Array,
+    timesteps: Array,
     *,
     prediction: Prediction = "eps",
     variance: Variance = "fixed_large",
@@ -107,21 +106,22 @@ def bound_at(
     cdf: Cdf = "tanh",
     log_variances: Array | None = None,
 ) -> Bound:
-    """Computes the terms of the bound at times of each image's own.
+    """Computes the terms of the bound at given timesteps of each image.
 
-    One `lax.scan` over K, the network on the whole batch at once; nothing but numbers is kept.
+    One `lax.scan` over K, with the network on the whole batch at once; no image is kept.
 
     Args:
-      keys: (B,) typed keys, one an image.
+      keys: (B,) typed keys, one per image.
       schedule: tables of T steps.
       predict: the network.
       x0: clean images, (B, H, W, C), each pixel one of 256 levels in [-1, 1].
-      times: (K, B) int32, each in [0, T).
-      prediction: what the network's output means.
+      timesteps: (K, B) int32, each in [0, T).
+      prediction: what the network predicts.
       variance: the variance of p(x_{t-1} | x_t).
       clip_x0: whether the predicted clean image is clipped.
       cdf: see `bound.decoder_log_likelihood`.
-      log_variances: (T,) replace those of `variance`; `variance` still says whether the output has a second half.
+      log_variances: (T,) log-variances to use instead of `variance`'s, which still determines whether the output has a
+        second half.
 
     Returns:
       the `Bound`.
@@ -130,7 +130,7 @@ def bound_at(
     """
     chex.assert_rank(x0, 4)
     chex.assert_shape(keys, x0.shape[:1])
-    chex.assert_shape(times, (None, len(x0)))
+    chex.assert_shape(timesteps, (None, len(x0)))
     if log_variances is not None:
         chex.assert_shape(log_variances, (schedule.num_steps,))
 
@@ -148,21 +148,21 @@ def bound_at(
         errors = ((reverse.x0, x0), (predicted_eps, eps), (reverse.mean, mean))
         return carry, (bits, *(mean_squared_error(predicted, true) for predicted, true in errors))
 
-    _, (terms, *errors) = jax.lax.scan(body, None, times)
+    _, (terms, *errors) = jax.lax.scan(body, None, timesteps)
     return Bound(terms, prior_bits(schedule, x0), *errors)
 
 
 def strata(num_steps: int, number: int) -> np.ndarray:
-    """Cuts the times into ranges of about equal ratio, since the terms of the bound fall about as 1/t.
+    """Computes log-spaced strata of timesteps, since the terms of the bound fall roughly as 1/t.
 
-    The decoder's time, t = 0, is a range of its own, and so are the earliest times, which weigh most.
+    t = 0, the decoder term, is a stratum of its own, and so are the first timesteps, whose terms are the largest.
 
     Args:
       num_steps: T.
-      number: K, how many ranges, in [2, T]; T of them are the times themselves.
+      number: K, the number of strata, in [2, T]; T of them are the timesteps themselves.
 
     Returns:
-      (K + 1,) int64: 0, 1, .. T; range k is [edges[k], edges[k + 1]).
+      (K + 1,) int64 edges: 0, 1, .., T; stratum k is [edges[k], edges[k + 1]).
 
     Raises:
       ValueError: K is out of range.
@@ -172,7 +172,7 @@ def strata(num_steps: int, number: int) -> np.ndarray:
     """
     least = min(2, num_steps)
     if not least <= number <= num_steps:
-        raise ValueError(f"the number of ranges must be in [{least}, {num_steps}], not {number}")
+        raise ValueError(f"the number of strata must be in [{least}, {num_steps}], not {number}")
     edges = [0, 1]
     for left in range(number - 1, 0, -1):
         ideal = round(edges[-1] * (num_steps / edges[-1]) ** (1 / left))
@@ -181,21 +181,21 @@ def strata(num_steps: int, number: int) -> np.ndarray:
 
 
 def draw_times(keys: Array, edges: ArrayLike) -> Array:
-    r"""Draws one time of each range for each image, uniformly.
+    r"""Draws one timestep of each stratum for each image, uniformly.
 
-    .. math:: L_T + \sum_k n_k L_{t_k}, \quad t_k \sim \mathrm{Uniform}(\text{range } k \text{ of } n_k \text{ times})
+    .. math:: L_T + \sum_k n_k L_{t_k}, \quad t_k \sim \mathrm{Uniform}(\text{stratum } k \text{, of size } n_k)
 
-    is then an unbiased estimate of the whole bound, at K evaluations of the network instead of T.
+    is an unbiased estimate of the whole bound from K evaluations of the network instead of T.
 
     Args:
-      keys: (B,) typed keys, one an image.
-      edges: (K + 1,) as `strata` gives them.
+      keys: (B,) typed keys, one per image.
+      edges: (K + 1,) edges, see `strata`.
 
     Returns:
       (K, B) int32.
     """
     edges = jnp.asarray(edges, jnp.int32)
-    # fold_in(key, t) is the noise's at t < T: the last edge is T, and free.
+    # fold_in(key, t) is the key of the noise at t < T; the last edge, T, is unused.
     draw = lambda key: jax.random.randint(jax.random.fold_in(key, edges[-1]), edges[1:].shape, edges[:-1], edges[1:])
     return jax.vmap(draw)(keys).T
 
@@ -206,7 +206,7 @@ def total_bits(bound: Bound) -> Array:
     .. math:: L = L_T + \sum_t L_t
 
     Args:
-      bound: over all T times.
+      bound: the bound over all T timesteps.
 
     Returns:
       (B,) bits/dim.
@@ -217,33 +217,32 @@ def total_bits(bound: Bound) -> Array:
 
 
 class RateDistortion(typing.NamedTuple):
-    """What is paid for and what is still wrong as an image is sent from the noise on, in float64."""
+    """Rate and distortion along the reverse process, float64."""
 
     reverse_time: np.ndarray
-    """(T,) 1..T: how many of the paper's times are over; at T the image is known but for the decoder's step."""
+    """(T,) 1..T, the number of reverse steps taken; at T only the decoder term is left."""
     rate: np.ndarray
-    """(T,) bits/dim sent so far, rising."""
+    """(T,) bits/dim transmitted so far, increasing."""
     distortion: np.ndarray
-    """(T,) root mean squared error of the predicted clean image, in levels of 255."""
+    """(T,) root mean squared error of the predicted clean image, on the scale [0, 255]."""
 
 
 def rate_distortion(terms: ArrayLike, prior: ArrayLike, x0_mse: ArrayLike) -> RateDistortion:
-    r"""Reads the rate-distortion curve out of the bound's means over a set.
+    r"""Computes the rate-distortion curve from the bound's means over a data set.
 
     .. math::
       R_{T-t} = L_T + \sum_{s > t} L_s, \quad
       D_{T-t} = \tfrac{255}{2} \sqrt{E |x_0 - \hat x_0(x_t, t)|^2 / \mathrm{dim}}
 
-    where t = T-1..0 is 0-based. What is sent by reverse time T - t lets the receiver draw x_t, and from it predict
-    the image. The last rate and the decoder's term (t = 0) add up to the bound.
+    where t = T-1..0 is 0-based. After reverse time T - t the receiver can sample x_t and predict the image from it.
+    The last rate and the decoder term (t = 0) add up to the bound.
 
-    The root is taken last, of the mean over the set: so it is the root of the *mean* squared error, and what the
-    average image is worth does not depend on how the set is cut into batches. (The mean of the images' roots would
-    be smaller. The paper does not say which it took.)
+    The distortion is the root of the *mean* squared error over the data set, so it does not depend on how the set is
+    split into batches. (The mean of the images' root errors would be smaller. The paper does not say which it took.)
 
     Args:
-      terms: (T,) bits/dim, means over the set.
-      prior: scalar, likewise.
+      terms: (T,) bits/dim, means over the data set.
+      prior: scalar bits/dim, likewise.
       x0_mse: (T,), likewise.
 
     Returns:
@@ -263,34 +262,34 @@ def rate_distortion(terms: ArrayLike, prior: ArrayLike, x0_mse: ArrayLike) -> Ra
 
 
 def spread(means: ArrayLike, edges: ArrayLike, like: ArrayLike) -> np.ndarray:
-    r"""Spreads means over ranges of times over the times of each range, in proportion to what they are about like.
+    r"""Distributes the mean of each stratum over its timesteps, in proportion to a given profile.
 
-    .. math:: m_t = \bar m_k \frac{w_t}{\bar w_k}, \quad t \text{ in range } k
+    .. math:: m_t = \bar m_k \frac{w_t}{\bar w_k}, \quad t \text{ in stratum } k
 
     Args:
-      means: (T,), the same at all times of a range.
-      edges: (K + 1,) of the ranges.
-      like: (T,) w, positive but where all of its range is 0.
+      means: (T,), constant within each stratum.
+      edges: (K + 1,) edges of the strata.
+      like: (T,) the profile w: positive, or 0 throughout a stratum.
 
     Returns:
-      (T,), with the same means over each range; `means` itself where each range is one time.
+      (T,), with the same mean over each stratum; `means` itself if each stratum is one timestep.
 
     >>> spread([1.0, 4.0, 4.0], [0, 1, 3], [5.0, 1.0, 3.0]).tolist()
     [1.0, 2.0, 6.0]
     """
     means, like, widths = np.asarray(means, np.float64), np.asarray(like, np.float64), np.diff(np.asarray(edges))
-    of_range = np.repeat(np.add.reduceat(like, np.asarray(edges)[:-1]) / widths, widths)
-    return means * np.divide(like, of_range, out=np.ones_like(like), where=of_range > 0)
+    of_stratum = np.repeat(np.add.reduceat(like, np.asarray(edges)[:-1]) / widths, widths)
+    return means * np.divide(like, of_stratum, out=np.ones_like(like), where=of_stratum > 0)
 
 
 def optimal_log_variances(schedule: Schedule, mean_mse: ArrayLike) -> Array:
-    r"""Finds the variance of each step that makes the bound least, given how well the network predicts.
+    r"""Computes the variance of each step that minimizes the bound, given the network's error.
 
     .. math:: \sigma_t^2 = \tilde\beta_t + E |\tilde\mu_t - \mu_\theta|^2 / \mathrm{dim}
 
-    The KL term of a step is, element by element, :math:`\frac12(\log\sigma^2 + (\tilde\beta + (\tilde\mu -
-    \mu_\theta)^2) / \sigma^2)` and what does not depend on :math:`\sigma`; its mean over images and elements is least
-    where :math:`\sigma^2` is the mean of the bracket. It also is the true variance of x_{t-1} given x_t, averaged.
+    Up to terms without :math:`\sigma`, the KL term of a step is elementwise :math:`\frac12(\log\sigma^2 + (\tilde\beta
+    + (\tilde\mu - \mu_\theta)^2) / \sigma^2)`; its mean over images and elements is smallest where :math:`\sigma^2` is
+    the mean of the inner bracket. This is also the average of the true variance of x_{t-1} given x_t.
 
     The error of the mean is :math:`c_t = \sqrt{\bar\alpha_{t-1}}\,\beta_t / (1 - \bar\alpha_t)` times that of the
     predicted :math:`\hat x_0`. For the exact predictor :math:`\hat x_0 = E[x_0 | x_t]` this is Analytic-DPM's formula
@@ -300,14 +299,14 @@ def optimal_log_variances(schedule: Schedule, mean_mse: ArrayLike) -> Array:
               - \sqrt{1 - \bar\alpha_{t-1} - \lambda_t^2}\right)^2
               \left(1 - E |\hat\epsilon|^2 / \mathrm{dim}\right),
 
-    for then :math:`E|\epsilon - \hat\epsilon|^2 = E|\epsilon|^2 - E|\hat\epsilon|^2`, the error of x_0 is that of
+    since then :math:`E|\epsilon - \hat\epsilon|^2 = E|\epsilon|^2 - E|\hat\epsilon|^2`, the error of x_0 is that of
     :math:`\epsilon` times :math:`(1 - \bar\alpha_t) / \bar\alpha_t`, and the bracket is
-    :math:`\beta_t / \sqrt{\alpha_t (1 - \bar\alpha_t)}`. The form with the means is the one that stays optimal for a
-    network that is not exact, and for a clipped x_0.
+    :math:`\beta_t / \sqrt{\alpha_t (1 - \bar\alpha_t)}`. The form with the means stays optimal for a network that is
+    not exact and for a clipped x_0.
 
-    At t = 0 there is no KL term but the decoder's, whose optimum no mean squared error tells: its bins have a width
-    of the errors' size, and those of black and white have no end. Both fixed variances have one entry there, chosen
-    by the original for the decoder; it is kept.
+    At t = 0 there is a decoder term instead of a KL term, and the mean squared error does not determine its optimum:
+    the bins are about as wide as the errors, and those of black and white are infinite. The entry of the fixed
+    variances, which the original code chose for the decoder, is kept.
 
     Args:
       schedule: tables of T steps.
@@ -324,18 +323,18 @@ def optimal_log_variances(schedule: Schedule, mean_mse: ArrayLike) -> Array:
 
 
 def estimated_log_variances(schedule: Schedule, mean_mse: ArrayLike, edges: ArrayLike) -> Array:
-    r"""Finds the optimal variances from errors that are known over ranges of times alone.
+    r"""Computes the optimal variances from errors that are only known per stratum of timesteps.
 
-    Within a range the error is taken to vary as that of the exact predictor of N(0, I),
-    :math:`c_t^2 (1 - \bar\alpha_t)`, which falls by orders of magnitude over the first times.
+    Within a stratum the error is assumed to vary as that of the exact predictor of N(0, I),
+    :math:`c_t^2 (1 - \bar\alpha_t)`, which falls by orders of magnitude over the first timesteps.
 
     Args:
       schedule: tables of T steps.
-      mean_mse: (T,) as in `optimal_log_variances`, the same at all times of a range.
-      edges: (K + 1,) of the ranges.
+      mean_mse: (T,) as in `optimal_log_variances`, constant within each stratum.
+      edges: (K + 1,) edges of the strata.
 
     Returns:
-      (T,) float32 log-variances; those of `optimal_log_variances` where each range is one time.
+      (T,) float32 log-variances; those of `optimal_log_variances` if each stratum is one timestep.
     """
     like = np.asarray(schedule.posterior_mean_coef_x0, np.float64) ** 2 * np.asarray(schedule.one_minus_alphas_bar)
     return optimal_log_variances(schedule, spread(mean_mse, edges, like))

@@ -1,4 +1,4 @@
-r"""What the network is trained on: L_simple (Ho et al. 2020, sec. 3.4), the bound, and L_hybrid."""
+r"""Training losses: L_simple (Ho et al. 2020, sec. 3.4), the variational bound, and L_hybrid."""
 
 import typing
 
@@ -14,22 +14,22 @@ from ddpm_jax.reverse import Predict, Prediction, Variance, split_output
 from ddpm_jax.schedules import Schedule
 
 Weighting = typing.Literal["none", "min_snr", "truncated_snr"]
-"""How the errors of different times are weighted against each other."""
+"""How the losses at different timesteps are weighted."""
 
 
 class LossInfo(typing.NamedTuple):
-    """What a loss was computed from, for other terms and for diagnostics."""
+    """The values that a loss was computed from, for other terms and for diagnostics."""
 
     x_t: Array
-    """The diffused images, (B, H, W, C)."""
+    """The noisy images, (B, H, W, C)."""
     eps: Array
     """The noise in them, (B, H, W, C)."""
     output: Array
-    """What the network said of them, (B, H, W, C or 2C)."""
+    """The network's output, (B, H, W, C or 2C)."""
 
 
 def regression_target(schedule: Schedule, x0: Array, t: Array, eps: Array, *, prediction: Prediction) -> Array:
-    r"""Gives what the network should have said.
+    r"""Returns the regression target of the network.
 
     ======  ========================================================================
     eps     :math:`\epsilon`
@@ -41,9 +41,9 @@ def regression_target(schedule: Schedule, x0: Array, t: Array, eps: Array, *, pr
     Args:
       schedule: tables of T steps.
       x0: clean images, (B, H, W, C), in [-1, 1].
-      t: 0-based times, (B,) int32, each in [0, T).
+      t: 0-based timesteps, (B,) int32, each in [0, T).
       eps: the noise in x_t, shaped as `x0`.
-      prediction: what the network's output means.
+      prediction: what the network predicts.
 
     Returns:
       the target, shaped as `x0`.
@@ -67,26 +67,26 @@ def regression_target(schedule: Schedule, x0: Array, t: Array, eps: Array, *, pr
 
 
 def mean_squared_error(output: Array, target: Array) -> Array:
-    """Averages the squared error over the elements of each image: (B, H, W, C) twice to (B,); shapes must agree."""
+    """Computes the mean squared error of each image, (B,), from two (B, H, W, C) arrays."""
     chex.assert_rank(output, 4)
     chex.assert_equal_shape([output, target])
     return jnp.mean((output - target) ** 2, axis=(1, 2, 3))
 
 
 def snr(schedule: Schedule, t: Array) -> Array:
-    r"""Gives the signal-to-noise ratio :math:`\bar\alpha_t / (1 - \bar\alpha_t)` at times t: (B,) to (B,)."""
+    r"""Returns the signal-to-noise ratio :math:`\bar\alpha_t / (1 - \bar\alpha_t)` at timesteps t: (B,) to (B,)."""
     return schedule.alphas_bar[t] / schedule.one_minus_alphas_bar[t]
 
 
 def snr_weights(
     schedule: Schedule, t: Array, *, weighting: Weighting, prediction: Prediction, min_snr_gamma: float = 5.0
 ) -> Array:
-    r"""Gives the weight of each image's loss, so that its error in x_0 counts by its signal-to-noise ratio.
+    r"""Returns the weight of each image's loss for a given weighting of the error in x_0.
 
     =============  =============================================  ================================================
     weighting      weight of the squared error in x_0             source
     =============  =============================================  ================================================
-    none           that of the prediction's own error             Ho et al. 2020, eq. 14
+    none           that of an unweighted error in the prediction  Ho et al. 2020, eq. 14
     min_snr        :math:`\min(\mathrm{SNR}_t, \gamma)`          Hang et al. 2023, sec. 3.4
     truncated_snr  :math:`\max(\mathrm{SNR}_t, 1)`               Salimans & Ho 2022, sec. 4
     =============  =============================================  ================================================
@@ -97,10 +97,10 @@ def snr_weights(
 
     Args:
       schedule: tables of T steps.
-      t: 0-based times, (B,) int32, each in [0, T).
-      weighting: which weights.
-      prediction: in what the error is measured.
-      min_snr_gamma: :math:`\gamma > 0`, of "min_snr" alone.
+      t: 0-based timesteps, (B,) int32, each in [0, T).
+      weighting: the name of the weighting.
+      prediction: what the network predicts: the squared error is that of the prediction.
+      min_snr_gamma: :math:`\gamma > 0`, only for "min_snr".
 
     Returns:
       (B,) float32.
@@ -128,17 +128,17 @@ def snr_weights(
 
 
 def diffuse_and_predict(keys: Array, schedule: Schedule, predict: Predict, x0: Array, t: Array) -> LossInfo:
-    """Does what every loss begins with: draws the noise, diffuses the images, asks the network.
+    """Draws the noise, computes x_t and runs the network on it: the first lines of every loss.
 
     Args:
-      keys: (B,) typed keys, one an image: its noise comes from it.
+      keys: (B,) typed keys, one per image, from which its noise is drawn.
       schedule: tables of T steps.
       predict: the network.
       x0: clean images, (B, H, W, C), in [-1, 1].
-      t: 0-based times, (B,) int32, each in [0, T).
+      t: 0-based timesteps, (B,) int32, each in [0, T).
 
     Returns:
-      x_t, the noise in it, and what the network said.
+      x_t, the noise in it, and the network's output.
 
     Ho et al. 2020, Algorithm 1, lines 4 and 5.
     """
@@ -159,24 +159,24 @@ def l_simple(
     prediction: Prediction = "eps",
     variance: Variance = "fixed_large",
 ) -> tuple[Array, LossInfo]:
-    r"""Computes one draw of L_simple an image: how well the network tells the noise at time t.
+    r"""Computes L_simple of each image at its timestep: the squared error of the predicted noise.
 
     .. math:: L_\mathrm{simple} = E_{t, x_0, \epsilon} \| \epsilon - \epsilon_\theta(x_t, t) \|^2
 
-    The norm is a mean over the elements of the image, as in the original code. For the other predictions the same
-    with their own target (see `regression_target`). It says nothing of the variance: a learned one stays untrained.
+    The norm is a mean over the elements of the image, as in the original code. Other predictions have their own
+    targets (see `regression_target`). The loss does not depend on the variance: it leaves a learned one untrained.
 
     Args:
-      keys: (B,) typed keys, one an image: its noise comes from it.
+      keys: (B,) typed keys, one per image, from which its noise is drawn.
       schedule: tables of T steps.
       predict: the network.
       x0: clean images, (B, H, W, C), in [-1, 1].
-      t: 0-based times, (B,) int32, each in [0, T): see `times`.
-      prediction: what the network's output means.
-      variance: whether the output has a second half for the variance, which is left out here.
+      t: 0-based timesteps, (B,) int32, each in [0, T); see `time_sampling`.
+      prediction: what the network predicts.
+      variance: the kind of variance; the half of the output for a learned one is ignored.
 
     Returns:
-      the loss of each image, (B,), and what it was computed from.
+      the loss of each image, (B,), and the values it was computed from.
 
     Ho et al. 2020, eq. 14 and Algorithm 1.
     """
@@ -187,7 +187,7 @@ def l_simple(
 def simple_term(
     schedule: Schedule, info: LossInfo, x0: Array, t: Array, *, prediction: Prediction, variance: Variance
 ) -> Array:
-    """Computes the loss of `l_simple` from a prediction that is there already: (B,)."""
+    """Computes the loss of `l_simple`, (B,), from an output of the network."""
     mean_output, _ = split_output(info.output, variance=variance)
     return mean_squared_error(mean_output, regression_target(schedule, x0, t, info.eps, prediction=prediction))
 
@@ -203,24 +203,25 @@ def l_vlb(
     variance: Variance = "fixed_large",
     cdf: Cdf = "tanh",
 ) -> tuple[Array, LossInfo]:
-    r"""Computes one draw of the bound an image, in bits/dim, but for its prior term, which has nothing to train.
+    r"""Computes a one-sample estimate of the bound of each image, in bits/dim, without its constant prior term.
 
     .. math:: L_\mathrm{vlb} \approx T \cdot L_{t-1}(x_0), \quad t \sim \mathrm{Uniform}
 
-    Its mean over uniform times is the sum of the T terms. x_0 is not clipped, as in the original's training.
+    Its mean over uniform timesteps is the sum of the T terms. The predicted x_0 is not clipped, as in the original
+    code's training.
 
     Args:
-      keys: (B,) typed keys, one an image: its noise comes from it.
+      keys: (B,) typed keys, one per image, from which its noise is drawn.
       schedule: tables of T steps.
       predict: the network.
       x0: clean images, (B, H, W, C), each pixel one of 256 levels in [-1, 1].
-      t: 0-based times, (B,) int32, each in [0, T).
-      prediction: what the network's output means.
+      t: 0-based timesteps, (B,) int32, each in [0, T).
+      prediction: what the network predicts.
       variance: the variance of the reverse steps.
       cdf: see `bound.decoder_log_likelihood`.
 
     Returns:
-      the loss of each image, (B,), and what it was computed from.
+      the loss of each image, (B,), and the values it was computed from.
 
     Ho et al. 2020, eq. 5; Nichol & Dhariwal 2021, eq. 4.
     """
@@ -248,22 +249,22 @@ def l_hybrid(
 
     .. math:: L_\mathrm{hybrid} = L_\mathrm{simple} + \lambda L_\mathrm{vlb}
 
-    In the second term the mean is held fixed: it trains the variance alone.
+    No gradient flows through the mean in the second term, which therefore trains only the variance.
 
     Args:
-      keys: (B,) typed keys, one an image: its noise comes from it.
+      keys: (B,) typed keys, one per image, from which its noise is drawn.
       schedule: tables of T steps.
       predict: the network, with an output of (B, H, W, 2C).
       x0: clean images, (B, H, W, C), each pixel one of 256 levels in [-1, 1].
-      t: 0-based times, (B,) int32, each in [0, T).
-      prediction: what the first half of the network's output means.
-      variance: what its second half means, "learned" or "learned_range".
+      t: 0-based timesteps, (B,) int32, each in [0, T).
+      prediction: what the first half of the network's output predicts.
+      variance: what the second half is, "learned" or "learned_range".
       vlb_weight: lambda, the weight of the whole bound in bits/dim (T times the term of t).
-      weights: (B,) of the first term alone, see `snr_weights`; 1 if not given.
+      weights: (B,) weights of the first term, see `snr_weights`; 1 if None.
       cdf: see `bound.decoder_log_likelihood`.
 
     Returns:
-      the loss of each image, (B,), and what it was computed from.
+      the loss of each image, (B,), and the values it was computed from.
 
     Nichol & Dhariwal 2021, eq. 16.
     """
@@ -271,7 +272,7 @@ def l_hybrid(
     simple = simple_term(schedule, info, x0, t, prediction=prediction, variance=variance)
     mean_output, variance_output = split_output(info.output, variance=variance)
     if variance_output is None:
-        raise ValueError(f"L_hybrid trains a learned variance, and {variance} has nothing to train")
+        raise ValueError(f"L_hybrid needs a learned variance, not {variance}: it has nothing to train")
     held = jnp.concatenate([jax.lax.stop_gradient(mean_output), variance_output], axis=-1)
     term = bound_term(schedule, held, x0, info.x_t, t, prediction=prediction, variance=variance, clip_x0=False, cdf=cdf)
     simple = simple if weights is None else weights * simple

@@ -1,4 +1,4 @@
-"""Pixels: between uint8 and [-1, 1], and flips."""
+"""Pixels: conversion between uint8 and [-1, 1], and random flips."""
 
 import chex
 import jax
@@ -9,16 +9,16 @@ from jax.typing import ArrayLike
 
 
 def flip(keys: Array, images: Array) -> Array:
-    """Mirrors each image left to right with probability 0.5, by its own key.
+    """Flips each image horizontally with probability 0.5, using its own key.
 
     Args:
       keys: (B,) typed keys.
-      images: (B, H, W, C), of any type.
+      images: (B, H, W, C), of any dtype.
 
     Returns:
-      Images of the same shape and type.
+      images of the same shape and dtype.
 
-    Ho et al. 2020, appendix B: random horizontal flips in training, for all sets but the bedrooms of LSUN.
+    Ho et al. 2020, appendix B: random horizontal flips in training, on all data sets except LSUN Bedroom.
     """
     chex.assert_rank(images, 4)
     chex.assert_equal_shape_prefix([keys, images], 1)
@@ -27,12 +27,12 @@ def flip(keys: Array, images: Array) -> Array:
 
 
 def to_float(images: ArrayLike) -> Array:
-    r"""Brings pixels to the range of the network.
+    r"""Converts uint8 pixels to floats in [-1, 1].
 
     .. math:: x = u / 127.5 - 1 = (2u - 255) / 255
 
-    The second form is computed, as a product with 1/255: its one rounding is the same inside and outside of `jit`
-    (XLA turns the division by a constant into a product, and 255 would become 1.0000001).
+    The second form is computed, as a product with 1/255, so that the result is the same inside and outside of `jit`
+    (XLA turns division by a constant into a product, which would make 1.0000001 of 255).
 
     Args:
       images: (..., H, W, C) uint8.
@@ -49,12 +49,12 @@ def to_float(images: ArrayLike) -> Array:
 
 
 def to_uint8(images: ArrayLike) -> Array:
-    r"""Brings images back to pixels: clipped, and rounded to the nearest.
+    r"""Converts images to uint8 pixels: clipped, and rounded to the nearest integer.
 
     .. math:: u = \mathrm{round}(\mathrm{clip}(127.5\,(x + 1), 0, 255))
 
-    It undoes `to_float` exactly. The original code cuts the fraction off instead, which makes every image half a
-    level darker on average.
+    This inverts `to_float` exactly. The original code truncates instead, which makes images half a level darker on
+    average.
 
     Args:
       images: (..., H, W, C) floats, nominally in [-1, 1].

@@ -11,19 +11,19 @@ from ddpm_jax.forward import per_image, q_posterior
 from ddpm_jax.schedules import Schedule
 
 Predict = Callable[[Array, Array], Array]
-"""A network as the mathematics sees it: `predict(x_t, times)`, (B, H, W, C) and (B,) to (B, H, W, C or 2C)."""
+"""A network as the mathematics sees it: `predict(x_t, timesteps)`, (B, H, W, C) and (B,) to (B, H, W, C or 2C)."""
 
 Prediction = typing.Literal["eps", "x0", "v", "mean"]
-"""What the network's output means: the noise, the clean image, v, or the mean of x_{t-1}."""
+"""What the network predicts: the noise, the clean image, v, or the mean of x_{t-1}."""
 
 Variance = typing.Literal["fixed_small", "fixed_large", "learned", "learned_range"]
-r"""The variance of p(x_{t-1} | x_t): :math:`\tilde\beta_t`, :math:`\beta_t`, or given by the network's second half."""
+r"""The variance of p(x_{t-1} | x_t): :math:`\tilde\beta_t`, :math:`\beta_t`, or predicted by the network."""
 
 LEARNED_VARIANCES = ("learned", "learned_range")
 
 
 class Reverse(typing.NamedTuple):
-    """p(x_{t-1} | x_t): a diagonal Gaussian, and the clean image that its mean was made from."""
+    """p(x_{t-1} | x_t): a diagonal Gaussian, and the predicted clean image behind its mean."""
 
     mean: Array
     log_variance: Array
@@ -31,7 +31,7 @@ class Reverse(typing.NamedTuple):
 
 
 def predict_x0(schedule: Schedule, output: Array, x_t: Array, t: Array, *, prediction: Prediction) -> Array:
-    r"""Reads the clean image out of the network's output.
+    r"""Computes the clean image from the network's output.
 
     .. math::
       x_0 = \frac{x_t - \sqrt{1-\bar\alpha_t}\,\epsilon}{\sqrt{\bar\alpha_t}}
@@ -41,8 +41,8 @@ def predict_x0(schedule: Schedule, output: Array, x_t: Array, t: Array, *, predi
     Args:
       schedule: tables of T steps.
       output: the network's prediction, (B, H, W, C).
-      x_t: what it was predicted from, shaped as `output`.
-      t: 0-based times, (B,) int32, each in [0, T).
+      x_t: the network's input, shaped as `output`.
+      t: 0-based timesteps, (B,) int32, each in [0, T).
       prediction: what `output` is.
 
     Returns:
@@ -72,7 +72,7 @@ def predict_x0(schedule: Schedule, output: Array, x_t: Array, t: Array, *, predi
 
 
 def from_x0(schedule: Schedule, x0: Array, x_t: Array, t: Array, *, target: Prediction) -> Array:
-    r"""Says a clean image in another parameterisation: the inverse of `predict_x0`.
+    r"""Converts x_0 to another parameterization: the inverse of `predict_x0`.
 
     .. math::
       \epsilon = \frac{x_t - \sqrt{\bar\alpha_t}\, x_0}{\sqrt{1-\bar\alpha_t}}, \quad
@@ -82,8 +82,8 @@ def from_x0(schedule: Schedule, x0: Array, x_t: Array, t: Array, *, target: Pred
     Args:
       schedule: tables of T steps.
       x0: clean images, (B, H, W, C).
-      x_t: diffused images, shaped as `x0`.
-      t: 0-based times, (B,) int32, each in [0, T).
+      x_t: noisy images, shaped as `x0`.
+      t: 0-based timesteps, (B,) int32, each in [0, T).
       target: what to return.
 
     Returns:
@@ -111,18 +111,18 @@ def from_x0(schedule: Schedule, x0: Array, x_t: Array, t: Array, *, target: Pred
 def convert(
     schedule: Schedule, output: Array, x_t: Array, t: Array, *, prediction: Prediction, target: Prediction
 ) -> Array:
-    """Turns one parameterisation of the network's output into another.
+    """Converts the network's output to another parameterization.
 
     Args:
       schedule: tables of T steps.
       output: the network's prediction, (B, H, W, C).
-      x_t: what it was predicted from, shaped as `output`.
-      t: 0-based times, (B,) int32, each in [0, T).
+      x_t: the network's input, shaped as `output`.
+      t: 0-based timesteps, (B,) int32, each in [0, T).
       prediction: what `output` is.
       target: what to return.
 
     Returns:
-      the target, shaped as `output`; `output` itself where the two are the same.
+      the target, shaped as `output`; `output` itself if the two are the same.
 
     Ho et al. 2020, sec. 3.2.
     """
@@ -132,29 +132,29 @@ def convert(
 
 
 def predict_eps(schedule: Schedule, output: Array, x_t: Array, t: Array, *, prediction: Prediction) -> Array:
-    """Reads the noise out of the network's output: `convert` to "eps"."""
+    """Computes the noise from the network's output: `convert` to "eps"."""
     return convert(schedule, output, x_t, t, prediction=prediction, target="eps")
 
 
 def predict_v(schedule: Schedule, output: Array, x_t: Array, t: Array, *, prediction: Prediction) -> Array:
-    """Reads v out of the network's output: `convert` to "v"."""
+    """Computes v from the network's output: `convert` to "v"."""
     return convert(schedule, output, x_t, t, prediction=prediction, target="v")
 
 
 def predict_mean(schedule: Schedule, output: Array, x_t: Array, t: Array, *, prediction: Prediction) -> Array:
-    """Reads the mean of x_{t-1} out of the network's output: `convert` to "mean"."""
+    """Computes the mean of x_{t-1} from the network's output: `convert` to "mean"."""
     return convert(schedule, output, x_t, t, prediction=prediction, target="mean")
 
 
 def split_output(output: Array, *, variance: Variance) -> tuple[Array, Array | None]:
-    """Separates what the network says of the mean from what it says of the variance.
+    """Splits the network's output into the half for the mean and the half for the variance.
 
     Args:
       output: (B, H, W, C) for a fixed variance; (B, H, W, 2C) for a learned one, the mean's half first.
       variance: the kind of variance.
 
     Returns:
-      the mean's half, (B, H, W, C), and the variance's, likewise, or None where it is fixed.
+      the mean's half and the variance's half, (B, H, W, C) each; None for a fixed variance.
 
     Raises:
       ValueError: the variance is learned and the number of channels is odd.
@@ -168,21 +168,21 @@ def split_output(output: Array, *, variance: Variance) -> tuple[Array, Array | N
 
 
 def model_log_variance(schedule: Schedule, variance_output: Array | None, t: Array, *, variance: Variance) -> Array:
-    r"""Gives the log-variance of p(x_{t-1} | x_t).
+    r"""Returns the log-variance of p(x_{t-1} | x_t).
 
     ==============  =====================================================================================
     fixed_small     :math:`\log\tilde\beta_t`, optimal for data that is one point
     fixed_large     :math:`\log\beta_t`, optimal for data that is N(0, I)
-    learned         the network's second half as it is
+    learned         the second half of the network's output, as it is
     learned_range   :math:`f \log\beta_t + (1-f)\log\tilde\beta_t`, :math:`f = (v+1)/2`, v the second half
     ==============  =====================================================================================
 
-    Entry 0 of the fixed tables is that of t = 1 of :math:`\tilde\beta`, as in the original code; f is not squashed.
+    At t = 0 both fixed tables have :math:`\log\tilde\beta_1`, as in the original code; f is not clamped.
 
     Args:
       schedule: tables of T steps.
-      variance_output: the network's second half, (B, H, W, C); None for a fixed variance.
-      t: 0-based times, (B,) int32, each in [0, T).
+      variance_output: the second half of the output, (B, H, W, C); None for a fixed variance.
+      t: 0-based timesteps, (B,) int32, each in [0, T).
       variance: the kind of variance.
 
     Returns:
@@ -216,25 +216,25 @@ def p_mean_variance(
     variance: Variance = "fixed_large",
     clip_x0: bool = True,
 ) -> Reverse:
-    r"""Gives the distribution that the model thinks x_{t-1} has.
+    r"""Returns the model's distribution of x_{t-1} given x_t.
 
     .. math:: p_\theta(x_{t-1} | x_t) = \mathcal N(\tilde\mu_t(x_t, \hat x_0), \sigma_t^2 I)
 
     Without clipping the mean is that of the paper's Algorithm 2. The original code clips :math:`\hat x_0` to [-1, 1]
-    before it takes the mean, which the paper does not say and without which samples are worse.
+    before computing the mean, which the paper does not mention and without which samples are worse.
 
     Args:
       schedule: tables of T steps.
       output: the network's output, (B, H, W, C), or (B, H, W, 2C) for a learned variance.
-      x_t: diffused images, (B, H, W, C).
-      t: 0-based times, (B,) int32, each in [0, T).
+      x_t: noisy images, (B, H, W, C).
+      t: 0-based timesteps, (B,) int32, each in [0, T).
       prediction: what `output` (its first half) is.
       variance: the kind of variance.
       clip_x0: whether to clip :math:`\hat x_0` to [-1, 1]. With prediction "mean" the network's mean is used as it
         is, and only the reported x0 is clipped, as in the original code.
 
     Returns:
-      the Gaussian and the x0 it was made from.
+      the Gaussian, and the predicted x0 behind its mean.
 
     Ho et al. 2020, eqs. 1, 7, 11 and 15, and its code.
     """
@@ -247,13 +247,13 @@ def p_mean_variance(
 
 
 def p_sample(reverse: Reverse, t: Array, z: Array) -> Array:
-    r"""Takes one step of Algorithm 2.
+    r"""Computes x_{t-1} from p(x_{t-1} | x_t) and noise: one step of Algorithm 2.
 
     .. math:: x_{t-1} = \mu_\theta(x_t, t) + \sigma_t z, \quad z = 0 \text{ at the last step}
 
     Args:
       reverse: p(x_{t-1} | x_t), of (B, H, W, C).
-      t: 0-based times, (B,) int32; no noise is added where t is 0.
+      t: 0-based timesteps, (B,) int32; no noise is added where t is 0.
       z: standard normal noise, (B, H, W, C).
 
     Returns:

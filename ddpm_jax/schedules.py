@@ -1,4 +1,4 @@
-r"""Noise schedules: :math:`\beta_t` by name, and every table that follows from it (Ho et al. 2020, sec. 2)."""
+r"""Noise schedules: :math:`\beta_t` by name, and the tables derived from it (Ho et al. 2020, sec. 2)."""
 
 import dataclasses
 import typing
@@ -17,8 +17,8 @@ ScheduleName = typing.Literal["linear", "quad", "const", "warmup10", "warmup50",
 class Schedule:
     r"""The tables of a diffusion of T steps: an immutable pytree of (T,) float32 arrays.
 
-    Each is computed in float64 and rounded once. The index is 0-based: entry `t` belongs to the paper's t+1, and
-    where a formula needs :math:`\bar\alpha_{t-1}` at t = 0 it is 1.
+    Each is computed in float64 and rounded once. Indices are 0-based: entry `t` is the paper's t+1, and where a
+    formula needs :math:`\bar\alpha_{t-1}` at t = 0, its value is 1.
     """
 
     betas: Array
@@ -26,7 +26,7 @@ class Schedule:
     alphas: Array
     r""":math:`\alpha_t = 1 - \beta_t`."""
     alphas_bar: Array
-    r""":math:`\bar\alpha_t = \prod_{s \le t} \alpha_s`, the share of the signal's variance left at t."""
+    r""":math:`\bar\alpha_t = \prod_{s \le t} \alpha_s`, the fraction of the signal's variance left at t."""
     alphas_bar_prev: Array
     r""":math:`\bar\alpha_{t-1}`, 1 at t = 0."""
     one_minus_alphas_bar: Array
@@ -52,10 +52,10 @@ class Schedule:
     log_betas: Array
     r""":math:`\log\beta_t`."""
     fixed_large_log_variance: Array
-    r""":math:`\log\beta_t` with entry 0 replaced by :math:`\log\tilde\beta_1`: "to get a better decoder log
-    likelihood", says the original code."""
+    r""":math:`\log\beta_t` with entry 0 replaced by :math:`\log\tilde\beta_1`, as the original code does "to
+    get a better decoder log likelihood"."""
     timesteps: Array
-    """(T,) int32: the time that the network is told at step t. 0..T-1, but for a respaced schedule."""
+    """(T,) int32: the network's input at step t: 0..T-1, except in a respaced schedule."""
 
     @property
     def num_steps(self) -> int:
@@ -89,25 +89,25 @@ _BETAS: dict[str, Callable[[int, float, float], np.ndarray]] = {
 
 
 def make_betas(name: ScheduleName, num_steps: int, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
-    r"""Gives :math:`\beta_0 .. \beta_{T-1}` of a named schedule in float64.
+    r"""Returns :math:`\beta_0 .. \beta_{T-1}` of a named schedule in float64.
 
     ========  ====================================================================================
-    linear    :math:`\beta` rises evenly from `beta_start` to `beta_end` (the paper's)
-    quad      :math:`\sqrt\beta` rises evenly
-    const     `beta_end` everywhere
-    warmup10  rises evenly over the first 10 % of the steps, then `beta_end`
-    warmup50  rises evenly over the first 50 % of the steps, then `beta_end`
+    linear    :math:`\beta` rises linearly from `beta_start` to `beta_end` (the paper's)
+    quad      :math:`\sqrt\beta` rises linearly
+    const     `beta_end` at every step
+    warmup10  rises linearly over the first 10% of the steps, then stays at `beta_end`
+    warmup50  rises linearly over the first 50% of the steps, then stays at `beta_end`
     jsd       1/T, 1/(T-1), .., 1, so that :math:`\bar\alpha_t = 1 - (t+1)/T`
-    sigmoid   `beta_start` to `beta_end` along a sigmoid over [-6, 6]
-    cosine    :math:`\bar\alpha` falls as :math:`\cos^2`, each beta at most 0.999
+    sigmoid   rises from `beta_start` to `beta_end` along a sigmoid over [-6, 6]
+    cosine    :math:`\bar\alpha` falls as :math:`\cos^2`, with each beta at most 0.999
     ========  ====================================================================================
 
     Args:
       name: one of the names above.
       num_steps: T >= 1.
-      beta_start: first beta, in (0, 1]; unused by const, jsd, cosine. For a "linear" schedule of T != 1000 steps
+      beta_start: first beta, in (0, 1]; ignored by const, jsd and cosine. For a "linear" schedule of T != 1000 steps
         Improved DDPM scales both ends by 1000 / T.
-      beta_end: last beta, in (0, 1]; unused by jsd, cosine.
+      beta_end: last beta, in (0, 1]; ignored by jsd and cosine.
 
     Returns:
       (T,) float64.
@@ -132,11 +132,11 @@ def make_betas(name: ScheduleName, num_steps: int, *, beta_start: float = 1e-4, 
 
 
 def schedule_from_betas(betas: ArrayLike, *, timesteps: ArrayLike | None = None) -> Schedule:
-    r"""Computes every table that follows from :math:`\beta_t`, in float64, and rounds it once to float32.
+    r"""Computes the tables of a schedule from :math:`\beta_t`: in float64, each rounded once to float32.
 
     Args:
-      betas: (T,), each in (0, 1]. 1 is allowed at the last step alone: after it nothing of x_0 is left.
-      timesteps: (T,) integers that the network is told, for a respaced schedule; 0..T-1 if not given.
+      betas: (T,), each in (0, 1]; 1 is allowed only at the last step, after which nothing of x_0 is left.
+      timesteps: (T,) integers, the network's input at each step of a respaced schedule; 0..T-1 if None.
 
     Returns:
       the `Schedule`.
@@ -153,20 +153,20 @@ def schedule_from_betas(betas: ArrayLike, *, timesteps: ArrayLike | None = None)
     wrong[:-1] |= betas[:-1] == 1
     if wrong.any():
         t = int(np.argmax(wrong))
-        raise ValueError(f"beta[{t}]={betas[t]} is outside (0, 1) (1 is allowed at the last step alone)")
+        raise ValueError(f"beta[{t}]={betas[t]} is outside (0, 1) (1 is allowed only at the last step)")
     timesteps = np.arange(betas.size) if timesteps is None else np.asarray(timesteps)
     if timesteps.shape != betas.shape:
-        raise ValueError(f"timesteps of shape {timesteps.shape} do not go with betas of shape {betas.shape}")
+        raise ValueError(f"timesteps of shape {timesteps.shape} do not match betas of shape {betas.shape}")
 
     alphas = 1 - betas
     alphas_bar = np.cumprod(alphas)
     alphas_bar_prev = np.append(1.0, alphas_bar[:-1])
-    # By logarithms, for 1 - alphas_bar loses the digits of a small beta.
+    # Via logarithms: 1 - alphas_bar would lose the digits of a small beta.
     with np.errstate(divide="ignore"):
         one_minus_alphas_bar = -np.expm1(np.cumsum(np.log1p(-betas)))
     one_minus_alphas_bar_prev = np.append(0.0, one_minus_alphas_bar[:-1])
     posterior_variance = betas * one_minus_alphas_bar_prev / one_minus_alphas_bar
-    # A chain of one step has no entry 1; its only step adds no noise, and beta is what remains to take.
+    # A chain of one step has no entry 1; its only step adds no noise, so beta will do.
     first = posterior_variance[1] if betas.size > 1 else betas[0]
     with np.errstate(divide="ignore"):
         recip_alphas_bar = 1 / alphas_bar
@@ -193,7 +193,7 @@ def schedule_from_betas(betas: ArrayLike, *, timesteps: ArrayLike | None = None)
 
 
 def make_schedule(name: ScheduleName, num_steps: int, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
-    r"""Makes a named schedule of T steps with all its tables.
+    r"""Makes a named schedule of T steps.
 
     Args:
       name: see `make_betas`.

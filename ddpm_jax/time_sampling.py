@@ -1,7 +1,7 @@
-r"""Which times a training step looks at: uniform, in antithetic pairs, or where the bound is largest.
+r"""The timesteps of a training batch: uniform, in antithetic pairs, or sampled where the loss is largest.
 
-A sampler of times is a triple of pure functions. What it remembers between steps is part of the training state, so
-that a resumed run goes on with it.
+A timestep sampler is a triple of pure functions. Its memory is part of the training state, so that a resumed run
+continues with it.
 """
 
 import typing
@@ -16,42 +16,42 @@ TimeSamplingName = typing.Literal["uniform", "antithetic", "loss_aware"]
 
 
 class LossHistory(typing.NamedTuple):
-    """The last losses seen at each time."""
+    """The most recent losses at each timestep."""
 
     losses: Array
-    """(T, 10) float32: the last ten at each time, in no order."""
+    """(T, 10) float32: the last ten at each timestep, in no particular order."""
     counts: Array
-    """(T,) int32: how many there have ever been at each time."""
+    """(T,) int32: the number of losses ever recorded at each timestep."""
 
 
 class Draw(typing.NamedTuple):
-    """The times of a batch."""
+    """The timesteps of a batch."""
 
     t: Array
     """(B,) int32, each in [0, T)."""
     weights: Array
-    """(B,) float32: what each loss must be multiplied with so that its mean is that under uniform times."""
+    """(B,) float32: importance weights of the losses; their weighted mean estimates the mean over uniform timesteps."""
 
 
 class TimeSampler(typing.NamedTuple):
-    """A way to draw times."""
+    """A timestep sampler."""
 
     init: Callable[[], typing.Any]
-    """() to what is remembered before the first step."""
+    """() to the memory before the first step."""
     draw: Callable[[Callable[[Array], Array], Array, typing.Any], Draw]
-    """(keys_of, indices, memory) to the times of the images at `indices` (B,) of the whole batch. `keys_of` gives the
-    keys of images by their indices, also of images that another device holds."""
+    """(keys_of, indices, memory) to the timesteps of the images at `indices` (B,) of the global batch. `keys_of`
+    returns the keys of any images of the global batch, including those on other devices."""
     update: Callable[[typing.Any, Array, Array], typing.Any]
-    """(memory, t, losses) to the new memory, from the times and losses of the whole batch."""
+    """(memory, t, losses) to the new memory, given the timesteps and losses of the global batch."""
 
 
 def uniform_times(keys: Array, num_steps: int) -> Array:
-    r"""Draws a time for every image.
+    r"""Draws a timestep for each image, uniformly.
 
     .. math:: t \sim \mathrm{Uniform}\{0, .., T-1\}
 
     Args:
-      keys: (B,) typed keys, one an image.
+      keys: (B,) typed keys, one per image.
       num_steps: T, static.
 
     Returns:
@@ -72,7 +72,7 @@ def _forget(memory: tuple[()], t: Array, losses: Array) -> tuple[()]:
 
 
 def uniform(num_steps: int) -> TimeSampler:
-    """Makes the sampler of the paper: every image at a time of its own, all times alike (Algorithm 1)."""
+    """Makes the paper's sampler: an independent, uniform timestep for each image (Algorithm 1)."""
 
     def draw(keys_of: Callable[[Array], Array], indices: Array, memory: tuple[()]) -> Draw:
         del memory
@@ -83,15 +83,15 @@ def uniform(num_steps: int) -> TimeSampler:
 
 
 def antithetic(num_steps: int) -> TimeSampler:
-    r"""Makes the sampler of pairs: images 2j and 2j+1 of the batch look at t and T-1-t.
+    r"""Makes the antithetic sampler: images 2j and 2j+1 of the batch get timesteps t and T-1-t.
 
-    Each time is still uniform; the mean over a batch varies less, where the loss falls or rises with t.
+    Each timestep is still uniform, but the batch mean of a loss that is monotonic in t has less variance.
 
     Args:
       num_steps: T.
 
     Returns:
-      the sampler.
+      the `TimeSampler`.
 
     Song et al. 2021 (DDIM), its code.
     """
@@ -106,17 +106,17 @@ def antithetic(num_steps: int) -> TimeSampler:
 
 
 def loss_aware(num_steps: int, *, history: int = 10, uniform_share: float = 0.001) -> TimeSampler:
-    r"""Makes the sampler that looks most where the loss is largest, by the second moment of the last losses.
+    r"""Makes the loss-aware sampler: importance sampling by the second moment of recent losses.
 
     .. math:: p_t \propto \sqrt{E[L_t^2]}, \quad
               \text{weight} = \frac{1}{T p_t}, \quad p \leftarrow (1 - u) p + u / T
 
-    Uniform until every time has been seen `history` times.
+    It is uniform until every timestep has been drawn `history` times.
 
     Args:
       num_steps: T.
-      history: losses remembered at each time.
-      uniform_share: u, the share of uniform times mixed in.
+      history: the number of losses kept per timestep.
+      uniform_share: u, the fraction of uniform sampling that is mixed in.
 
     Returns:
       the sampler; its memory is a `LossHistory`.
@@ -136,8 +136,8 @@ def loss_aware(num_steps: int, *, history: int = 10, uniform_share: float = 0.00
 
     def update(memory: LossHistory, t: Array, losses: Array) -> LossHistory:
         chex.assert_equal_shape([t, losses])
-        # How many of the batch come before, and after, each image at the same time: the ring of ten is filled as if
-        # they came one by one, and of more than ten only the last ten are written.
+        # For each image, the number of images of the batch at the same timestep that come before and after it: the
+        # ring buffer is filled as if they came one by one, and of more than `history` only the last are written.
         same = t[:, None] == t[None, :]
         before = jnp.sum(jnp.tril(same, -1), axis=1)
         after = jnp.sum(jnp.triu(same, 1), axis=1)
@@ -157,11 +157,11 @@ _SAMPLERS: dict[str, Callable[[int], TimeSampler]] = {
 
 
 def make_time_sampler(name: TimeSamplingName, num_steps: int) -> TimeSampler:
-    """Makes a sampler of times by name.
+    """Makes a timestep sampler by name.
 
     Raises:
       ValueError: the name is unknown.
     """
     if name not in _SAMPLERS:
-        raise ValueError(f"unknown sampler of times {name!r}: choose one of {', '.join(_SAMPLERS)}")
+        raise ValueError(f"unknown timestep sampler {name!r}: choose one of {', '.join(_SAMPLERS)}")
     return _SAMPLERS[name](num_steps)

@@ -165,5 +165,5 @@ def test_nothing_is_remembered_where_nothing_need_be(make):
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match=r"unknown sampler of times 'gaussian': choose one of uniform, antithetic"):
+    with pytest.raises(ValueError, match=r"unknown timestep sampler 'gaussian': choose one of uniform, antithetic"):
         make_time_sampler("gaussian", T)

@@ -1,1 +1,1 @@
-"""Samplers: rules that take noise to images, each a value; one `lax.scan` runs any of them."""
+"""Samplers: values that describe a reverse chain; one `lax.scan` runs any of them."""

@@ -1,4 +1,4 @@
-"""Algorithm 2 of the paper: T draws from p(x_{t-1} | x_t)."""
+"""Ancestral sampling: Algorithm 2 of Ho et al. 2020."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,22 +18,22 @@ def ancestral(
     variance: Variance = "fixed_large",
     clip_x0: bool = True,
 ) -> Sampler:
-    r"""Makes the sampler of the paper: T draws from p(x_{t-1} | x_t), the last without noise.
+    r"""Makes the paper's sampler: each step samples p(x_{t-1} | x_t), the last without noise.
 
     .. math:: x_{t-1} = \mu_\theta(x_t, t) + \sigma_t z
 
     Args:
       schedule: tables of T steps.
       predict: the network.
-      prediction: what the network's output means.
+      prediction: what the network predicts.
       variance: the variance of p(x_{t-1} | x_t); the paper's CIFAR-10 model uses "fixed_large".
-      clip_x0: whether the predicted clean image is clipped to [-1, 1] at every step, as in the original code.
+      clip_x0: whether the predicted clean image is clipped to [-1, 1] at each step, as in the original code.
 
     Returns:
       a `Sampler` of T steps.
 
     Raises:
-      ValueError: the network predicts the mean of single steps, and the schedule skips some.
+      ValueError: the prediction is "mean" and the schedule skips timesteps.
 
     Ho et al. 2020, Algorithm 2.
     """
@@ -49,5 +49,4 @@ def ancestral(
         x = p_sample(reverse, t, step_noise(keys, time, state.x.shape[1:]))
         return Chain(x), ChainInfo(time, state.x, reverse.x0)
 
-    times = np.arange(schedule.num_steps)[::-1]
-    return Sampler(schedule.num_steps, times, Chain, step)
+    return Sampler(schedule.num_steps, np.arange(schedule.num_steps)[::-1], Chain, step)

@@ -92,7 +92,7 @@ def make_sampler(
       visited: 0-based times that are visited besides; N is larger by those that are new.
       eta: the share of the noise, in [0, 1], for "ddim" alone; 0 if None.
       eps_after_clipping: how eps follows from the clipped x0, for "ddim" alone (see there); "recompute" if None.
-      prediction: what the network's output means.
+      prediction: what the network predicts.
       variance: the variance of p(x_{t-1} | x_t), for "ancestral"; the others only drop a learned one's half.
       clip_x0: whether the predicted clean image is clipped to [-1, 1] at every step.
 

@@ -1,12 +1,12 @@
-r"""DDIM: chains that any number of steps can be skipped in, with any share of the noise (Song et al. 2021).
+r"""DDIM: chains with any subset of the timesteps and any amount of noise (Song et al. 2021).
 
-At eta = 1 it is the ancestral chain; at eta = 0 nothing is drawn but x_T, and the chain is a map between noise and
-images that can be run both ways.
+At eta = 1 it is the ancestral chain; at eta = 0 only x_T is random, and the chain is a map between noise and images
+that can be run in both directions.
 
 >>> from ddpm_jax.samplers.respacing import evenly_spaced, respace
 >>> from ddpm_jax.schedules import make_betas
 >>> schedule = respace(make_betas("linear", 1000), evenly_spaced(1000, 10))
->>> nothing = lambda x_t, t: jnp.zeros_like(x_t)                         # a network that sees no noise
+>>> nothing = lambda x_t, t: jnp.zeros_like(x_t)                         # a network that always predicts 0
 >>> sample(jax.random.key(0), ddim(schedule, nothing), (2, 4, 4, 1)).shape
 (2, 4, 4, 1)
 """
@@ -37,32 +37,31 @@ def ddim(
     clip_x0: bool = True,
     eps_after_clipping: EpsAfterClipping = "recompute",
 ) -> Sampler:
-    r"""Makes the sampler of DDIM.
+    r"""Makes the DDIM sampler.
 
     .. math::
       x_{t-1} &= \sqrt{\bar\alpha_{t-1}}\, \hat x_0 + \sqrt{1 - \bar\alpha_{t-1} - \sigma_t^2}\, \hat\epsilon
                  + \sigma_t z \\
       \sigma_t &= \eta \sqrt{\tilde\beta_t}
 
-    The last step ends in :math:`\hat x_0`, without noise.
+    The last step returns :math:`\hat x_0`, without noise.
 
     Args:
-      schedule: tables of the chain's steps, of all times or of some (`respacing.respace`).
+      schedule: tables of the chain's steps, possibly respaced (see `respacing.respace`).
       predict: the network.
-      eta: the share of the ancestral chain's noise, in [0, 1]. 0 is deterministic; 1 is `samplers.ancestral` with
-        variance "fixed_small".
-      prediction: what the network's output means; "mean" only on a schedule of all times.
-      variance: tells whether the output has a second half; it is not used.
-      clip_x0: whether the predicted clean image is clipped to [-1, 1] at every step.
+      eta: the amount of noise, in [0, 1]: 0 is deterministic; 1 is `ancestral` with variance "fixed_small".
+      prediction: what the network predicts; "mean" only on a schedule that skips no timesteps.
+      variance: the kind of variance; the half of the output for a learned one is ignored.
+      clip_x0: whether the predicted clean image is clipped to [-1, 1] at each step.
       eps_after_clipping: "recompute" derives eps from the clipped x0, as improved-diffusion does (diffusers'
         `use_clipped_model_output=True`); "network" keeps the network's eps, as diffusers does by default. Without
         clipping they are the same.
 
     Returns:
-      a `Sampler` of as many steps as the schedule has.
+      a `Sampler` with one step per timestep of the schedule.
 
     Raises:
-      ValueError: `eta` is outside [0, 1], or "mean" is predicted on a schedule that skips times.
+      ValueError: `eta` is outside [0, 1], or the prediction is "mean" and the schedule skips timesteps.
 
     Song et al. 2021, eqs. 12 and 16.
     """
@@ -83,7 +82,7 @@ def ddim(
         one_minus_alphas_bar_prev = jnp.where(
             t > 0, schedule.one_minus_alphas_bar[t - 1], jnp.zeros_like(schedule.one_minus_alphas_bar[t])
         )
-        # 1 - alphas_bar_prev - sigma^2, as a product because the difference of two close numbers loses its digits.
+        # 1 - alphas_bar_prev - sigma^2, as a product: the difference of two close numbers would lose digits.
         left = (1 - eta**2) + eta**2 * schedule.posterior_mean_coef_x_t[t] * schedule.alphas[t] ** 0.5
         direction = jnp.sqrt(one_minus_alphas_bar_prev * left)
         x = per_image(jnp.sqrt(schedule.alphas_bar_prev[t])) * x0 + per_image(direction) * eps
@@ -102,25 +101,26 @@ def ddim_inversion(
     prediction: Prediction = "eps",
     variance: Variance = "fixed_large",
 ) -> Sampler:
-    r"""Makes the chain from images to the noise that `ddim` (eta = 0, without clipping) draws them from.
+    r"""Makes the DDIM inversion: the chain from images to the noise from which `ddim` with eta = 0 recovers them.
 
     .. math:: x_{t+1} = \sqrt{\bar\alpha_{t+1}}\, \hat x_0 + \sqrt{1 - \bar\alpha_{t+1}}\, \hat\epsilon
 
-    Start it at `init(images)`. It ends at the schedule's last time, where `ddim` begins; improved-diffusion goes one
-    step further, to noise without any signal, which `ddim` does not take back. The two undo one another up to an
-    error that falls with the number of steps. The first step, out of the images, is told the first time.
+    Start it at `init(images)`. It ends at the schedule's last timestep, where `ddim` begins; improved-diffusion takes
+    one step more, to noise without signal, which `ddim` does not invert. The two invert each other up to an error
+    that falls with the number of steps, if x0 is not clipped. The network's input at the first step, which starts
+    from clean images, is the schedule's first timestep.
 
     Args:
-      schedule: as that of the `ddim` that is to take the noise back.
+      schedule: the schedule of the `ddim` that is to be inverted.
       predict: the network.
-      prediction: what the network's output means; "mean" only on a schedule of all times.
-      variance: tells whether the output has a second half; it is not used.
+      prediction: what the network predicts; "mean" only on a schedule that skips no timesteps.
+      variance: the kind of variance; the half of the output for a learned one is ignored.
 
     Returns:
-      a `Sampler` of as many steps as the schedule has; its times rise.
+      a `Sampler` with one step per timestep of the schedule, in increasing order.
 
     Raises:
-      ValueError: "mean" is predicted on a schedule that skips times.
+      ValueError: the prediction is "mean" and the schedule skips timesteps.
 
     Song et al. 2021, sec. 4.3 and eq. 14.
     """
@@ -132,10 +132,10 @@ def ddim_inversion(
         t = jnp.maximum(t_next - 1, 0)
         output, _ = split_output(predict(state.x, schedule.timesteps[t]), variance=variance)
         eps = predict_eps(schedule, output, state.x, t, prediction=prediction)
-        # The images that the chain starts from hold no noise: they are their own x0.
+        # The images that the chain starts from have no noise: they are their own x0.
         x0 = jnp.where(per_image(t_next) > 0, predict_x0(schedule, output, state.x, t, prediction=prediction), state.x)
         signal, sigma = schedule.sqrt_alphas_bar[t_next], schedule.sqrt_one_minus_alphas_bar[t_next]
         return Chain(per_image(signal) * x0 + per_image(sigma) * eps), ChainInfo(t[0], state.x, x0)
 
-    times = np.maximum(np.arange(schedule.num_steps) - 1, 0)
-    return Sampler(schedule.num_steps, times, Chain, step)
+    timesteps = np.maximum(np.arange(schedule.num_steps) - 1, 0)
+    return Sampler(schedule.num_steps, timesteps, Chain, step)

@@ -1,20 +1,20 @@
 r"""Multistep solvers of the probability-flow ODE and of the reverse SDE: good images in 5 to 20 steps.
 
-With :math:`\alpha = \sqrt{\bar\alpha}`, :math:`\sigma = \sqrt{1 - \bar\alpha}` and half the logarithm of the ratio of
-signal to noise, :math:`\lambda = \log(\alpha / \sigma)`, the ODE of the diffusion has the exact solution
+With :math:`\alpha = \sqrt{\bar\alpha}`, :math:`\sigma = \sqrt{1 - \bar\alpha}` and half the log SNR,
+:math:`\lambda = \log(\alpha / \sigma)`, the diffusion ODE has the exact solution
 
 .. math:: x_t = \frac{\sigma_t}{\sigma_s} x_s
                 + \sigma_t \int_{\lambda_s}^{\lambda_t} e^\lambda\, \hat x_0(x_\lambda, \lambda)\, d\lambda
 
-(Lu et al. 2022, DPM-Solver++, eq. 9). A multistep solver puts under the integral a polynomial through the predictions
-of the last steps, so that each step costs one evaluation of the network. All that depends on the schedule is worked
-out in float64 when the sampler is made; a step is a weighted sum of a few images.
+(Lu et al. 2022, DPM-Solver++, eq. 9). A multistep solver replaces the integrand by a polynomial through the predictions
+of the last steps, so that each step costs one evaluation of the network. Everything that depends on the schedule is
+computed in float64 when the sampler is made; a step is a weighted sum of a few images.
 
 >>> from ddpm_jax.samplers.respacing import evenly_spaced_in_log_snr, respace
 >>> from ddpm_jax.schedules import make_betas
 >>> betas = make_betas("linear", 1000)
 >>> schedule = respace(betas, evenly_spaced_in_log_snr(betas, 10))
->>> nothing = lambda x_t, t: jnp.zeros_like(x_t)                         # a network that sees no noise
+>>> nothing = lambda x_t, t: jnp.zeros_like(x_t)                         # a network that always predicts 0
 >>> sample(jax.random.key(0), dpm_solver_pp_2m(schedule, nothing), (2, 4, 4, 1)).shape
 (2, 4, 4, 1)
 """
@@ -28,10 +28,10 @@ from ddpm_jax.schedules import Schedule
 
 
 def _second_order(x0_weight: np.ndarray, log_ratio: np.ndarray) -> np.ndarray:
-    """Shares the weight of x0 between this step's and, for the slope of x0, that of the step before: (N, 2)."""
+    """Returns the weights, (N, 2), of this step's x0 and of the previous step's, which gives the slope of x0."""
     h = np.diff(log_ratio)
     slope = np.zeros_like(h)
-    # Of first order: the first step, which remembers nothing, and the last, over an infinite h.
+    # The first step has no memory and the last an infinite h: both are of first order.
     slope[1:-1] = 0.5 * h[1:-1] / h[:-2]
     return x0_weight[:, None] * np.stack([1 + slope, -slope], axis=1)
 
@@ -44,26 +44,26 @@ def dpm_solver_pp_2m(
     variance: Variance = "fixed_large",
     clip_x0: bool = True,
 ) -> Sampler:
-    r"""Makes the multistep DPM-Solver++ of second order, which is deterministic.
+    r"""Makes the deterministic second-order multistep DPM-Solver++.
 
     .. math::
       x_t &= \frac{\sigma_t}{\sigma_s} x_s - \alpha_t (e^{-h} - 1) D, \quad h = \lambda_t - \lambda_s \\
       D &= \left(1 + \frac{h}{2 h_{prev}}\right) \hat x_0 - \frac{h}{2 h_{prev}} \hat x_0^{prev}
 
-    The first step and the last are of first order (D is :math:`\hat x_0`), as DDIM is.
+    The first and the last step are of first order (D is :math:`\hat x_0`), like DDIM.
 
     Args:
-      schedule: tables of the chain's steps (`respacing.respace`); not traced.
+      schedule: tables of the chain's steps (see `respacing.respace`); not traced.
       predict: the network.
-      prediction: what the network's output means; "mean" only on a schedule of all times.
-      variance: tells whether the output has a second half; it is not used.
-      clip_x0: whether the predicted clean image is clipped to [-1, 1] at every step.
+      prediction: what the network predicts; "mean" only on a schedule that skips no timesteps.
+      variance: the kind of variance; the half of the output for a learned one is ignored.
+      clip_x0: whether the predicted clean image is clipped to [-1, 1] at each step.
 
     Returns:
-      a `Sampler` of as many steps as the schedule has.
+      a `Sampler` with one step per timestep of the schedule.
 
     Raises:
-      ValueError: "mean" is predicted on a schedule that skips times.
+      ValueError: the prediction is "mean" and the schedule skips timesteps.
 
     Lu et al. 2022 (DPM-Solver++), Algorithm 2.
     """
@@ -84,7 +84,7 @@ def dpm_solver_pp_2m_sde(
     variance: Variance = "fixed_large",
     clip_x0: bool = True,
 ) -> Sampler:
-    r"""Makes the SDE form of the multistep DPM-Solver++ of second order, which draws noise at every step but the last.
+    r"""Makes the SDE form of the second-order multistep DPM-Solver++, which adds noise at every step but the last.
 
     .. math::
       x_t = \frac{\sigma_t}{\sigma_s} e^{-h} x_s + \alpha_t (1 - e^{-2h}) D + \sigma_t \sqrt{1 - e^{-2h}}\, z
@@ -92,17 +92,17 @@ def dpm_solver_pp_2m_sde(
     with h and D of `dpm_solver_pp_2m`. Its first-order form is the ancestral chain with variance "fixed_small".
 
     Args:
-      schedule: tables of the chain's steps (`respacing.respace`); not traced.
+      schedule: tables of the chain's steps (see `respacing.respace`); not traced.
       predict: the network.
-      prediction: what the network's output means; "mean" only on a schedule of all times.
-      variance: tells whether the output has a second half; it is not used.
-      clip_x0: whether the predicted clean image is clipped to [-1, 1] at every step.
+      prediction: what the network predicts; "mean" only on a schedule that skips no timesteps.
+      variance: the kind of variance; the half of the output for a learned one is ignored.
+      clip_x0: whether the predicted clean image is clipped to [-1, 1] at each step.
 
     Returns:
-      a `Sampler` of as many steps as the schedule has.
+      a `Sampler` with one step per timestep of the schedule.
 
     Raises:
-      ValueError: "mean" is predicted on a schedule that skips times.
+      ValueError: the prediction is "mean" and the schedule skips timesteps.
 
     Lu et al. 2022 (DPM-Solver++), app. D.2 (SDE-DPM-Solver++(2M)).
     """

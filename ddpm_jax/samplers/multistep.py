@@ -1,4 +1,4 @@
-"""PATHDOC"""
+"""The engine of the multistep solvers: steps that are weighted sums of images, predictions and noise."""
 
 import typing
 
@@ -14,46 +14,46 @@ from ddpm_jax.schedules import Schedule
 
 
 class Path(typing.NamedTuple):
-    """The N + 1 places that a chain of N steps passes, from the noise to the clean image: (N + 1,) float64 each."""
+    """The N + 1 noise levels of a chain of N steps, from noise to clean image: (N + 1,) float64 each."""
 
     alpha: np.ndarray
     r""":math:`\alpha = \sqrt{\bar\alpha}`; 1 at the end."""
     sigma: np.ndarray
     r""":math:`\sigma = \sqrt{1 - \bar\alpha}`; 0 at the end."""
     log_ratio: np.ndarray
-    r""":math:`\lambda = \log(\alpha / \sigma)`, rising; infinite at the end."""
+    r""":math:`\lambda = \log(\alpha / \sigma)`, increasing; infinite at the end."""
 
 
 class Combination(typing.NamedTuple):
-    """Weights of the weighted sums that take x from step k to step k + 1; row k is step k's, float64."""
+    """Weights of the sums that take x from step k to step k + 1, float64; row k is for step k."""
 
     x: np.ndarray
-    """(N,) of the images."""
+    """(N,) weights of the images."""
     x0: np.ndarray
-    """(N, n) of the clean images predicted at steps k, k - 1, .., k - n + 1; 0 for a step before the first."""
+    """(N, n) weights of the x0 predicted at steps k, k - 1, .., k - n + 1; 0 for steps before the first."""
     noise: np.ndarray
-    """(N,) of standard normal noise."""
+    """(N,) weights of standard normal noise."""
 
 
 class Correction(typing.NamedTuple):
-    """Weights of the weighted sums that mend the images of step k once x0 is predicted from them, float64."""
+    """Weights of the sums that correct the images of step k once x0 is predicted from them, float64."""
 
     x: np.ndarray
-    """(N,) of the images to be mended; 1 at the first step, which has nothing to mend, and 0 after it."""
+    """(N,) weights of the images before the correction: 1 at the first step, which needs none, and 0 after it."""
     x_before: np.ndarray
-    """(N,) of the images of the step before, mended."""
+    """(N,) weights of the corrected images of the previous step."""
     x0: np.ndarray
-    """(N, n) of the clean images predicted at steps k, k - 1, .., k - n + 1."""
+    """(N, n) weights of the x0 predicted at steps k, k - 1, .., k - n + 1."""
 
 
 def path(schedule: Schedule) -> Path:
-    r"""Reads the places that a chain passes out of its schedule.
+    r"""Computes the noise levels of a chain from its schedule.
 
     Args:
       schedule: tables of N steps; not traced.
 
     Returns:
-      the `Path`. Where :math:`\bar\alpha` is 0 it counts as 1e-24, so that :math:`\lambda` is finite.
+      the `Path`. Where :math:`\bar\alpha` is 0, 1e-24 is used instead, so that :math:`\lambda` is finite.
     """
     alphas_bar = np.maximum(np.asarray(schedule.alphas_bar, np.float64), 1e-24)[::-1]
     one_minus_alphas_bar = np.asarray(schedule.one_minus_alphas_bar, np.float64)[::-1]
@@ -65,9 +65,9 @@ def path(schedule: Schedule) -> Path:
 
 class _Memory(typing.NamedTuple):
     x: Array
-    """(B, H, W, C) the images of the step before, mended."""
+    """(B, H, W, C) the corrected images of the previous step."""
     x0: Array
-    """(n, B, H, W, C) the clean images predicted at the steps before, the latest first."""
+    """(n, B, H, W, C) the x0 predicted at the previous steps, the latest first."""
 
 
 def _weighted(weights: Array, images: Array) -> Array:
@@ -84,7 +84,23 @@ def multistep(
     variance: Variance,
     clip_x0: bool,
 ) -> Sampler:
-    """Makes the sampler whose steps are the given weighted sums."""
+    """Makes a sampler whose steps are given weighted sums.
+
+    Args:
+      schedule: tables of the chain's N steps; not traced.
+      predict: the network.
+      combination: the weights of each step.
+      correction: the weights of each step's correction; None for a solver without.
+      prediction: what the network predicts; "mean" only on a schedule that skips no timesteps.
+      variance: the kind of variance; the half of the output for a learned one is ignored.
+      clip_x0: whether the predicted clean image is clipped to [-1, 1] at each step.
+
+    Returns:
+      a `Sampler` of N steps.
+
+    Raises:
+      ValueError: the prediction is "mean" and the schedule skips timesteps.
+    """
     check_prediction(schedule, prediction)
     remembered = combination.x0.shape[1] - 1 if correction is None else correction.x0.shape[1] - 1
     draws = bool(combination.noise.any())

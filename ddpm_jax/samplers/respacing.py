@@ -88,7 +88,7 @@ def check_prediction(schedule: Schedule, prediction: Prediction) -> None:
 
     Args:
       schedule: tables of the chain's steps; one that is traced cannot be checked.
-      prediction: what the network's output means.
+      prediction: what the network predicts.
 
     Raises:
       ValueError: the network predicts the mean of x_{t-1} and the schedule skips times.

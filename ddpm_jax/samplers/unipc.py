@@ -1,4 +1,4 @@
-"""UniPC: a predictor and a corrector of high order, for few steps (Zhao et al. 2023)."""
+"""UniPC: a high-order predictor and corrector, for sampling in few steps (Zhao et al. 2023)."""
 
 import math
 
@@ -21,14 +21,14 @@ def _b_vector(h: float, order: int) -> np.ndarray:
 
 
 def _slopes(log_ratio: np.ndarray, k: int, order: int) -> np.ndarray:
-    """(order - 1,) how far before step k the steps lie that are looked back at, in units of its length, negative."""
+    """(order - 1,) the (negative) distances from step k to the steps before it, in units of the step's length."""
     h = log_ratio[k + 1] - log_ratio[k]
     return (log_ratio[k - np.arange(1, order)] - log_ratio[k]) / h
 
 
-def _unipc_weights(places: Path, order: int) -> tuple[Combination, Correction]:
-    """Works out the predictor (UniP) and the corrector (UniC) of every step."""
-    alpha, sigma, log_ratio = places
+def _unipc_weights(levels: Path, order: int) -> tuple[Combination, Correction]:
+    """Computes the weights of the predictor (UniP) and the corrector (UniC) of each step."""
+    alpha, sigma, log_ratio = levels
     num_steps = len(alpha) - 1
     predictor = Combination(np.zeros(num_steps), np.zeros((num_steps, order)), np.zeros(num_steps))
     corrector = Correction(np.zeros(num_steps), np.zeros(num_steps), np.zeros((num_steps, order + 1)))
@@ -40,7 +40,7 @@ def _unipc_weights(places: Path, order: int) -> tuple[Combination, Correction]:
         predictor.x[k], predictor.x0[k, 0] = x_weight, x0_weight
         if order_here > 1:
             b = _b_vector(log_ratio[k + 1] - log_ratio[k], order_here)
-            # The published predictor of second order is not solved for: its weight is that of small steps.
+            # The published second-order predictor does not solve for its weight: it uses that of small steps.
             rho = np.linalg.solve(ratios ** powers[:-1, None], b[:-1]) if order_here > 2 else np.array([0.5])
             slopes = x0_weight * rho / ratios
             predictor.x0[k, 1:order_here] += slopes
@@ -67,30 +67,30 @@ def unipc(
     variance: Variance = "fixed_large",
     clip_x0: bool = True,
 ) -> Sampler:
-    r"""Makes UniPC: a predictor of order p, and a corrector that raises it to p + 1 for no evaluation more.
+    r"""Makes the UniPC sampler: a predictor of order p, and a corrector that raises it to p + 1 at no extra evaluation.
 
     .. math::
       x_t = \frac{\sigma_t}{\sigma_s} x_s - \alpha_t (e^{-h} - 1) \left(\hat x_0
             + \sum_{i=1}^{p} \frac{\rho_i}{r_i} \left(\hat x_0^{(i)} - \hat x_0\right)\right)
 
-    :math:`r_i = (\lambda_i - \lambda_s) / h` says where the other predictions lie: the predictor has those of the
-    p - 1 steps before, the corrector that of x_t too, once the network has seen it for the next step. The
-    :math:`\rho_i` make the integral exact for polynomials (the paper's B_2(h), data prediction). Order rises over the
-    first steps and falls over the last.
+    The other predictions are at :math:`r_i = (\lambda_i - \lambda_s) / h`: the predictor uses those of the p - 1
+    previous steps; the corrector also that at x_t, which the next step computes anyway. The :math:`\rho_i` make the
+    integral exact for polynomials (the paper's B_2(h), data prediction). The order rises over the first steps and
+    falls over the last.
 
     Args:
-      schedule: tables of the chain's steps (`respacing.respace`); not traced.
+      schedule: tables of the chain's steps (see `respacing.respace`); not traced.
       predict: the network.
       order: p, 1 to 3; the authors recommend 3 without guidance and 2 with it.
-      prediction: what the network's output means; "mean" only on a schedule of all times.
-      variance: tells whether the output has a second half; it is not used.
-      clip_x0: whether the predicted clean image is clipped to [-1, 1] at every step.
+      prediction: what the network predicts; "mean" only on a schedule that skips no timesteps.
+      variance: the kind of variance; the half of the output for a learned one is ignored.
+      clip_x0: whether the predicted clean image is clipped to [-1, 1] at each step.
 
     Returns:
-      a `Sampler` of as many steps as the schedule has.
+      a `Sampler` with one step per timestep of the schedule.
 
     Raises:
-      ValueError: `order` is not 1, 2 or 3, or "mean" is predicted on a schedule that skips times.
+      ValueError: `order` is not 1, 2 or 3, or the prediction is "mean" and the schedule skips timesteps.
 
     Zhao et al. 2023, Algorithms 5 and 6.
     """

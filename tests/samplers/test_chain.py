@@ -312,12 +312,12 @@ class TestTrajectory:
             assert int(info.time) == 19 - k
 
     @pytest.mark.parametrize("at", [(20,), (-1, 3), (0, 1000)])
-    def test_unknown_time_is_refused(self, at):
-        with pytest.raises(ValueError, match="does not pass time"):
+    def test_unknown_timestep_is_refused(self, at):
+        with pytest.raises(ValueError, match="is not in the chain"):
             sample_trajectory(jax.random.key(0), self.chain(), (1, 2, 2, 1), at=at)
 
-    def test_time_asked_for_twice_is_refused(self):
-        with pytest.raises(ValueError, match="twice"):
+    def test_repeated_timestep_is_refused(self):
+        with pytest.raises(ValueError, match="must be distinct"):
             sample_trajectory(jax.random.key(0), self.chain(), (1, 2, 2, 1), at=(3, 3))
 
 
