@@ -34,9 +34,9 @@ TINY = (
 # Ends itself at a bad moment, as a machine that loses its power does: the rest is the script's own.
 KILLED = """
 import os, runpy, signal, sys
-from ddpm_jax.training import loop
+from ddpm_jax.training import hooks
 _, moment, step, script, *arguments = sys.argv
-append_line, save = loop.append_line, loop.Checkpoints.save
+append_line, save = hooks.append_line, hooks.Checkpoints.save
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -52,7 +52,7 @@ def save_and_die(self, at, *rest, **more):
     if moment == "while saving" and at >= int(step):
         die()
 
-loop.append_line, loop.Checkpoints.save = append_and_tear, save_and_die
+hooks.append_line, hooks.Checkpoints.save = append_and_tear, save_and_die
 sys.argv = [script, *arguments]
 runpy.run_path(script, run_name="__main__")
 """
@@ -148,11 +148,12 @@ def often_stopped(tmp_path_factory, environment):
         _, err = process.wait(status)
         last_line = err.strip().splitlines()[-1]
         stopped = re.fullmatch(
-            rf"train.py: stopped by {number.name} at step (\d+), saved: the same command goes on", last_line
+            rf"train.py: stopped by {number.name} at step (\d+); checkpoint saved\. Run the same command to resume\.",
+            last_line,
         )
         assert stopped, err
         assert checkpoints(run)[-1] == int(stopped[1]) < STEPS
-        assert f"going on from step {before}" in err
+        assert f"resuming from step {before}" in err
     Process(environment, *command).wait(0)
     return run
 

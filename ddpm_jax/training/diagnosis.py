@@ -1,6 +1,5 @@
 """Why a step is not finite: that step again, which is a pure function, with every layer watched."""
 
-import dataclasses
 import functools
 import typing
 from pathlib import Path
@@ -20,13 +19,13 @@ from ddpm_jax.data.sources import load_source
 from ddpm_jax.run.build import matmul_precision
 from ddpm_jax.run.checkpoints import Checkpoints
 from ddpm_jax.run.record import check_same_run
-from ddpm_jax.run.weights import start_from
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import claimed
 from ddpm_jax.system.progress import Progress, say
 from ddpm_jax.training.metrics import StepNumbers
 from ddpm_jax.training.setup import Setup, make_setup
-from ddpm_jax.training.state import TrainState, from_items, to_items
+from ddpm_jax.training.start import first_state
+from ddpm_jax.training.state import TrainState
 from ddpm_jax.training.step import Batch
 
 
@@ -61,16 +60,7 @@ def find_not_finite(config: Config, run: Path) -> str:
         with Checkpoints(
             run, keep=rules.keep, keep_every=rules.keep_every, keep_best=rules.keep_best, warn=say
         ) as checkpoints:
-            abstract = layout.abstract_state(parts.init, keys.init)
-            restored = checkpoints.restore(to_items(abstract))
-        if restored is not None:
-            state = layout.place_state(from_items(restored.step, restored.items, abstract.step.sharding))
-        else:
-            state = layout.init(parts.init, keys.init)
-            if config.train.init_from:
-                drawn = layout.saved_state(state)
-                params, ema = start_from(Path(config.train.init_from), drawn.params, drawn.ema, run=run)
-                state = layout.place_state(dataclasses.replace(drawn, params=params, ema=ema))
+            state, _ = first_state(parts, checkpoints, run)
         first = int(jax.device_get(layout.saved_state(state).step))
         train = config.train
         feed: prefetch.Prefetch[prefetch.Batch] = prefetch.batches(

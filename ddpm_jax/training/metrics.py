@@ -1,25 +1,28 @@
-"""What a run says of itself, one JSON line at a time.
+"""Metrics of a run, one JSON object per line.
 
-`metrics.jsonl` holds what follows from the configuration alone: a resumed run writes, byte for byte, what a run never
-stopped writes. What depends on the machine and the hour (speed) goes to `timing.jsonl`.
+`metrics.jsonl` holds what follows from the configuration alone: a resumed run writes the same bytes as one that was
+never stopped. What depends on the machine (speed) goes to `timing.jsonl`.
 """
 
+import collections
 import itertools
 import json
 import math
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import write_whole
+from ddpm_jax.training.step import StepInfo
 
 
 class StepNumbers(typing.NamedTuple):
-    """The numbers of a step on the host, as the loop and a checkpoint keep them until a line is written."""
+    """Diagnostics of one step on the host, kept by the loop and in checkpoints until a line is written."""
 
     loss: float
     grad_norm: float
@@ -30,19 +33,56 @@ class StepNumbers(typing.NamedTuple):
     """(4,)."""
 
     def is_finite(self) -> bool:
-        """Says whether training can go on from here."""
+        """Returns whether training can continue from here."""
         return all(map(math.isfinite, (self.loss, self.grad_norm, self.param_norm)))
 
 
+class Diagnostics:
+    """The diagnostics of a run's steps: of those in flight, since the last line of metrics, and since the last save."""
+
+    window: list[StepNumbers]
+    """Of the steps since the last line of metrics."""
+    since_save: list[float]
+    """Losses of the steps since the last checkpoint."""
+
+    def __init__(self, window: Iterable[StepNumbers], *, check: Callable[[int, StepNumbers], None]):
+        """Begins with the steps that a checkpoint remembers.
+
+        Args:
+          window: as above.
+          check: called with each step's number and diagnostics; raises if training cannot continue.
+        """
+        self.window, self.since_save = list(window), []
+        self._check = check
+        self._in_flight: collections.deque[tuple[int, StepInfo]] = collections.deque()
+
+    def add(self, step: int, info: StepInfo) -> None:
+        """Adds a step that was dispatched; does not wait for it."""
+        self._in_flight.append((step, info))
+
+    def collect(self, *, in_flight: int = 0) -> None:
+        """Waits for all steps but the last `in_flight`."""
+        while len(self._in_flight) > in_flight:
+            step, info = self._in_flight.popleft()
+            numbers = StepNumbers(*(value.tolist() for value in jax.device_get(info)))
+            self._check(step, numbers)
+            self.window.append(numbers)
+            self.since_save.append(numbers.loss)
+
+    def recent(self) -> dict[str, float]:
+        """Returns the mean loss of up to 50 steps since the last line of metrics; {} if there are none."""
+        return {"loss": float(np.mean([numbers.loss for numbers in self.window[-50:]]))} if self.window else {}
+
+
 def summarize(window: Sequence[StepNumbers]) -> dict[str, Any]:
-    """Makes one line of metrics of the steps since the line before.
+    """Returns one line of metrics from the steps since the line before.
 
     Args:
       window: the steps, at least one.
 
     Returns:
-      the mean loss, the mean loss of the images whose times are in each quarter of the chain (None where there were
-      none), the mean norm of the gradient, and the last norm of the parameters.
+      the mean loss, the mean loss of the images whose timesteps are in each quarter of the chain (None where there were
+      none), the mean gradient norm, and the last parameter norm.
     """
     loss, grad_norm = np.mean([(step.loss, step.grad_norm) for step in window], axis=0)
     sums = np.sum([step.quartile_sums for step in window], axis=0)
@@ -57,13 +97,13 @@ def summarize(window: Sequence[StepNumbers]) -> dict[str, Any]:
 
 
 class _Content(typing.NamedTuple):
-    """What is in a file of metrics."""
+    """The content of a metrics file."""
 
     whole: bytes
     lines: list[tuple[bytes, dict[str, Any]]]
-    """Every line that can be read, as its bytes without the line's end, and what they say."""
+    """Every readable line: its bytes without the newline, and its values."""
     damaged: list[int]
-    """The numbers, from 1, of the lines that cannot be read; a last one cut off by a crash is not one of them."""
+    """1-based numbers of unreadable lines; a last line cut off by a crash is not one of them."""
 
 
 def _read(path: Path) -> _Content:
@@ -75,7 +115,7 @@ def _read(path: Path) -> _Content:
     lines, damaged = [], []
     for number, line in enumerate([*ended, last] if last else ended, 1):
         try:
-            # What is no text becomes signs that no number and no name has.
+            # Bytes that are not text become characters that occur in no number and no name.
             values = json.loads(line.decode(errors="replace"))
             readable = isinstance(values, dict) and isinstance(values.get("step"), int)
         except ValueError:
@@ -88,7 +128,7 @@ def _read(path: Path) -> _Content:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads the lines of a file of metrics; those that cannot be read are left out; [] if there is none."""
+    """Reads the lines of a metrics file, without those that cannot be read; [] if there is no file."""
     return [values for _, values in _read(path).lines]
 
 
@@ -106,15 +146,15 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def rewind(path: Path, step: int, *, warn: Callable[[str], None]) -> None:
-    """Drops the lines after `step`, which a run resumed from there will write again; the others stay as they are.
+    """Drops the lines after `step`, which a run resumed from there writes again; the others keep their bytes.
 
-    A last line cut off by a crash goes without a word. Any other that cannot be read is left out too, but said, and
-    the whole file as it was is kept beside it.
+    A last line cut off by a crash is dropped silently. Any other unreadable line is dropped with a warning, and a copy
+    of the file as it was is kept beside it.
 
     Args:
-      path: of the file; it is there afterwards, even if it was not.
-      step: the last one that is kept.
-      warn: tells the user one line.
+      path: the file; created empty if it does not exist.
+      step: the last step to keep.
+      warn: called with one line for the user.
 
     Raises:
       UserError: the file cannot be read or written.
@@ -124,8 +164,8 @@ def rewind(path: Path, step: int, *, warn: Callable[[str], None]) -> None:
         names = (f"{path.name}.damaged{number or ''}" for number in itertools.count())
         copy = next(file for file in map(path.with_name, names) if not file.exists())
         write_whole(copy, lambda file: file.write(content.whole))
-        word = "lines" if len(content.damaged) > 1 else "line"
+        word, were = ("lines", "were") if len(content.damaged) > 1 else ("line", "was")
         numbers = ", ".join(map(str, content.damaged))
-        warn(f"{path}: {word} {numbers} cannot be read, left out; the file as it was is kept in {copy.name}")
+        warn(f"{path}: {word} {numbers} cannot be read and {were} dropped; the original file is kept as {copy.name}")
     kept = b"".join(line + b"\n" for line, values in content.lines if values["step"] <= step)
     write_whole(path, lambda file: file.write(kept))

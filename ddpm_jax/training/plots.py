@@ -6,6 +6,16 @@ from pathlib import Path
 import numpy as np
 
 from ddpm_jax.system.files import write_whole
+from ddpm_jax.training.metrics import read_lines
+
+
+def plot_run(run: Path) -> None:
+    """Plots the metrics of a run into its `loss.png`; nothing if there are none yet."""
+    lines = [line for line in read_lines(run / "metrics.jsonl") if "loss" in line]
+    if lines:
+        quartiles = np.array([line["loss_quartiles"] for line in lines], np.float64)
+        steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+        plot_loss(run / "loss.png", steps, losses, quartiles)
 
 
 def plot_loss(path: Path, steps: Sequence[int], losses: Sequence[float], quartiles: np.ndarray | None = None) -> None:

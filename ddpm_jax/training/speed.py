@@ -2,7 +2,8 @@
 
 import resource
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -95,3 +96,53 @@ def peak_memory_gib(device: jax.Device) -> float:
         return statistics["peak_bytes_in_use"] / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10  # Linux counts in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class SpeedMeter:
+    """Measures the speed of a run's training steps; used in a `with` block it pauses for what is not training."""
+
+    def __init__(
+        self,
+        *,
+        first: int,
+        batch_size: int,
+        flops: float | None,
+        tflops: float | None,
+        seconds_waited: Callable[[], float],
+    ):
+        """Starts to measure.
+
+        Args:
+          first: steps done before.
+          batch_size: images per step, over all devices.
+          flops: of the forward pass of one image; None if they are not known.
+          tflops: peak of one device; None if it is not known.
+          seconds_waited: returns the total seconds spent waiting for data.
+        """
+        self._step, self._batch_size, self._flops, self._tflops = first, batch_size, flops, tflops
+        self._seconds_waited, self._waited = seconds_waited, 0.0
+        self._seconds, self._since = 0.0, time.perf_counter()
+
+    def __enter__(self) -> None:
+        self._seconds += time.perf_counter() - self._since
+
+    def __exit__(self, *exception: object) -> None:
+        self._since = time.perf_counter()
+
+    def measure(self, step: int) -> dict[str, float | None]:
+        """Returns the speed since the last call; to be called during a pause.
+
+        Args:
+          step: steps done.
+        """
+        seconds, waited, steps = self._seconds, self._seconds_waited() - self._waited, step - self._step
+        self._step, self._waited, self._seconds = step, self._waited + waited, 0.0
+        rate = steps * self._batch_size / seconds
+        share = utilization(rate, self._flops, devices=jax.device_count(), tflops=self._tflops)
+        return {
+            "seconds": round(seconds, 3),
+            "images_per_second": round(rate, 2),
+            "waited_for_data": round(waited / seconds, 4),
+            "model_flops_utilization": None if share is None else round(share, 4),
+            "peak_memory_gib": round(peak_memory_gib(jax.local_devices()[0]), 3),
+        }

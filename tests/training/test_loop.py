@@ -1,5 +1,6 @@
-"""The loop: what it refuses, how it fails, and that its devices do not show. Its resumption: tests/test_scripts.py."""
+"""The loop: what it refuses, how it fails, stops and resumes, its hooks. Killed processes: tests/test_scripts.py."""
 
+import concurrent.futures
 import dataclasses
 import fcntl
 import json
@@ -17,6 +18,7 @@ from ddpm_jax.run.record import read_config
 from ddpm_jax.run.validation import validate
 from ddpm_jax.system.errors import Stopped, UserError
 from ddpm_jax.training import loop, setup
+from ddpm_jax.training.hooks import Periodic
 from ddpm_jax.training.loop import train
 
 TINY = Config(
@@ -133,7 +135,7 @@ def test_images_that_are_no_pictures_are_trained_on_without_grids(tmp_path, caps
     data = DataConfig(source="npy", path=str(tmp_path / "images.npy"), channels=2)
     log = dataclasses.replace(TINY.log, samples_every=1)
     train(dataclasses.replace(with_train(steps=2), data=data, log=log), tmp_path / "run")
-    assert "no grids are drawn: images of 2 channels are no pictures" in capsys.readouterr().err
+    assert "no sample grids: images with 2 channels cannot be shown" in capsys.readouterr().err
     assert load_ema(tmp_path / "run", warn=pytest.fail)[0] == 2
 
 
@@ -166,26 +168,57 @@ def test_what_is_kept_and_that_minutes_save_too(trained, tmp_path):
     np.testing.assert_allclose(np.mean([losses[5], losses[6]]), last, rtol=1e-12)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_after_its_step(trained, tmp_path, monkeypatch, number):
-    append_line = loop.append_line
+def signal_at(step, number):
+    """A hook that sends this process a signal once."""
+    sent = []
 
-    def and_signal(path, line):
-        append_line(path, line)
-        if line["step"] == 4 and path.name == "timing.jsonl":
+    def send(event):
+        if event.step == step and not sent:
+            sent.append(number)
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(loop, "append_line", and_signal)
+    return Periodic(1, send)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_run_after_its_step_and_the_same_command_resumes(trained, tmp_path, capsys, number):
     before = signal.getsignal(number)
     with pytest.raises(
-        Stopped, match=f"stopped by {number.name} at step [45], saved: the same command goes on"
+        Stopped,
+        match=rf"stopped by {number.name} at step 5; checkpoint saved\. Run the same command to resume\.",
     ) as stop:
-        train(TINY, tmp_path)
+        train(TINY, tmp_path, hooks=[signal_at(4, number)])
     assert stop.value.signal_number == number
     assert signal.getsignal(number) is before
-    assert load_ema(tmp_path, warn=pytest.fail)[0] in (4, 5)
+    assert "stopping after this step and saving a checkpoint; press Ctrl-C again" in capsys.readouterr().err
+    assert load_ema(tmp_path, warn=pytest.fail)[0] == 5
     train(TINY, tmp_path)
+    assert f"{tmp_path}: resuming from step 5" in capsys.readouterr().err
     assert (tmp_path / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
+
+
+def test_a_thread_that_is_not_the_main_one_trains_without_signal_handlers(trained, tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        threads.submit(jax.numpy_dtype_promotion("standard")(train), TINY, tmp_path).result()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
+
+
+def test_hooks_run_every_n_steps_and_after_the_last_and_may_log(trained, tmp_path):
+    """Between the metrics and the checkpoint of their step; they see the state that is saved, and change nothing."""
+    seen = []
+
+    def note(event):
+        saved = (tmp_path / "checkpoints" / str(event.step)).exists()
+        seen.append((event.step, int(event.state.step), saved))
+        event.log({"norm": float(sum((leaf**2).sum() for leaf in jax.tree.leaves(event.state.ema)))})
+
+    train(TINY, tmp_path, hooks=[Periodic(4, note), Periodic(0, pytest.fail)])
+    assert seen == [(4, 4, False), (6, 6, False)]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert [line[:10] for line in lines] == [f'{{"step": {step}' for step in (2, 4, 4, 6, 6)]
+    own = [line for line in lines if '"norm"' in line]
+    assert "".join(line for line in lines if line not in own) == (trained / "metrics.jsonl").read_text()
+    assert np.isfinite([json.loads(line)["norm"] for line in own]).all()
 
 
 class TestRefused:

@@ -90,7 +90,9 @@ def test_a_damaged_line_goes_alone_and_is_said(tmp_path, damaged):
     rewind(file, 40, warn=said.append)
     assert file.read_bytes() == b"\n".join(good) + b"\n"
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == whole + b'{"step": 60, "lo'
-    assert said == [f"{file}: line 2 cannot be read, left out; the file as it was is kept in metrics.jsonl.damaged"]
+    assert said == [
+        f"{file}: line 2 cannot be read and was dropped; the original file is kept as metrics.jsonl.damaged"
+    ]
     rewind(file, 40, warn=must_not_warn)  # it is whole now
 
     file.write_bytes(damaged + b"\n" + whole)  # again, and the first copy stays

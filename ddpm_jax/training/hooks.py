@@ -1,0 +1,144 @@
+"""What a run does every N steps, beside training: log, evaluate, draw, save, and whatever a caller adds."""
+
+import functools
+import time
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm_jax.config import CheckpointConfig
+from ddpm_jax.run.checkpoints import Checkpoints
+from ddpm_jax.system import pictures
+from ddpm_jax.system.hosts import is_primary_host
+from ddpm_jax.training import plots
+from ddpm_jax.training.metric_writers import MetricWriters
+from ddpm_jax.training.metrics import Diagnostics, append_line, summarize
+from ddpm_jax.training.speed import SpeedMeter
+from ddpm_jax.training.state import Params, TrainState, to_items
+
+
+class Event:
+    """A step after which hooks run: on every host, between this step and the next."""
+
+    step: int
+    """Steps done so far, >= 1."""
+    values: dict[str, Any]
+    """What hooks have logged at this step."""
+
+    def __init__(self, step: int, state: Callable[[], TrainState], write: Callable[[dict[str, Any]], None]):
+        self.step, self.values = step, {}
+        self._get_state, self._write = state, write
+
+    @functools.cached_property
+    def state(self) -> TrainState:
+        """The training state as it is saved; the next step overwrites its arrays, so copy what outlives the hook."""
+        return self._get_state()
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Appends a line to metrics.jsonl, and sends it to TensorBoard and Weights & Biases.
+
+        Args:
+          values: numbers by name; also None, and lists of them. If they follow from the state alone, a resumed run
+            writes the same bytes as one that was never stopped.
+        """
+        self.values |= values
+        self._write({"step": self.step, **values})
+
+
+class Periodic(typing.NamedTuple):
+    """A hook: something to do every N steps and after the last one.
+
+    >>> hook = Periodic(100, lambda event: print(event.step))
+    >>> [step for step in (50, 100, 150, 170) if hook.is_due(step, is_last=step == 170)]
+    [100, 170]
+    """
+
+    every: int
+    """N; 0: never."""
+    run: Callable[[Event], None]
+    """What to do. On several hosts each of them calls it, so it may run programs of all devices."""
+
+    def is_due(self, step: int, *, is_last: bool) -> bool:
+        """Returns whether the hook runs after a step."""
+        return self.every > 0 and (step % self.every == 0 or is_last)
+
+
+def append_metrics(run: Path, writers: MetricWriters, line: dict[str, Any]) -> None:
+    """Writes a line to `metrics.jsonl`, TensorBoard and Weights & Biases."""
+    if is_primary_host():
+        append_line(run / "metrics.jsonl", line)
+    writers.numbers(line)
+
+
+def logging(
+    run: Path,
+    diagnostics: Diagnostics,
+    meter: SpeedMeter,
+    writers: MetricWriters,
+    learning_rate: Callable[[int], Any],
+) -> Callable[[Event], None]:
+    """Returns the hook's function that logs the diagnostics and the speed of the steps since the last line.
+
+    Args:
+      run: the run's folder.
+      diagnostics: of the steps.
+      meter: of the speed.
+      writers: where the speed is shown, beside timing.jsonl.
+      learning_rate: of update k = 0, 1, ..
+    """
+
+    def log(event: Event) -> None:
+        event.log({**summarize(diagnostics.window), "learning_rate": float(learning_rate(event.step - 1))})
+        diagnostics.window.clear()
+        timing = {"step": event.step, **meter.measure(event.step)}
+        if is_primary_host():
+            append_line(run / "timing.jsonl", timing)
+        writers.numbers(timing)
+
+    return log
+
+
+def drawing(run: Path, draw: Callable[[Params], np.ndarray], writers: MetricWriters) -> Callable[[Event], None]:
+    """Returns the hook's function that draws a grid of samples from the EMA weights, and the loss so far.
+
+    Args:
+      run: the run's folder.
+      draw: from EMA weights to (N, H, W, C) uint8.
+      writers: where the grid is shown, beside `samples/`.
+    """
+
+    def draw_grid(event: Event) -> None:
+        images = draw(event.state.ema)
+        if is_primary_host():
+            picture = pictures.enlarge(pictures.grid(images))
+            pictures.save_png(run / "samples" / f"step_{event.step:07d}.png", picture)
+            writers.picture(event.step, "samples", picture)
+            plots.plot_run(run)
+
+    return draw_grid
+
+
+class Saving:
+    """Saves a checkpoint."""
+
+    def __init__(self, checkpoints: Checkpoints, diagnostics: Diagnostics, config: CheckpointConfig):
+        self._checkpoints, self._diagnostics, self._config = checkpoints, diagnostics, config
+        self._saved_at = time.monotonic()
+
+    def is_overdue(self) -> bool:
+        """Returns whether `checkpoints.minutes` have passed; True once, on the primary host alone."""
+        now = time.monotonic()
+        overdue = is_primary_host() and 0 < 60 * self._config.minutes <= now - self._saved_at
+        if overdue:
+            self._saved_at = now  # it is announced once, and saved when every host knows
+        return overdue
+
+    def __call__(self, event: Event) -> None:
+        losses = self._diagnostics.since_save
+        loss = float(np.mean(losses))
+        self._checkpoints.save(event.step, to_items(event.state), notes={"window": self._diagnostics.window}, loss=loss)
+        losses.clear()
+        self._saved_at = time.monotonic()
