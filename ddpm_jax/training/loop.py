@@ -193,8 +193,8 @@ def _make_draw(parts: Setup) -> list[Callable[[Params], np.ndarray]]:
     steps, number = config.log.sample_steps, config.log.num_samples
     if not config.log.samples_every:
         return []
-    if not pictures.can_show(config.data.channels):
-        say(f"no sample grids: images with {config.data.channels} channels cannot be shown")
+    if not pictures.can_show(image_shape(config)[-1]):
+        say(f"no sample grids: images with {image_shape(config)[-1]} channels cannot be shown")
         return []
     choice = SamplerConfig(sampler="ddim", steps=steps) if steps else SamplerConfig()
     make = make_chain(config, choice)

@@ -17,7 +17,7 @@ from ddpm_jax.run.checkpoints import load_ema
 from ddpm_jax.run.record import read_config
 from ddpm_jax.run.validation import validate
 from ddpm_jax.system.errors import Stopped, UserError
-from ddpm_jax.training import loop, setup
+from ddpm_jax.training import setup
 from ddpm_jax.training.hooks import Periodic
 from ddpm_jax.training.loop import train
 
