@@ -208,6 +208,7 @@ COMMANDS: dict[str, Command] = {
 
 def main() -> None:
     """Runs the command that the first word names."""
+    checkpoints.silence_orbax()
     run_command(COMMANDS)
 
 

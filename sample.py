@@ -9,6 +9,7 @@ import tyro
 from ddpm_jax.generation import edits
 from ddpm_jax.generation.job import Format, Job, default_folder, load_job, run_job
 from ddpm_jax.generation.sampler_config import SamplerConfig
+from ddpm_jax.run.checkpoints import silence_orbax
 from ddpm_jax.run.command import Command, parse_options, run_command
 from ddpm_jax.system.exits import run_script
 
@@ -213,6 +214,7 @@ COMMANDS: dict[str, Command] = {
 
 def main() -> None:
     """Draws what the command line asks for."""
+    silence_orbax()
     run_command(COMMANDS, otherwise=draw)
 
 

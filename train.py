@@ -9,6 +9,7 @@ from pathlib import Path
 from ddpm_jax.data.check import check_data
 from ddpm_jax.data.sources import resolve
 from ddpm_jax.run.build import build_network, image_shape
+from ddpm_jax.run.checkpoints import silence_orbax
 from ddpm_jax.run.command import parse_run
 from ddpm_jax.run.validation import validate, warnings_of
 from ddpm_jax.system.exits import exit_at_once, run_script
@@ -36,6 +37,7 @@ class Options:
 
 def main() -> None:
     options, config = parse_run(Options, description=__doc__)
+    silence_orbax()
     validate(config)
     config = dataclasses.replace(config, data=resolve(config.data))
     if options.summary:

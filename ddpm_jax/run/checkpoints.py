@@ -1,16 +1,15 @@
-"""Saving a run and getting it back whole: Orbax, and a CRC-32 of every array, which Orbax does not have.
+"""Checkpoints of a run: Orbax's, plus what Orbax lacks, a CRC-32 of every array.
 
 A run's folder holds `checkpoints/STEP/` with the items `params`, `ema`, `optimizer`, `notes`, and `time_sampling` where
-the timestep sampler has a state; the EMA weights can be read without the others. Without our checksums one flipped bit
-in a file restores silently as wrong weights. A checksum covers a whole array, wherever its shards lie, so a state saved
-on many devices or hosts is checked on any other number of them.
+the timestep sampler has a state; the EMA weights can be read without the others. Without checksums, one flipped bit in
+a file restores silently as wrong weights. A checksum covers a whole array, wherever its shards lie, so a state saved on
+many devices or hosts is checked on any other number of them.
 """
 
 import contextlib
 import copy
 import dataclasses
 import errno
-import functools
 import json
 import logging
 import math
@@ -19,7 +18,7 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -28,55 +27,56 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as managers
 
 from ddpm_jax.networks import Params
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import crc32
 from ddpm_jax.system.hosts import barrier, first_line, is_primary_host
 
-# Orbax warns of what is meant to be so (waiting for a save, opening to read only), and what fails is told by us.
-absl.logging.set_verbosity(absl.logging.FATAL)
-logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-
 _FOLDER = "checkpoints"
-# Where old steps go in one move before they are deleted: a kill leaves none half deleted under its number.
+# Old steps are moved here at once and then deleted: a kill leaves no half-deleted step under its number.
 _DELETED = "deleted"
 _ITEMS = ("params", "ema", "optimizer", "time_sampling")
 
 Warn = Callable[[str], None]
 
 
-@functools.cache
-def _hush_orbax() -> None:
-    """Keeps from the screen what is left over in Orbax where it has failed: we tell of the failure."""
-    tell = sys.unraisablehook
+def silence_orbax() -> None:
+    """Silences Orbax's warnings, and its late errors after a failed save: this module reports what matters.
+
+    For scripts: it changes log levels and `sys.unraisablehook` of the process.
+    """
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    report = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        # TensorStore's threads speak to event loops that have ended; other arrays of the same step fail unheard.
+        # TensorStore's threads call event loops that are closed; other arrays of the same step fail unobserved.
         closed = isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"
         code = getattr(unraisable.object, "cr_code", None)
         if not closed and not (code and "orbax" in code.co_filename):
-            tell(unraisable)
+            report(unraisable)
 
     sys.unraisablehook = hook
 
 
 class Damage(Exception):
-    """A saved step whose files do not hold what was saved."""
+    """A checkpoint whose files do not hold what was saved."""
 
 
 class CannotRead(Exception):
-    """A saved step whose files cannot be read now, by no fault of theirs: rights, memory, the machine."""
+    """A checkpoint that cannot be read now, though its files may be intact: permissions, memory, the machine."""
 
 
-# Of the machine, not of the files: they may be read again when it is mended.
+# Errors of the machine, not of the files: these may be readable once it is fixed.
 _OF_THE_MACHINE = {
     *(errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
 }
 
 
 def _failure(error: BaseException, what: str = "") -> Damage | CannotRead:
-    """Tells damage, of `what`, from what the machine cannot do just now; Orbax says both in half a dozen types."""
+    """Distinguishes damage, of `what`, from errors of the machine; Orbax raises both as half a dozen types."""
     line = _first_line(error)
     cause: BaseException | None = error
     while cause is not None:
@@ -86,17 +86,6 @@ def _failure(error: BaseException, what: str = "") -> Damage | CannotRead:
             return CannotRead(line)
         cause = cause.__cause__ or cause.__context__
     return Damage(what + line)
-
-
-class Restored(NamedTuple):
-    """A checkpoint that was read."""
-
-    step: int
-    """Its step, from the folder's name: one number less that could be damaged or disagree."""
-    items: dict[str, Any]
-    """The pytrees, by the names they were saved under."""
-    notes: dict[str, Any]
-    """What else was remembered."""
 
 
 def _not_empty(items: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +101,7 @@ def _leaves(items: dict[str, Any]) -> dict[str, Any]:
 
 
 def _on_host(leaf: jax.Array) -> np.ndarray:
-    """Brings a whole array to this host, wherever its parts lie; all hosts must ask for it at once."""
+    """Copies a whole array to this host, wherever its shards lie; every host must call it."""
     if leaf.is_fully_addressable:
         return np.asarray(leaf)
     if leaf.is_fully_replicated:
@@ -121,12 +110,11 @@ def _on_host(leaf: jax.Array) -> np.ndarray:
 
 
 def _describer(leaves: Mapping[str, jax.Array]) -> Callable[[], dict[str, Any]]:
-    """Notes shapes, types and checksums of arrays as they are now; the checksums are counted when it is called."""
+    """Returns a function that returns shapes, types and checksums of the arrays as they are now."""
 
     def take(leaf: jax.Array) -> np.ndarray | int:
-        # What lies on other hosts has to be gathered now, one array at a time: hosts that gather in the background
-        # would not do it in the same order. Else it is on this host, where jax keeps memory from being given away (to
-        # the next step) as long as NumPy looks at it.
+        # Shards on other hosts are gathered now, one array at a time: in the background, hosts would not gather in
+        # the same order. Otherwise a NumPy view on this host keeps jax from donating the memory to the next step.
         here = leaf.is_fully_addressable or leaf.is_fully_replicated
         return _on_host(leaf) if here else crc32(_on_host(leaf))
 
@@ -141,7 +129,7 @@ def _describer(leaves: Mapping[str, jax.Array]) -> Callable[[], dict[str, Any]]:
 
 
 class _NotesHandler(ocp.JsonCheckpointHandler):
-    """Writes notes, whose checksums are counted meanwhile: the training does not wait for them."""
+    """Writes the notes; their checksums are computed in the background, so that training does not wait for them."""
 
     async def async_save(self, directory, item=None, args=None):
         async def write() -> None:
@@ -158,16 +146,16 @@ _SEAL = ', "crc32": '
 
 
 def sealed(notes: Mapping[str, Any]) -> str:
-    """Writes notes, not none, as JSON with a checksum of its own text as the last entry."""
+    """Returns non-empty notes as JSON whose last entry is a checksum of the text before it."""
     text = json.dumps(notes)
     return f"{text[:-1]}{_SEAL}{zlib.crc32(text.encode())}}}"
 
 
 def unsealed(content: str) -> dict[str, Any]:
-    """Reads what `sealed` wrote.
+    """Returns the notes that `sealed` turned into text.
 
     Raises:
-      Damage: it is anything else.
+      Damage: the text is anything else.
 
     >>> unsealed(sealed({"window": [0.5]}))
     {'window': [0.5]}
@@ -184,7 +172,7 @@ class _Failed(NamedTuple):
 
 
 class _ArraysHandler(ocp.StandardCheckpointHandler):
-    """Restores arrays; hands a failure back, so that a host that meets one waits for the others where they wait."""
+    """Restores arrays; returns a failure, so that a host that has one still meets the others at their barriers."""
 
     def restore(self, *arguments, **choices):
         try:
@@ -221,44 +209,25 @@ class _RestoreNotes(ocp.args.CheckpointArgs):
     item: None = None
 
 
-def kept(
-    steps: Collection[int], losses: Mapping[int, float], *, latest: int, every: int = 0, best: int = 0
-) -> set[int]:
-    """Says which checkpoints stay.
+class _Best:
+    """Orbax's policy for the checkpoints of lowest loss, of the losses in our notes.
 
-    Args:
-      steps: those that there are.
-      losses: the mean loss before each, as far as it is known; where it is not, a step is none of the best.
-      latest: how many of the newest stay.
-      every: steps that are multiples of it stay for ever; 0: none.
-      best: how many of those with the lowest loss stay; the newer of equals.
-
-    Returns:
-      those that stay.
-
-    >>> sorted(kept(range(1, 9), {2: 0.1, 3: 0.2, 6: 0.3}, latest=2, every=4, best=1))
-    [2, 4, 7, 8]
+    Not of Orbax's own metrics: those have no checksum, and one damaged file of them keeps its manager from opening.
     """
-    newest = sorted(steps)[-latest:]
-    milestones = [step for step in steps if every and step % every == 0]
-    lowest = sorted((step for step in steps if step in losses), key=lambda step: (losses[step], -step))[:best]
-    return {*newest, *milestones, *lowest}
 
+    def __init__(self, losses: Mapping[int, float | None], n: int):
+        self._losses = losses
+        self._policy = managers.BestN(
+            get_metric_fn=lambda loss: loss, reverse=True, n=n, keep_checkpoints_without_metrics=False
+        )
 
-class _Preservation:
-    """The rule of `kept`, as Orbax asks for it."""
-
-    def __init__(self, stays: Callable[[Collection[int]], set[int]]):
-        self._stays = stays
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        del context
-        stays = self._stays([checkpoint.step for checkpoint in checkpoints])
-        return [checkpoint.step in stays for checkpoint in checkpoints]
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        with_losses = [dataclasses.replace(info, metrics=self._losses.get(info.step)) for info in checkpoints]
+        return self._policy.should_preserve(with_losses, context=context)
 
 
 def _first_line(error: BaseException) -> str:
-    """Says an exception in one short line; those of Orbax go on for a page, with what matters at the end of a line."""
+    """Returns an exception as one short line; Orbax's fill a page, with what matters at the end of a line."""
     if code := re.search(r"\[os_error_code='(\d+)'", str(error)):
         return os.strerror(int(code[1]))
     if isinstance(error, OSError) and error.strerror:
@@ -268,22 +237,33 @@ def _first_line(error: BaseException) -> str:
 
 
 def has_saved(run: Path) -> bool:
-    """Says whether there is anything in a run's folder that its steps have saved, whole or damaged."""
+    """Returns whether a run's folder holds any checkpoint, intact or damaged."""
     return any(re.fullmatch(r"\d+|damaged_\d+_\d+", path.name) for path in (run / _FOLDER).glob("*"))
 
 
+class Restored(NamedTuple):
+    """A checkpoint that was read."""
+
+    step: int
+    """Its step, from the folder's name: one number less that could be damaged or disagree."""
+    items: dict[str, Any]
+    """The pytrees, by the names they were saved under."""
+    notes: dict[str, Any]
+    """The notes saved with them."""
+
+
 class Checkpoints:
-    """The checkpoints of a run that is being trained."""
+    """The checkpoints of a run in training. Use it in a `with` block."""
 
     def __init__(self, run: Path, *, keep: int, keep_every: int = 0, keep_best: int = 0, warn: Warn):
         """Opens a run's checkpoints for writing.
 
         Args:
           run: the run's folder.
-          keep: how many of the newest stay.
-          keep_every: steps that are multiples of it stay for ever; 0: none.
-          keep_best: how many of those with the lowest loss stay.
-          warn: told of damaged checkpoints.
+          keep: number of the newest checkpoints to keep.
+          keep_every: also keep steps that are multiples of it; 0 for none.
+          keep_best: also keep this many with the lowest loss, the newer of equals.
+          warn: called with a line about each damaged checkpoint.
 
         Raises:
           UserError: the folder cannot be written to.
@@ -291,35 +271,36 @@ class Checkpoints:
         self._folder = run.absolute() / _FOLDER
         self._warn = warn
         self._unfinished: int | None = None
-        self._losses: dict[int, float] = {}
+        self._losses: dict[int, float | None] = {}
+        policies: list[managers.PreservationPolicy] = [managers.LatestN(keep), _Best(self._losses, keep_best)]
+        if keep_every:
+            policies.append(managers.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_Preservation(
-                lambda steps: kept(steps, self._losses, latest=keep, every=keep_every, best=keep_best)
-            ),
+            preservation_policy=managers.AnyPreservationPolicy(policies),
             todelete_subdir=_DELETED,
             cleanup_tmp_directories=True,
         )
-        _hush_orbax()
         try:
             self._sweep()
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=_handlers())
         except OSError as error:
             raise UserError(f"cannot write to {run}: {_first_line(error)}") from error
-        if keep_best:
-            self._losses = {step: loss for step in self.steps() if (loss := self._read_loss(step)) is not None}
+        for step in self.steps() if keep_best else []:
+            with contextlib.suppress(Exception):  # damage is found when the step is restored
+                self._losses[step] = _read_notes(self._manager, step)["loss"]
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        # A failure while another one is on its way out must not hide that one.
+        # A failure here must not hide the exception that is on its way out.
         with contextlib.suppress(Exception) if exception[0] else contextlib.nullcontext():
             self.wait()
         with contextlib.suppress(Exception):
             self._manager.close()
 
     def steps(self) -> list[int]:
-        """Says which steps are saved, in rising order."""
+        """Returns the saved steps in ascending order."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, items: Mapping[str, Any], *, notes: dict[str, Any], loss: float | None = None) -> None:
@@ -331,10 +312,10 @@ class Checkpoints:
           step: the number of training steps done.
           items: "params", "ema", "optimizer" and "time_sampling"; a pytree without arrays is not written.
           notes: what else to remember, JSON.
-          loss: the mean loss since the save before, by which the best are known.
+          loss: what `keep_best` compares; a checkpoint without one is never among the best.
 
         Raises:
-          UserError: this or the save before could not be written; what was saved earlier is still there.
+          UserError: this or the previous save could not be written; earlier checkpoints are intact.
         """
         self.wait()
         if step in self._manager.all_steps():
@@ -342,21 +323,20 @@ class Checkpoints:
         items = _not_empty(items)
         describe = _describer(_leaves(items))
         self._unfinished = step
-        if loss is not None:
-            self._losses[step] = loss
+        self._losses[step] = loss
         saves = {name: _SaveArrays(tree) for name, tree in items.items()}
-        as_now = copy.deepcopy({**notes, "loss": loss})  # it goes on being written to while this is saved
+        as_now = copy.deepcopy({**notes, "loss": loss})  # the caller may change it while this is saved
         written = _SaveNotes(lambda: {**as_now, "leaves": describe()})
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**saves, notes=written))
 
     def poll(self) -> None:
-        """Looks, without waiting, whether a save has ended; raises as `save` if it failed."""
+        """Raises as `save` if a save has ended and failed; does not wait."""
         if self._unfinished is not None and not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk; raises as `save`."""
+        """Waits until the last save is on disk; raises as `save`."""
         with self._writing():
             self._manager.wait_until_finished()
             if self._unfinished is not None:
@@ -364,30 +344,25 @@ class Checkpoints:
         self._unfinished = None
 
     def _sweep(self) -> None:
-        """Deletes what was moved away to be deleted."""
+        """Deletes the old steps that were moved away."""
         if jax.process_index() == 0:
             shutil.rmtree(self._folder / _DELETED, ignore_errors=True)
-
-    def _read_loss(self, step: int) -> float | None:
-        with contextlib.suppress(Exception):  # a damaged one is found when it is restored
-            return _read_notes(self._manager, step)["loss"]
-        return None
 
     @contextlib.contextmanager
     def _writing(self):
         try:
             yield
-        except Exception as error:  # Orbax has no single type for a disk that is full or gone
+        except Exception as error:  # Orbax has no single type for a full or missing disk
             step, self._unfinished = self._unfinished, None
             whole = [saved for saved in self._manager.all_steps() if saved != step]
             last = f"step {max(whole)} is the last good checkpoint" if whole else "there is no checkpoint yet"
             raise UserError(
                 f"cannot save step {step} to {self._folder}: {_first_line(error)}; {last}: "
-                "make room or mend the folder, then start the same command again"
+                "free some space or fix the folder, then run the same command again"
             ) from error
 
     def restore(self, abstract: Mapping[str, Any]) -> Restored | None:
-        """Restores the newest step that is whole; damaged ones are named, set aside, and passed over.
+        """Restores the newest intact checkpoint; damaged ones are reported, set aside and skipped.
 
         Args:
           abstract: `jax.ShapeDtypeStruct`s with shardings, as items of `save`.
@@ -396,8 +371,8 @@ class Checkpoints:
           the checkpoint, or None if nothing was ever saved.
 
         Raises:
-          UserError: the saved arrays have other shapes or types, no step is whole, or one cannot be read just now; then
-            nothing is set aside.
+          UserError: the saved arrays have other shapes or types, no checkpoint is intact, or one cannot be read now;
+            then nothing is set aside.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         damaged: dict[int, Damage] = {}
@@ -407,16 +382,16 @@ class Checkpoints:
             except Damage as damage:
                 damaged[step] = damage
                 continue
-            for each, reason in damaged.items():  # not before another is found to go on from
+            for each, reason in damaged.items():  # only once there is another to resume from
                 aside = self._set_aside(each)
-                self._warn(f"checkpoint {each} is damaged ({reason}): set aside as {aside}, using the one before it")
+                self._warn(f"checkpoint {each} is damaged ({reason}): set aside as {aside}; using the one before it")
             return Restored(step, {**abstract, **items}, notes)
         set_aside = len([*self._folder.glob("damaged_*")])
         if damaged or set_aside:
             reasons = "".join(f"; {step}: {reason}" for step, reason in [*damaged.items()][:1])
             raise UserError(
-                f"no checkpoint in {self._folder} is whole ({len(damaged) + set_aside} damaged{reasons}): restore the "
-                "folder from a copy, or start again with another --workdir"
+                f"no checkpoint in {self._folder} is intact ({len(damaged) + set_aside} damaged{reasons}): restore the "
+                "folder from a backup, or use another --workdir"
             )
         return None
 
@@ -425,10 +400,10 @@ class Checkpoints:
         number = 0
         while (aside := folder.with_name(f"damaged_{step}_{number}")).exists():
             number += 1
-        barrier("the name of what is set aside is chosen")
+        barrier("the name for the damaged checkpoint is chosen")
         if is_primary_host():
             os.rename(folder, aside)
-        barrier("what is damaged is set aside")
+        barrier("the damaged checkpoint is set aside")
         self._manager.reload()
         return aside
 
@@ -436,7 +411,7 @@ class Checkpoints:
 def _restore(
     manager: ocp.CheckpointManager, step: int, abstract: dict[str, Any], *, of: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Restores the items `of` a step and holds every array against its checksum."""
+    """Restores the items `of` a step and checks every array against its checksum."""
     try:
         notes = _read_notes(manager, step)
     except Exception as error:
@@ -450,7 +425,7 @@ def _restore(
         failed = [item.error for item in (restored[name] for name in abstract) if isinstance(item, _Failed)]
     except Exception as error:
         failed = [error]
-    # What is damaged for one host is so for all: they go on together.
+    # A step that is damaged for one host is damaged for all.
     mine = _failure(failed[0]) if failed else None
     kind, _, line = first_line(f"{type(mine).__name__}: {mine}" if mine else "").partition(": ")
     if kind:
@@ -466,7 +441,7 @@ def _raise(failure: Damage | CannotRead, manager: ocp.CheckpointManager, step: i
     if isinstance(failure, Damage):
         raise failure
     raise UserError(
-        f"cannot read checkpoint {step} in {manager.directory}: {failure}; mend that, then start the same command again"
+        f"cannot read checkpoint {step} in {manager.directory}: {failure}; fix that, then run the same command again"
     )
 
 
@@ -475,7 +450,7 @@ def _read_notes(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 
 
 def _check_shapes(step: int, saved: dict[str, Any], abstract: dict[str, Any], *, of: Sequence[str]) -> None:
-    # Before Orbax looks: it would cast another type silently.
+    # Before Orbax restores: it would cast another type silently.
     wanted = _leaves(abstract)
     saved = {name: leaf for name, leaf in saved.items() if name.startswith(tuple(of))}
     for name in sorted({*wanted, *saved}):
@@ -483,24 +458,24 @@ def _check_shapes(step: int, saved: dict[str, Any], abstract: dict[str, Any], *,
         there = f"{tuple(saved[name]['shape'])} {saved[name]['dtype']}" if name in saved else "absent"
         if here != there:
             raise UserError(
-                f"checkpoint {step} does not fit this configuration: {name} is {there} there and {here} here; "
+                f"checkpoint {step} does not fit this configuration: {name} is {there} in the checkpoint, {here} here; "
                 "use the run's own configuration, or another --workdir"
             )
 
 
 def load_ema(run: Path, *, step: int | None = None, warn: Warn) -> tuple[int, Params]:
-    """Loads the averaged parameters of a run, and nothing else, onto the first device.
+    """Loads the EMA weights of a run, and nothing else, onto the first device.
 
     Args:
       run: the run's folder.
-      step: which checkpoint; the newest that is whole if None.
-      warn: told of damaged checkpoints that are passed over.
+      step: which checkpoint; the newest intact one if None.
+      warn: called with a line about each damaged checkpoint that is skipped.
 
     Returns:
-      the step and the parameters.
+      the step and the weights.
 
     Raises:
-      UserError: the folder is no run, has no (whole) checkpoint, or not that of `step`.
+      UserError: the folder is not a run's, has no intact checkpoint, or none at `step`.
     """
     with _reading(run) as (manager, steps):
         if step is not None and step not in steps:
@@ -514,38 +489,40 @@ def load_ema(run: Path, *, step: int | None = None, warn: Warn) -> tuple[int, Pa
             except Damage as damage:
                 if step is not None:
                     others = ", ".join(str(other) for other in steps if other != step)
-                    there = f"there are {others} beside it" if others else "there is no other"
+                    there = f"other checkpoints: {others}" if others else "there is no other"
                     raise UserError(f"checkpoint {step} of {run} is damaged ({damage}): {there}") from damage
                 warn(f"checkpoint {candidate} is damaged ({damage})")
                 continue
             return candidate, items["ema"]
-    raise UserError(f"no checkpoint in {run / _FOLDER} is whole ({len(steps)} damaged): restore the folder from a copy")
+    raise UserError(
+        f"no checkpoint in {run / _FOLDER} is intact ({len(steps)} damaged): restore the folder from a backup"
+    )
 
 
 class Verdict(NamedTuple):
-    """What was found of one saved step."""
+    """The result of verifying one checkpoint."""
 
     step: int
     """The step."""
     arrays: int
-    """How many arrays were saved; 0 if that cannot be read."""
+    """Number of arrays saved; 0 if that cannot be read."""
     num_bytes: int
-    """What they take in memory."""
+    """Their size in memory."""
     damage: str | None
-    """What is wrong, or None: every array is what was saved, bit for bit."""
+    """What is wrong; None if every array is what was saved, bit for bit."""
 
 
 def verify(run: Path) -> Iterator[Verdict]:
-    """Holds every array of every checkpoint of a run against its checksum; changes nothing, uses no accelerator.
+    """Checks every array of every checkpoint of a run against its checksum; changes nothing, uses no accelerator.
 
     Args:
       run: the run's folder.
 
     Yields:
-      a verdict a step, in rising order.
+      one verdict per step, in ascending order.
 
     Raises:
-      UserError: the folder is no run, or has no checkpoint.
+      UserError: the folder is not a run's, or has no checkpoint.
     """
     cpu = jax.local_devices(backend="cpu")[0]
     with _reading(run) as (manager, steps):
@@ -556,7 +533,7 @@ def verify(run: Path) -> Iterator[Verdict]:
                 _check_items(manager, step, {_tokens(name): leaf["crc32"] for name, leaf in saved.items()}, cpu)
                 damage = None
             except Exception as error:  # damage raises half a dozen types
-                if not (run / _FOLDER / str(step)).exists():  # a run that trains has put it away meanwhile
+                if not (run / _FOLDER / str(step)).exists():  # the run is training and has deleted it
                     continue
                 damage = _first_line(error)
             sizes = [math.prod(leaf["shape"]) * np.dtype(leaf["dtype"]).itemsize for leaf in saved.values()]
@@ -564,7 +541,7 @@ def verify(run: Path) -> Iterator[Verdict]:
 
 
 def _tokens(name: str) -> tuple[str, ...]:
-    """The keys in a leaf's name; without its structure Orbax gives a list for a tuple and a dict for a named one."""
+    """Returns the keys in a leaf's name; without the structure Orbax restores tuples as lists, named ones as dicts."""
     return tuple(re.findall(r"[^\[\]'.]+", name))
 
 
@@ -572,7 +549,7 @@ def _check_items(
     manager: ocp.CheckpointManager, step: int, crcs: Mapping[tuple[str, ...], int], device: jax.Device
 ) -> None:
     found = set()
-    for item in dict.fromkeys(tokens[0] for tokens in crcs):  # one at a time: the average may fit where all does not
+    for item in dict.fromkeys(tokens[0] for tokens in crcs):  # one at a time: the EMA may fit where all do not
         abstract = _abstract(manager, step, item, device)
         restored = manager.restore(step, args=ocp.args.Composite(**{item: _RestoreArrays(abstract)}))[item]
         if isinstance(restored, _Failed):
@@ -587,13 +564,12 @@ def _check_items(
 
 @contextlib.contextmanager
 def _reading(run: Path) -> Iterator[tuple[ocp.CheckpointManager, list[int]]]:
-    """Opens the checkpoints of a run to read only; gives the steps that there are, in rising order."""
+    """Opens the checkpoints of a run read-only; yields the manager and the steps in ascending order."""
     folder = run.absolute() / _FOLDER
     if not run.is_dir():
         raise UserError(f"there is no folder {run}: give the folder of a run, such as runs/digits")
     if not folder.is_dir():
         raise UserError(f"no checkpoints in {run}: it is not the folder of a run, or the run has not saved yet")
-    _hush_orbax()
     with ocp.CheckpointManager(
         folder, options=ocp.CheckpointManagerOptions(read_only=True), item_handlers=_handlers()
     ) as manager:

@@ -1,7 +1,6 @@
-"""Writing files so that each is there whole or not at all, and folders that one process writes at a time."""
+"""Files written atomically, and folders that one process writes at a time."""
 
 import contextlib
-import fcntl
 import json
 import os
 import zlib
@@ -9,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import filelock
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -16,16 +16,16 @@ from ddpm_jax.system.errors import UserError
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file beside its place and moves it there: a crash or a full disk leaves what was there before.
+    """Writes a file atomically: a crash or a full disk leaves the previous one.
 
     Args:
-      path: where to; its folder is made if it is not there.
+      path: where to; its folder is created if missing.
       write: writes the content into an open file.
 
     Raises:
-      UserError: the disk is full, the folder may not be written to, and the like.
+      UserError: the disk is full, the folder is not writable, and the like.
     """
-    # Always the same name: what a killed process left is written over by the next.
+    # Always the same name: the next process overwrites what a killed one left.
     beside = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value as indented JSON, whole or not at all; raises as `write_whole`."""
+    """Writes a value as indented JSON, atomically; raises as `write_whole`."""
     write_whole(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode("ascii")))
 
 
@@ -54,41 +54,46 @@ def crc32(array: ArrayLike) -> int:
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Keeps a second process out of a folder; the lock goes with the process, however that ends.
+    """Locks a folder against other processes; the operating system releases the lock however this one ends.
 
     Args:
-      folder: made if it is not there; gets a file `.lock`.
+      folder: created if missing; gets a file `.lock`.
 
     Raises:
-      UserError: another process has it, it cannot be written to, or its disk has no locks.
+      UserError: another process holds the lock, the folder is not writable, or its disk does not support locks.
     """
+    file = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        file.touch()
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is writing to {folder}: wait for it, or use another folder") from error
-        except OSError as error:  # some network disks have none
-            raise UserError(
-                f"cannot lock {lock.name}, which keeps a second process out: {error.strerror or error}; "
-                "use a folder on another disk"
-            ) from error
+    # No soft lock where the disk has none: it would outlive a killed process.
+    lock = filelock.FileLock(file, blocking=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise UserError(f"another process is writing to {folder}: wait for it, or use another folder") from error
+    except OSError as error:  # some network disks have none
+        raise UserError(
+            f"cannot lock {file}, which keeps a second process out: {error.strerror or error}; "
+            "use a folder on another disk"
+        ) from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def check_same_job(file: Path, description: dict[str, Any]) -> None:
-    """Writes what a job is into its folder, or holds it against what is there.
+    """Writes a job's description into its folder, or checks that the one there is the same.
 
     Args:
-      file: the job's description, in its folder.
-      description: names and values, of the kinds that JSON has.
+      file: the description, in the job's folder.
+      description: names and JSON values.
 
     Raises:
-      UserError: the folder holds another job, and in what they differ.
+      UserError: the folder holds another job; the message names the differences.
     """
     if not file.exists():
         write_json(file, description)

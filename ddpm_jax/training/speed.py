@@ -1,6 +1,5 @@
 """How fast a run trains, and what share of the devices' peak speed that is."""
 
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -89,13 +88,17 @@ def utilization(
     return images_per_second * 3 * forward_flops / (devices * tflops * 1e12)
 
 
-def peak_memory_gib(device: jax.Device) -> float:
-    """Returns the peak memory in use so far: of the device, or of this process if the device is a CPU."""
+def peak_memory_gib(device: jax.Device) -> float | None:
+    """Returns the peak memory of the device, or of this process if the device is its CPU (then None on Windows)."""
     statistics: dict[str, Any] = device.memory_stats() or {}
     if "peak_bytes_in_use" in statistics:
-        return statistics["peak_bytes_in_use"] / 2**30
+        return round(statistics["peak_bytes_in_use"] / 2**30, 3)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     unit = 1 if sys.platform == "darwin" else 2**10  # Linux counts in KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)
 
 
 class SpeedMeter:
@@ -144,5 +147,5 @@ class SpeedMeter:
             "images_per_second": round(rate, 2),
             "waited_for_data": round(waited / seconds, 4),
             "model_flops_utilization": None if share is None else round(share, 4),
-            "peak_memory_gib": round(peak_memory_gib(jax.local_devices()[0]), 3),
+            "peak_memory_gib": peak_memory_gib(jax.local_devices()[0]),
         }

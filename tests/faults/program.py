@@ -323,7 +323,7 @@ def damage_all(bench: Bench, run: Path) -> str:
         if file.is_file():
             os.truncate(file, file.stat().st_size // 2)
     for _ in range(2):  # the second must not start from scratch
-        bench.start(run).refused("no checkpoint in .* is whole")
+        bench.start(run).refused("no checkpoint in .* is intact")
     shutil.rmtree(run / "checkpoints")
     shutil.copytree(copy / "checkpoints", run / "checkpoints")
     shutil.rmtree(copy)

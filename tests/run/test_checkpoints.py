@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back is what was saved, or the user is told so."""
+"""Checkpoints restore exactly what was saved, or report why not."""
 
 import contextlib
 import errno
@@ -12,6 +12,7 @@ import textwrap
 import types
 import zlib
 
+import absl.logging
 import chex
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ddpm_jax.run.checkpoints import Checkpoints, Damage, _hush_orbax, kept, load_ema, sealed, unsealed, verify
+from ddpm_jax.run.checkpoints import Checkpoints, Damage, load_ema, sealed, silence_orbax, unsealed, verify
 from ddpm_jax.system.errors import UserError
 
-# Of threads that Orbax leaves where it found damage.
+# Threads that Orbax leaves behind where it found damage.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 ITEMS = ("params", "ema", "optimizer", "time_sampling")
@@ -151,6 +152,8 @@ class TestSaved:
     def test_moves_to_another_number_of_devices_and_another_mesh(self, tmp_path, there):
         with Checkpoints(tmp_path, keep=2, warn=pytest.fail) as checkpoints:
             checkpoints.save(7, jax.device_put(state_at(7), shardings(state_at(7), there)), notes={})
+        kernel = np.asarray(state_at(7)["ema"]["conv"]["kernel"])
+        assert notes_of(tmp_path, 7)["leaves"]["ema['conv']['kernel']"]["crc32"] == zlib.crc32(kernel.tobytes())
         for here in PLACES:
             wanted = shardings(state_at(7), here)
             shapes = jax.tree.map(
@@ -158,19 +161,10 @@ class TestSaved:
                 state_at(7),
                 wanted,
             )
-            (step, state, _), warnings = restore(tmp_path, shapes)
+            (_, state, _), warnings = restore(tmp_path, shapes)
             assert not warnings
             same_bits(state, state_at(7))
             assert jax.tree.map(lambda leaf: leaf.sharding, state) == wanted
-
-    def test_the_checksum_of_an_array_does_not_know_where_its_parts_lie(self, tmp_path):
-        for name in PLACES:
-            with Checkpoints(tmp_path / name, keep=1, warn=pytest.fail) as checkpoints:
-                checkpoints.save(7, jax.device_put(state_at(7), shardings(state_at(7), name)), notes={})
-        (first, *others) = [notes_of(tmp_path / name, 7) for name in PLACES]
-        kernel = np.asarray(state_at(7)["ema"]["conv"]["kernel"])
-        assert first["leaves"]["ema['conv']['kernel']"]["crc32"] == zlib.crc32(kernel.tobytes())
-        assert all(each == first for each in others)
 
     def test_the_memory_of_what_is_saved_may_be_given_away_at_once(self, tmp_path):
         def large(step):
@@ -201,27 +195,6 @@ class TestSaved:
 
 
 class TestKept:
-    @given(
-        st.sets(st.integers(1, 50), min_size=1),
-        st.dictionaries(st.integers(1, 50), st.floats(0, 1)),
-        st.integers(1, 5),
-        st.integers(0, 10),
-        st.integers(0, 4),
-    )
-    def test_each_rule_keeps_what_it_says_and_nothing_else(self, steps, losses, latest, every, best):
-        stay = kept(steps, losses, latest=latest, every=every, best=best)
-        assert stay <= steps
-        newest = set(sorted(steps)[-latest:])
-        milestones = {step for step in steps if every and not step % every}
-        assert newest | milestones <= stay
-        lowest = stay - newest - milestones
-        assert len(lowest) <= best
-        known = {step for step in steps if step in losses}
-        # Whoever went is no better than any that stays for its loss alone.
-        assert all(losses[gone] >= losses[low] for gone in known - stay for low in lowest)
-        if len(known) <= best:
-            assert known <= stay
-
     def test_on_disk_also_over_a_restart(self, tmp_path):
         losses = {1: 0.9, 2: 0.1, 3: 0.5, 4: 0.4, 5: 0.3, 6: 0.2, 7: 0.6}
         rules = {"keep": 1, "keep_every": 4, "keep_best": 1}
@@ -245,17 +218,11 @@ class TestKept:
 
 
 class TestDamaged:
-    @pytest.mark.parametrize(
-        ("item", "leaf", "name"),
-        [
-            ("params", lambda state: state["params"]["conv"]["kernel"], "params['conv']['kernel']"),
-            ("ema", lambda state: state["ema"]["conv"]["kernel"], "ema['conv']['kernel']"),
-            ("optimizer", lambda state: state["optimizer"][0]["mu"], "optimizer[0]['mu']"),
-            ("time_sampling", lambda state: state["time_sampling"]["losses"], "time_sampling['losses']"),
-        ],
-    )
-    def test_one_flipped_bit_is_found_and_named(self, run, item, leaf, name):
-        flip_a_bit_of(leaf(state_at(20)), files_of(run, 20, item))
+    @pytest.mark.parametrize("name", ["ema['conv']['kernel']", "optimizer[0]['mu']"])
+    def test_one_flipped_bit_is_found_and_named(self, run, name):
+        item = name.partition("[")[0]
+        leaf = {"ema": state_at(20)["ema"]["conv"]["kernel"], "optimizer": state_at(20)["optimizer"][0]["mu"]}[item]
+        flip_a_bit_of(leaf, files_of(run, 20, item))
         (_, state, notes), warnings = restore(run)
         same_bits(state, state_at(10))
         assert notes == {"step": 10}
@@ -265,9 +232,11 @@ class TestDamaged:
         # It is out of the way: the step can be trained and saved again.
         assert save(run, 20) == [10, 20]
         same_bits(restore(run)[0].items, state_at(20))
-        assert (run / "checkpoints" / "damaged_20_0").is_dir()
+        flip_a_bit_of(leaf, files_of(run, 20, item))
+        restore(run)
+        assert sorted(path.name for path in (run / "checkpoints").glob("damaged*")) == ["damaged_20_0", "damaged_20_1"]
 
-    @pytest.mark.parametrize("item", [*ITEMS, "notes"])
+    @pytest.mark.parametrize("item", ["optimizer", "notes"])
     @pytest.mark.parametrize("how", ["cut off", "deleted"])
     def test_cut_off_and_deleted_files_are_passed_over(self, run, item, how):
         for file in files_of(run, 20, item):
@@ -275,7 +244,7 @@ class TestDamaged:
                 file.unlink()
             else:
                 os.truncate(file, file.stat().st_size // 2)
-        (step, state, _), warnings = restore(run)
+        (_, state, _), warnings = restore(run)
         same_bits(state, state_at(10))
         (warning,) = warnings
         assert warning.startswith("checkpoint 20 is damaged (")
@@ -306,7 +275,7 @@ class TestDamaged:
             flip_a_bit_of(state_at(step)["ema"]["conv"]["kernel"], files_of(run, step, "ema"))
         before = sorted(path.name for path in (run / "checkpoints").iterdir())
         message = (
-            r"no checkpoint in .* is whole \(2 damaged; 20: the checksum of ema.* differs\): restore .* --workdir$"
+            r"no checkpoint in .* is intact \(2 damaged; 20: the checksum of ema.* differs\): restore .* --workdir$"
         )
         for _ in range(2):  # a second start must not begin anew
             with Checkpoints(run, keep=5, warn=pytest.fail) as checkpoints, pytest.raises(UserError, match=message):
@@ -318,7 +287,7 @@ class TestDamaged:
             (run / "checkpoints" / str(step)).rename(run / "checkpoints" / f"damaged_{step}_0")
         with (
             Checkpoints(run, keep=5, warn=pytest.fail) as checkpoints,
-            pytest.raises(UserError, match=r"is whole \(2 damaged\)"),
+            pytest.raises(UserError, match=r"is intact \(2 damaged\)"),
         ):
             checkpoints.restore(abstract_of(state_at(0)))
 
@@ -340,12 +309,12 @@ class TestDamaged:
             patch.setattr(ocp.StandardCheckpointHandler, "restore", fail)
             with (
                 Checkpoints(run, keep=5, warn=pytest.fail) as checkpoints,
-                pytest.raises(UserError, match=rf"^cannot read checkpoint 20 in .*: {said}.*; mend that"),
+                pytest.raises(UserError, match=rf"^cannot read checkpoint 20 in .*: {said}.*; fix that"),
             ):
                 checkpoints.restore(abstract_of(state_at(0)))
             with pytest.raises(UserError, match=rf"cannot read checkpoint 20 in .*: {said}"):
                 load_ema(run, warn=pytest.fail)
-        (step, state, _), warnings = restore(run)
+        (_, state, _), warnings = restore(run)
         assert not warnings
         same_bits(state, state_at(20))
 
@@ -358,18 +327,12 @@ class TestDamaged:
             unsealed(changed.decode(errors="replace"))
         assert unsealed(text)["window"] == [[0.25, 1e-7, 3.5]]
 
-    def test_a_second_damaged_copy_gets_its_own_name(self, run):
-        for _ in range(2):
-            flip_a_bit_of(state_at(20)["ema"]["conv"]["kernel"], files_of(run, 20, "ema"))
-            restore(run)
-            save(run, 20)
-        assert sorted(path.name for path in (run / "checkpoints").glob("damaged*")) == ["damaged_20_0", "damaged_20_1"]
 
-
-def test_what_is_left_over_in_orbax_is_not_told_of(monkeypatch):
+def test_late_errors_of_orbax_are_silenced_and_no_others(monkeypatch):
     told = []
     monkeypatch.setattr(sys, "unraisablehook", told.append)
-    _hush_orbax.__wrapped__()
+    monkeypatch.setattr(absl.logging, "set_verbosity", lambda level: None)
+    silence_orbax()
     names = {}
     exec(compile("async def read(): pass", "site-packages/orbax/serialization.py", "exec"), names)
     left_over = names["read"]()
@@ -389,24 +352,16 @@ class TestVerified:
         size = sum(leaf.nbytes for leaf in arrays)
         assert found == [(step, len(arrays), size, None) for step in (10, 20)]
 
-    @pytest.mark.parametrize(
-        ("leaf", "name"),
-        [
-            (lambda state: state["params"]["conv"]["kernel"], "params['conv']['kernel']"),
-            (lambda state: state["optimizer"][0]["mu"], "optimizer[0]['mu']"),
-            (lambda state: state["time_sampling"]["losses"], "time_sampling['losses']"),
-        ],
-    )
-    def test_damage_is_named_and_nothing_is_changed(self, run, leaf, name):
-        flip_a_bit_of(leaf(state_at(10)), files_of(run, 10, name.partition("[")[0]))
+    def test_damage_is_named_and_nothing_is_changed(self, run):
+        flip_a_bit_of(state_at(10)["optimizer"][0]["mu"], files_of(run, 10, "optimizer"))
         before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
         assert [(found.step, found.damage) for found in verify(run)] == [
-            (10, f"the checksum of {name} differs"),
+            (10, "the checksum of optimizer[0]['mu'] differs"),
             (20, None),
         ]
         assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
 
-    @pytest.mark.parametrize("item", [*ITEMS, "notes"])
+    @pytest.mark.parametrize("item", ["optimizer", "notes"])
     def test_what_is_deleted_is_missed(self, run, item):
         shutil.rmtree(run / "checkpoints" / "20" / item)
         whole, damaged = verify(run)
@@ -437,21 +392,21 @@ class TestOfAnotherConfiguration:
     def test_other_shapes_are_named(self, run):
         line = self.refused(run, abstract_of(state_at(0, size=99)))
         assert "checkpoint 20 does not fit this configuration" in line
-        assert "ema['conv']['kernel'] is (2048,) float32 there and (99,) float32 here" in line
+        assert "ema['conv']['kernel'] is (2048,) float32 in the checkpoint, (99,) float32 here" in line
 
     def test_other_types_are_refused_not_cast(self, run):
         state = state_at(0)
         state = {**state, "params": jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state["params"])}
         line = self.refused(run, abstract_of(state))
-        assert "params['conv']['bias'] is (2, 3) float32 there and (2, 3) bfloat16 here" in line
+        assert "params['conv']['bias'] is (2, 3) float32 in the checkpoint, (2, 3) bfloat16 here" in line
 
     def test_missing_and_needless_arrays_are_named(self, run):
         state = state_at(0)
         more = {**state, "ema": {**state["ema"], "more": jnp.zeros(3)}}
-        assert "ema['more'] is absent there and (3,) float32 here" in self.refused(run, abstract_of(more))
+        assert "ema['more'] is absent in the checkpoint, (3,) float32 here" in self.refused(run, abstract_of(more))
         fewer = {**state, "optimizer": ({"count": jnp.int32(0)},)}
         line = self.refused(run, abstract_of(fewer))
-        assert "optimizer[0]['mu'] is (2048,) float32 there and absent here" in line
+        assert "optimizer[0]['mu'] is (2048,) float32 in the checkpoint, absent here" in line
 
     @pytest.mark.parametrize("here", ["with", "without"])
     def test_a_memory_of_times_must_be_on_both_sides(self, tmp_path, here):
@@ -486,7 +441,7 @@ class TestAverage:
         step, ema = load_ema(run, warn=warnings.append)
         assert (step, len(warnings)) == (10, 1)
         same_bits(ema, state_at(10)["ema"])
-        with pytest.raises(UserError, match=r"checkpoint 20 of .* is damaged \(.*\): there are 10 beside it"):
+        with pytest.raises(UserError, match=r"checkpoint 20 of .* is damaged \(.*\): other checkpoints: 10"):
             load_ema(run, step=20, warn=warnings.append)
         assert (run / "checkpoints" / "20").is_dir()  # it only reads
 
