@@ -70,7 +70,7 @@ def append_metrics(run: Path, writers: MetricWriters, line: dict[str, Any]) -> N
     """Writes a line to `metrics.jsonl`, TensorBoard and Weights & Biases."""
     if is_primary_host():
         append_line(run / "metrics.jsonl", line)
-    writers.numbers(line)
+    writers.write_scalars(line)
 
 
 def logging(
@@ -96,7 +96,7 @@ def logging(
         timing = {"step": event.step, **meter.measure(event.step)}
         if is_primary_host():
             append_line(run / "timing.jsonl", timing)
-        writers.numbers(timing)
+        writers.write_scalars(timing)
 
     return log
 
@@ -115,7 +115,7 @@ def drawing(run: Path, draw: Callable[[Params], np.ndarray], writers: MetricWrit
         if is_primary_host():
             picture = pictures.enlarge(pictures.grid(images))
             pictures.save_png(run / "samples" / f"step_{event.step:07d}.png", picture)
-            writers.picture(event.step, "samples", picture)
+            writers.write_image(event.step, "samples", picture)
             plots.plot_run(run)
 
     return draw_grid

@@ -1,18 +1,16 @@
-"""The numbers and pictures of a run on TensorBoard and Weights & Biases, beside `metrics.jsonl`.
+"""Metrics and sample grids on TensorBoard and Weights & Biases, in addition to `metrics.jsonl`.
 
-A run that goes on goes on there too: what was logged after its checkpoint is dropped (TensorBoard) or logged again with
+A run that resumes does so there too: what was logged after its checkpoint is dropped (TensorBoard) or logged again with
 the same numbers.
 """
 
 import contextlib
 import dataclasses
 import secrets
-import socket
-import struct
 import time
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,38 +23,38 @@ from ddpm_jax.system.hosts import is_primary_host
 
 
 class MetricWriter(typing.Protocol):
-    """A place that shows a run."""
+    """A service that shows a run."""
 
-    def numbers(self, step: int, values: dict[str, float]) -> None:
-        """Shows numbers by their names."""
+    def write_scalars(self, step: int, values: dict[str, float]) -> None:
+        """Writes scalars by name."""
 
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """Shows a picture, (H, W, C) uint8."""
+    def write_image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Writes an image, (H, W, C) uint8."""
 
     def close(self) -> None:
-        """Writes what is not written yet."""
+        """Writes what is still buffered."""
 
 
 class MetricWriters:
-    """All boards of a run; none if none was asked for."""
+    """All metric writers of a run; none if none were requested."""
 
-    def __init__(self, boards: list[MetricWriter]):
-        self._boards = boards
+    def __init__(self, writers: list[MetricWriter]):
+        self._writers = writers
 
-    def numbers(self, line: dict[str, Any]) -> None:
-        """Shows a line of metrics on every board."""
+    def write_scalars(self, line: dict[str, Any]) -> None:
+        """Writes the numbers of a line of metrics to every writer."""
         values = flatten({name: value for name, value in line.items() if name != "step"})
-        for board in self._boards:
-            board.numbers(line["step"], values)
+        for writer in self._writers:
+            writer.write_scalars(line["step"], values)
 
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """Shows a picture on every board."""
-        for board in self._boards:
-            board.picture(step, name, pixels)
+    def write_image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Writes an image, (H, W, C) uint8, to every writer."""
+        for writer in self._writers:
+            writer.write_image(step, name, pixels)
 
 
 def flatten(line: dict[str, Any]) -> dict[str, float]:
-    """Names every number of a line; what is None is left out.
+    """Returns the numbers of a line by name, without those that are None.
 
     >>> flatten({"loss": 0.5, "loss_quartiles": [1.0, None, 0.2, 0.1]})
     {'loss': 0.5, 'loss_quartiles/1': 1.0, 'loss_quartiles/3': 0.2, 'loss_quartiles/4': 0.1}
@@ -72,28 +70,28 @@ def flatten(line: dict[str, Any]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def open_metric_writers(config: Config, run: Path, *, first: int) -> Iterator[MetricWriters]:
-    """Opens the boards that a configuration asks for.
+    """Opens the metric writers that a configuration requests.
 
     Args:
-      config: of the run: `log.tensorboard` and `log.wandb`.
+      config: the run's: `log.tensorboard` and `log.wandb`.
       run: its folder.
-      first: how many steps are done; what a board has of later ones is void.
+      first: the number of steps done; what was logged of later ones is void.
 
     Yields:
-      the `MetricWriters`; none on hosts but the first.
+      the `MetricWriters`; empty on all hosts but the primary one.
 
     Raises:
-      UserError: a package is missing, the run's folder cannot be written to (then and later), or Weights & Biases
-        cannot be reached or does not know who you are.
+      UserError: a package is missing, the run's folder is not writable (then or later), or Weights & Biases cannot be
+        reached or rejects the login.
     """
     with contextlib.ExitStack() as opened:
-        boards: list[MetricWriter] = []
+        writers: list[MetricWriter] = []
         for wanted, make in ((config.log.tensorboard, _TensorBoard), (config.log.wandb, _WandB)):
             if wanted and is_primary_host():
-                board = make(config, run, first)
-                opened.callback(board.close)
-                boards.append(board)
-        yield MetricWriters(boards)
+                writer = make(config, run, first)
+                opened.callback(writer.close)
+                writers.append(writer)
+        yield MetricWriters(writers)
 
 
 def _missing(field: str, package: str) -> UserError:
@@ -101,68 +99,54 @@ def _missing(field: str, package: str) -> UserError:
 
 
 class _TensorBoard:
-    """Writes a file of events, each line of metrics at once: a disk that is full is known where the run can say so.
+    """Writes each line of metrics to an event file at once: a full disk is an error where the run can report it.
 
-    The `SummaryWriter` of tensorboardX writes in a thread, whose failure nobody hears of.
+    By tensorboardX's `EventsWriter`, because its `SummaryWriter` writes in a thread, whose errors are lost.
     """
 
     def __init__(self, config: Config, run: Path, first: int):
         del config
         try:
-            import tensorboardX.proto.event_pb2
-            import tensorboardX.record_writer
-            import tensorboardX.summary
+            from tensorboardX import event_file_writer, summary
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
         except ImportError:
             raise _missing("log.tensorboard", "tensorboardX") from None
-        self._board: types.ModuleType = tensorboardX
-        folder = run / "tensorboard"
-        with _written(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        self._summary, self._event = summary, Event
+        self._folder = run / "tensorboard"
+        with self._writing():
+            self._folder.mkdir(parents=True, exist_ok=True)
             # TensorBoard reads the files in the order of their names.
-            number = len(list(folder.iterdir()))
+            number = len(list(self._folder.iterdir()))
+            self._file = event_file_writer.EventsWriter(str(self._folder / "events"), f".{number:06d}")
+        # From here on TensorBoard drops what other files hold of this step and later ones.
+        self._write([Event(wall_time=time.time(), step=first + 1, session_log=SessionLog(status=SessionLog.START))])
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write {self._folder}: {error.strerror or error}") from error
+
+    def _write(self, events: Iterable[Any]) -> None:
+        with self._writing():
+            for event in events:
+                self._file.write_event(event)
+            self._file.flush()
+
+    def _write_summaries(self, step: int, summaries: Iterable[Any]) -> None:
         now = time.time()
-        self._file = folder / f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{number:06d}"
-        event = tensorboardX.proto.event_pb2.Event
-        start = tensorboardX.proto.event_pb2.SessionLog(status="START")
-        # What other files hold of this step and later ones is void from here on.
-        self._append(
-            [
-                event(wall_time=now, file_version="brain.Event:2"),
-                event(wall_time=now, step=first + 1, session_log=start),
-            ]
-        )
+        self._write(self._event(wall_time=now, step=step, summary=summary) for summary in summaries)
 
-    def _append(self, events: Sequence[Any]) -> None:
-        """Appends events, each in its frame: length, checksum of the length, content, checksum of the content."""
-        checksum = self._board.record_writer.masked_crc32c
-        frames = bytearray()
-        for content in (event.SerializeToString() for event in events):
-            length = struct.pack("<Q", len(content))
-            frames += length + struct.pack("<I", checksum(length)) + content + struct.pack("<I", checksum(content))
-        with _written(self._file), self._file.open("ab") as file:
-            file.write(frames)
+    def write_scalars(self, step: int, values: dict[str, float]) -> None:
+        self._write_summaries(step, (self._summary.scalar(name, value) for name, value in values.items()))
 
-    def _append_summaries(self, step: int, summaries: Iterable[Any]) -> None:
-        event, now = self._board.proto.event_pb2.Event, time.time()
-        self._append([event(wall_time=now, step=step, summary=summary) for summary in summaries])
-
-    def numbers(self, step: int, values: dict[str, float]) -> None:
-        scalar = self._board.summary.scalar
-        self._append_summaries(step, (scalar(name, value) for name, value in values.items()))
-
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        self._append_summaries(step, [self._board.summary.image(name, pixels, dataformats="HWC")])
+    def write_image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        self._write_summaries(step, [self._summary.image(name, pixels, dataformats="HWC")])
 
     def close(self) -> None:
-        """All is written."""
-
-
-@contextlib.contextmanager
-def _written(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        with self._writing():
+            self._file.close()
 
 
 class _WandB:
@@ -173,7 +157,7 @@ class _WandB:
         except ImportError:
             raise _missing("log.wandb", "wandb") from None
         self._wandb: types.ModuleType = wandb
-        # The run's name there: kept, so that a run that goes on is the same one.
+        # The run's id there, kept so that a resumed run continues it.
         file = run / "wandb_id"
         if not file.exists():
             write_whole(file, lambda opened: opened.write(secrets.token_hex(4).encode()))
@@ -190,14 +174,14 @@ class _WandB:
         except Exception as error:  # no account, no network, no such project: wandb has a kind for each
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"log.wandb={config.log.wandb}: Weights & Biases says: {reason}; WANDB_MODE=offline keeps it in the "
-                "run's folder, to be sent later by `wandb sync`"
+                f"log.wandb={config.log.wandb}: Weights & Biases says: {reason}; with WANDB_MODE=offline metrics stay "
+                "in the run's folder, to be uploaded later with `wandb sync`"
             ) from error
 
-    def numbers(self, step: int, values: dict[str, float]) -> None:
+    def write_scalars(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)
 
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+    def write_image(self, step: int, name: str, pixels: np.ndarray) -> None:
         self._run.log({name: self._wandb.Image(pixels)}, step=step)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases show the numbers that were written, read back by their own formats."""
+"""TensorBoard and Weights & Biases show the numbers that were written."""
 
 import dataclasses
 import re
@@ -29,58 +29,31 @@ def events_of(folder):
     return events
 
 
-def test_tensorboard_holds_numbers_and_pictures(tmp_path):
+def test_tensorboard_has_scalars_and_images(tmp_path):
     pytest.importorskip("tensorboardX")
     config = Config(log=LogConfig(tensorboard=True))
     pixels = np.random.default_rng(0).integers(0, 256, (8, 6, 3)).astype(np.uint8)
-    with open_metric_writers(config, tmp_path, first=0) as boards:
-        boards.numbers(LINE)
-        boards.picture(20, "samples", pixels)
+    with open_metric_writers(config, tmp_path, first=0) as writers:
+        writers.write_scalars(LINE)
+        writers.write_image(20, "samples", pixels)
     values = {value.tag: value for event in events_of(tmp_path / "tensorboard") for value in event.summary.value}
     numbers = {tag: value.simple_value for tag, value in values.items() if tag != "samples"}
     assert numbers == {"loss": 0.25, "loss_quartiles/1": 1.0, "loss_quartiles/3": 0.5, "loss_quartiles/4": 0.125}
     assert (values["samples"].image.height, values["samples"].image.width) == (8, 6)
 
 
-def test_tensorboard_reads_what_is_written(tmp_path):
-    """The checksums of the frames, by a CRC-32C of our own, and the first event, which tells the version."""
-    pytest.importorskip("tensorboardX")
-    with open_metric_writers(Config(log=LogConfig(tensorboard=True)), tmp_path, first=0) as boards:
-        boards.numbers(LINE)
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    content = file.read_bytes()
-
-    def masked(data):
-        crc = 0xFFFFFFFF
-        for byte in data:
-            crc ^= byte
-            for _ in range(8):
-                crc = crc >> 1 ^ 0x82F63B78 * (crc & 1)
-        crc ^= 0xFFFFFFFF
-        return ((crc >> 15 | crc << 17) + 0xA282EAD8 & 0xFFFFFFFF).to_bytes(4, "little")
-
-    while content:
-        length = int.from_bytes(content[:8], "little")
-        assert content[8:12] == masked(content[:8])
-        assert content[12 + length : 16 + length] == masked(content[12 : 12 + length])
-        content = content[16 + length :]
-    first, *others = events_of(tmp_path / "tensorboard")
-    assert first.file_version == "brain.Event:2"
-    assert {event.step for event in others if event.summary.value} == {20}
-
-
 @pytest.mark.parametrize("first", [0, 10])
 def test_tensorboard_drops_what_a_run_logs_again(tmp_path, first):
-    """A run that was killed before or after its first checkpoint, and begun again: every number is there once."""
+    """A run killed before or after its first checkpoint and started again: every number is there once."""
     pytest.importorskip("tensorboardX")
     config = Config(log=LogConfig(tensorboard=True))
     for done, steps in ((0, (5, 10, 15, 20)), (first, range(first + 5, 30, 5))):
-        with open_metric_writers(config, tmp_path, first=done) as boards:
+        with open_metric_writers(config, tmp_path, first=done) as writers:
             for step in steps:
-                boards.numbers({"step": step, "loss": 100 * done + step})
+                writers.write_scalars({"step": step, "loss": 100 * done + step})
     shown = []
     for event in events_of(tmp_path / "tensorboard"):
-        if event.session_log.status == 1:  # what TensorBoard does at a start: it forgets this step and later ones
+        if event.session_log.status == 1:  # what TensorBoard does at a start: it drops this step and later ones
             shown = [(step, value) for step, value in shown if step < event.step]
         shown += [(event.step, value.simple_value) for value in event.summary.value]
     assert shown == [(step, 100 * first * (step > first) + step) for step in range(5, 30, 5)]
@@ -97,9 +70,9 @@ from ddpm_jax.training.metric_writers import open_metric_writers
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
 try:
-    with open_metric_writers(Config(log=LogConfig(tensorboard=True)), pathlib.Path(sys.argv[1]), first=0) as boards:
+    with open_metric_writers(Config(log=LogConfig(tensorboard=True)), pathlib.Path(sys.argv[1]), first=0) as writers:
         for step in range(1000):
-            boards.numbers({"step": step, **{f"number_{i}": 0.5 for i in range(10)}})
+            writers.write_scalars({"step": step, **{f"number_{i}": 0.5 for i in range(10)}})
 except UserError as error:
     sys.exit(f"step {step}: {error}")
 """
@@ -107,7 +80,7 @@ except UserError as error:
         [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
     )
     assert ended.returncode == 1
-    assert re.fullmatch(rf"step \d: cannot write {tmp_path}/tensorboard/events\S+: File too large\n", ended.stderr)
+    assert re.fullmatch(rf"step \d+: cannot write {tmp_path}/tensorboard: File too large\n", ended.stderr)
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
@@ -120,14 +93,14 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
         pass
 
 
-def test_weights_and_biases_goes_on_as_the_same_run(tmp_path, monkeypatch):
+def test_weights_and_biases_resumes_the_same_run(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = Config(log=LogConfig(wandb="a_project"))
     for first in (0, 10):
-        with open_metric_writers(config, tmp_path, first=first) as boards:
-            boards.numbers({**LINE, "step": first + 1})
-            boards.picture(first + 1, "samples", np.zeros((8, 6, 1), np.uint8))
+        with open_metric_writers(config, tmp_path, first=first) as writers:
+            writers.write_scalars({**LINE, "step": first + 1})
+            writers.write_image(first + 1, "samples", np.zeros((8, 6, 1), np.uint8))
     folders = [folder for folder in (tmp_path / "wandb").iterdir() if folder.name.startswith("offline-run")]
     name = (tmp_path / "wandb_id").read_text()
     assert folders
@@ -148,7 +121,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, log, package):
 
 
 def test_nothing_is_opened_unasked(tmp_path):
-    with open_metric_writers(Config(), tmp_path, first=0) as boards:
-        boards.numbers(LINE)
-        boards.picture(20, "samples", np.zeros((8, 6, 1), np.uint8))
+    with open_metric_writers(Config(), tmp_path, first=0) as writers:
+        writers.write_scalars(LINE)
+        writers.write_image(20, "samples", np.zeros((8, 6, 1), np.uint8))
     assert not list(tmp_path.iterdir())
