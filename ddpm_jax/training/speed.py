@@ -89,7 +89,7 @@ def utilization(
 
 
 def peak_memory_gib(device: jax.Device) -> float | None:
-    """Returns the peak memory of the device, or of this process if the device is its CPU (then None on Windows)."""
+    """Returns the peak memory of the device, or of this process if the device is its CPU; None for a CPU on Windows."""
     statistics: dict[str, Any] = device.memory_stats() or {}
     if "peak_bytes_in_use" in statistics:
         return round(statistics["peak_bytes_in_use"] / 2**30, 3)
