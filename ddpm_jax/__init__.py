@@ -15,16 +15,17 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "keys": ("image_keys",),
-    "schedules": ("Schedule", "make_betas", "make_schedule", "schedule_from_betas"),
-    "forward": ("q_posterior", "q_sample"),
-    "reverse": ("p_mean_variance", "predict_eps", "predict_x0"),
-    "losses": ("l_hybrid", "l_simple", "l_vlb"),
+    "schedules": ("make_schedule", "make_betas", "schedule_from_betas", "Schedule"),
+    "forward": ("q_sample", "q_posterior"),
+    "reverse": ("p_mean_variance", "predict_x0", "predict_eps"),
+    "losses": ("l_simple", "l_vlb", "l_hybrid"),
     "time_sampling": ("uniform_times",),
     "likelihood": ("bound_terms", "total_bits"),
     "pixels": ("to_float", "to_uint8"),
     "guidance": ("guided",),
     "unet": ("UNet",),
-    "samplers.chain": ("Sampler", "sample", "sample_trajectory"),
+    "networks": ("Network", "from_linen", "from_nnx", "predict_with"),
+    "samplers.chain": ("sample", "sample_trajectory", "Sampler"),
     "samplers.ancestral": ("ancestral",),
     "samplers.ddim": ("ddim",),
     "samplers.dpm_solver": ("dpm_solver_pp_2m", "dpm_solver_pp_2m_sde"),
@@ -50,6 +51,10 @@ if typing.TYPE_CHECKING:
     from ddpm_jax.losses import l_hybrid as l_hybrid
     from ddpm_jax.losses import l_simple as l_simple
     from ddpm_jax.losses import l_vlb as l_vlb
+    from ddpm_jax.networks import Network as Network
+    from ddpm_jax.networks import from_linen as from_linen
+    from ddpm_jax.networks import from_nnx as from_nnx
+    from ddpm_jax.networks import predict_with as predict_with
     from ddpm_jax.pixels import to_float as to_float
     from ddpm_jax.pixels import to_uint8 as to_uint8
     from ddpm_jax.reverse import p_mean_variance as p_mean_variance

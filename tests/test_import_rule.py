@@ -1,0 +1,96 @@
+"""The import rule: which room may import which, and which package only one room may import."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "ddpm_jax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+MATHEMATICS = {
+    *("keys", "schedules", "forward", "reverse", "bound", "losses", "time_sampling", "likelihood", "pixels"),
+    *("guidance", "editing", "samplers"),
+}
+NETWORKS = MATHEMATICS | {"unet", "networks"}
+GENERAL = NETWORKS | {"system", "config", "run", "data"}
+
+# The rooms that each room may import, beside itself.
+ALLOWED = {
+    "system": set(),
+    **dict.fromkeys(MATHEMATICS, MATHEMATICS),
+    **dict.fromkeys(("unet", "networks"), NETWORKS),
+    **dict.fromkeys(("config", "run", "data"), GENERAL),
+    "generation": GENERAL,
+    "training": GENERAL | {"generation.batches"},
+    "evaluation": GENERAL | {"generation", "training"},
+    "interop": GENERAL | {"generation", "training", "evaluation"},
+}
+
+# Where a package may be imported at all.
+ONLY = {
+    "orbax": {"run/checkpoints.py"},
+    "grain": {"data/"},
+    "tensorflow_datasets": {"data/"},
+    "tyro": {"run/command.py"},
+}
+
+# What the mathematics may import besides the standard library; the networks add Flax.
+CORE = {"jax", "numpy", "chex", "optax"}
+
+# Not yet as they should be.
+EXCEPTIONS = {
+    "training/loop.py": {"ddpm_jax.generation.sampler_config"},
+    "system/hosts.py": {"jax._src.distributed"},
+}
+
+
+def imports(file):
+    """The modules that a file imports anywhere in it, as dotted names: `from a import b` is `a.b`."""
+    names = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path(file)} imports relatively"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return [name for name in names if not name.startswith(tuple(EXCEPTIONS.get(path(file), {"-"})))]
+
+
+def room(name):
+    """The room of a dotted name: `ddpm_jax.run.build.image_shape` is of `run`."""
+    return name.split(".")[1]
+
+
+def path(file):
+    return file.relative_to(PACKAGE).as_posix()
+
+
+@pytest.mark.parametrize("file", FILES, ids=path)
+def test_rooms_import_only_what_they_may(file):
+    if file == PACKAGE / "__init__.py":
+        return  # it names everything, and imports nothing before it is used
+    own = file.relative_to(PACKAGE).with_suffix("").parts[0]
+    wrong = [
+        name
+        for name in imports(file)
+        if name.startswith("ddpm_jax.")
+        and room(name) != own
+        and not any(f"{name}.".startswith(f"ddpm_jax.{allowed}.") for allowed in ALLOWED[own])
+    ]
+    assert not wrong, f"{path(file)}, of {own}, imports {', '.join(wrong)}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=path)
+def test_packages_are_imported_only_where_they_may_be(file):
+    found = {name.split(".")[0] for name in imports(file)} - {"ddpm_jax"}
+    wrong = [package for package in ONLY if package in found and not path(file).startswith(tuple(ONLY[package]))]
+    assert not wrong, f"{path(file)} imports {', '.join(wrong)}"
+    private = [name for name in imports(file) if any(part.startswith("_") for part in name.split("."))]
+    assert not private, f"{path(file)} imports {', '.join(private)}"
+    own = file.relative_to(PACKAGE).with_suffix("").parts[0]
+    if own in NETWORKS:
+        extras = found - sys.stdlib_module_names - CORE - ({"flax"} if own in NETWORKS - MATHEMATICS else set())
+        assert not extras, f"{path(file)} imports {', '.join(extras)}"
