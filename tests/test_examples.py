@@ -22,6 +22,6 @@ def run_example(name, *words, cwd):
 
 
 def test_minimal(tmp_path):
-    printed = run_example("minimal.py", "3", cwd=tmp_path)
+    printed = run_example("minimal.py", "3", "10", cwd=tmp_path)
     assert float(printed.removeprefix("step 0: loss ")) < 1.3
     assert np.asarray(Image.open(tmp_path / "minimal.png")).std() > 0
