@@ -18,6 +18,7 @@ LossKind = typing.Literal["simple", "vlb", "hybrid"]
 Precision = typing.Literal["float32", "bfloat16"]
 MatmulPrecision = typing.Literal["default", "high", "highest"]
 Parallel = typing.Literal["jit", "pmap"]
+BestBy = typing.Literal["loss", "eval_loss"]
 OnUnreadable = typing.Literal["refuse", "skip"]
 
 _FREE: dict[str, bool] = {"free": True}
@@ -160,7 +161,9 @@ class CheckpointConfig:
     keep_every: int = field(default=0, metadata=_FREE)
     """Checkpoints of steps that are multiples of this are kept for ever; 0: none."""
     keep_best: int = field(default=0, metadata=_FREE)
-    """How many of those with the lowest mean loss since the checkpoint before are kept, beside the newest."""
+    """How many of the checkpoints with the lowest loss are kept, beside the newest."""
+    best_by: BestBy = "loss"
+    """Which loss keep_best compares: the mean training loss since the checkpoint before, or eval_loss (see eval)."""
     minutes: float = field(default=0.0, metadata=_FREE)
     """Save also when so many minutes have passed since the last checkpoint; 0: by steps alone."""
 
@@ -187,6 +190,16 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """How it is evaluated while it trains."""
+
+    every: int = field(default=0, metadata=_FREE)
+    """Steps between evaluations of the loss on held-out images (the test split), with the EMA weights; 0: none."""
+    num: int = field(default=1024, metadata=_FREE)
+    """Number of held-out images, spread evenly over the test split; only losses of the same number are comparable."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -198,4 +211,5 @@ class Config:
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()

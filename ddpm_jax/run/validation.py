@@ -35,6 +35,8 @@ _AT_LEAST = {
     "checkpoints.keep_every": 0,
     "checkpoints.keep_best": 0,
     "checkpoints.minutes": 0,
+    "eval.every": 0,
+    "eval.num": 1,
     "log.every": 1,
     "log.samples_every": 0,
     "log.num_samples": 1,
@@ -91,6 +93,12 @@ def validate(config: Config) -> None:
         raise UserError(
             f"log.sample_steps={config.log.sample_steps} is more than diffusion.num_steps={diffusion.num_steps}: "
             f"use --log.sample-steps {diffusion.num_steps} or less, or 0 for the whole chain"
+        )
+    every, evaluated = config.checkpoints.every, config.eval.every
+    if config.checkpoints.best_by == "eval_loss" and (not evaluated or every % evaluated):
+        raise UserError(
+            f"checkpoints.best_by=eval_loss needs an evaluation at every checkpoint, and eval.every={evaluated} does "
+            f"not divide checkpoints.every={every}: use --eval.every {every}"
         )
     learned = diffusion.variance in LEARNED_VARIANCES
     if learned and config.loss.kind == "simple":

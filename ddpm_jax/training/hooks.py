@@ -138,7 +138,8 @@ class Saving:
 
     def __call__(self, event: Event) -> None:
         losses = self._diagnostics.since_save
-        loss = float(np.mean(losses))
+        # A signal may stop the run at a step without an evaluation: that checkpoint is none of the best.
+        loss = event.values.get("eval_loss") if self._config.best_by == "eval_loss" else float(np.mean(losses))
         self._checkpoints.save(event.step, to_items(event.state), notes={"window": self._diagnostics.window}, loss=loss)
         losses.clear()
         self._saved_at = time.monotonic()

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import operator
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from ddpm_jax.system.mesh import batch_sharding, gather, replicated
 from ddpm_jax.system.progress import Progress, say
 from ddpm_jax.system.signals import stop_signals
 from ddpm_jax.training import plots
+from ddpm_jax.training.held_out import evaluating, load_test_split
 from ddpm_jax.training.hooks import Event, Periodic, Saving, append_metrics, drawing, logging
 from ddpm_jax.training.input_pipeline import make_input_pipeline, with_inputs
 from ddpm_jax.training.metric_writers import open_metric_writers
@@ -76,13 +78,15 @@ def train(config: Config, run: Path, *, hooks: Sequence[Periodic] = ()) -> None:
         if not is_primary_host():
             check_same_set(run / "data.json", source, write=False)
         check_classes(config, source)
-        _train(config, run, source, hooks, received, begun)
+        held_out = load_test_split(config) if config.eval.every else None
+        _train(config, run, source, held_out, hooks, received, begun)
 
 
 def _train(
     config: Config,
     run: Path,
     source: Source,
+    held_out: Source | None,
     hooks: Sequence[Periodic],
     received: Sequence[int],
     begun: Callable[[], None],
@@ -111,6 +115,7 @@ def _train(
         if first:
             say(f"{run}: resuming from step {first}")
         say(f"the images are {pipeline.kept}")
+        evaluation = [Periodic(config.eval.every, evaluating(parts, held_out))] if held_out else []
         grids = _make_draw(parts)
         begun()
         training_step = layout.lift(with_inputs(parts.make_step, pipeline))
@@ -127,6 +132,7 @@ def _train(
             log = functools.partial(append_metrics, run, writers)
             hooks = [
                 Periodic(config.log.every, logging(run, diagnostics, meter, writers, learning_rate(config.train))),
+                *evaluation,
                 *(Periodic(config.log.samples_every, drawing(run, draw, writers)) for draw in grids),
                 *hooks,
                 Periodic(rules.every, saving),
@@ -160,8 +166,9 @@ def _train(
         checkpoints.wait()
     if is_primary_host():
         plots.plot_run(run)
-        loss = [line["loss"] for line in read_lines(run / "metrics.jsonl") if "loss" in line][-1]
-        say(f"{run}: {num_steps} steps done, loss {loss:.4f}")
+        values = functools.reduce(operator.or_, read_lines(run / "metrics.jsonl"))
+        evaluated = f", eval loss {values['eval_loss']:.4f}" if values.get("eval_loss") is not None else ""
+        say(f"{run}: {num_steps} steps done, loss {values['loss']:.4f}{evaluated}")
 
 
 def _check_finite(run: Path, checkpoints: Checkpoints, step: int, numbers: StepNumbers) -> None:

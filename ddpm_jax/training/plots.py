@@ -1,4 +1,4 @@
-"""Plots of a run: the loss over the steps."""
+"""Plots the loss of a run over its steps."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,26 +11,35 @@ from ddpm_jax.training.metrics import read_lines
 
 def plot_run(run: Path) -> None:
     """Plots the metrics of a run into its `loss.png`; nothing if there are none yet."""
-    lines = [line for line in read_lines(run / "metrics.jsonl") if "loss" in line]
-    if lines:
-        quartiles = np.array([line["loss_quartiles"] for line in lines], np.float64)
-        steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
-        plot_loss(run / "loss.png", steps, losses, quartiles)
+    lines = read_lines(run / "metrics.jsonl")
+    trained = [line for line in lines if "loss" in line]
+    if trained:
+        quartiles = np.array([line["loss_quartiles"] for line in trained], np.float64)
+        steps, losses = [line["step"] for line in trained], [line["loss"] for line in trained]
+        evaluated = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+        plot_loss(run / "loss.png", steps, losses, quartiles, np.array(evaluated, np.float64).reshape(-1, 2))
 
 
-def plot_loss(path: Path, steps: Sequence[int], losses: Sequence[float], quartiles: np.ndarray | None = None) -> None:
-    """Plots the loss over the steps, as it is and smoothed, on a logarithmic scale.
+def plot_loss(
+    path: Path,
+    steps: Sequence[int],
+    losses: Sequence[float],
+    quartiles: np.ndarray | None = None,
+    evaluated: np.ndarray | None = None,
+) -> None:
+    """Plots the loss over the steps, raw and smoothed, on a logarithmic scale.
 
     Args:
-      path: where to, a PNG; its folder is made if it is not there.
-      steps: at which steps.
-      losses: the loss at each of them; what is not finite or not above 0 is left out.
+      path: the PNG to write; its folder is made if it does not exist.
+      steps: (N,) the steps.
+      losses: (N,) the loss at each of them; values that are not finite or not above 0 are left out.
       quartiles: (N, 4) the losses of the four quarters of the chain, drawn smoothed; nan where there are none.
+      evaluated: (M, 2) steps and losses on held-out images; nan where there are none.
 
     Raises:
       UserError: the file cannot be written.
     """
-    # Slow to import, and not wanted by those who only draw grids. Without pyplot there is no global state.
+    # Slow to import, and not needed for grids. Without pyplot there is no global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -50,23 +59,26 @@ def plot_loss(path: Path, steps: Sequence[int], losses: Sequence[float], quartil
     draw(loss, "smoothed", color="C0", linewidth=2)
     for number, quartile in enumerate([] if quartiles is None else np.asarray(quartiles, np.float64).T):
         draw(quartile, f"t in quarter {number + 1} of the chain", color=f"C{number + 1}", linewidth=1)
+    if evaluated is not None and len(evaluated):
+        steps_evaluated, held_out = evaluated[(evaluated[:, 1] > 0) & np.isfinite(evaluated[:, 1])].T
+        axes.plot(steps_evaluated, held_out, color="black", marker="o", markersize=3, linewidth=1, label="held-out")
     axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.grid(True, which="both", alpha=0.3)
-    # Above the curves, which leave it no room.
+    # Above the curves, which leave no room for it.
     axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     write_whole(path, lambda file: figure.savefig(file, format="png"))
 
 
 def smooth(values: np.ndarray, *, share: float = 0.02) -> np.ndarray:
-    r"""Smooths a curve by an exponential average that is not drawn towards 0 at its beginning.
+    r"""Smooths a curve by an exponential average without bias towards 0 at its start.
 
     .. math:: s_k = \sum_{j \le k} d^{k-j} v_j \Big/ \sum_{j \le k} d^{k-j}
 
     Args:
       values: (N,), finite.
-      share: how much of the whole curve the average reaches back, in (0, 1]; it sets d.
+      share: the share of the curve that the average reaches back, in (0, 1]; it sets d.
 
     Returns:
       (N,) float64.

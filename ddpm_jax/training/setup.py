@@ -17,7 +17,7 @@ from ddpm_jax.training.state import TrainState, init_state, make_optimizer
 from ddpm_jax.training.step import TrainingStep, make_training_step
 
 # The uses of the run's seed.
-_INIT, _STEPS, _SAMPLES = 0, 1, 2
+_INIT, _STEPS, _SAMPLES, _HELD_OUT = range(4)
 
 
 class Keys(typing.NamedTuple):
@@ -29,6 +29,8 @@ class Keys(typing.NamedTuple):
     """Of all steps."""
     samples: Array
     """Of the grids that are drawn on the way."""
+    held_out: Array
+    """Of the evaluations on held-out images."""
 
 
 class Setup(typing.NamedTuple):
@@ -76,7 +78,7 @@ def make_setup(config: Config, *, network: Network | None = None) -> Setup:
     schedule = build_schedule(config)
     return Setup(
         config,
-        Keys(*(jax.random.fold_in(seed_key, use) for use in (_INIT, _STEPS, _SAMPLES))),
+        Keys(*(jax.random.fold_in(seed_key, use) for use in (_INIT, _STEPS, _SAMPLES, _HELD_OUT))),
         build_network(config) if network is None else network,
         schedule,
         make_optimizer(config.train),
