@@ -126,7 +126,7 @@ def test_cast_refuses_what_is_not(kind, value):
         ("model.batch_size", "train.batch_size"),
         ("diffusion.num_step", "diffusion.num_steps"),
         ("flipp", "data.flip"),
-        ("every", "checkpoints.every or log.every"),
+        ("every", "checkpoints.every or eval.every or log.every"),
     ],
 )
 def test_the_nearest_name_is_found(written, meant):
@@ -313,6 +313,8 @@ def test_a_field_that_differs_is_named_unless_it_is_free(name):
 def test_what_shapes_no_number_of_a_step_is_free():
     assert {name for name, leaf in leaves(Config).items() if leaf.free} == {
         "name",
+        "eval.every",
+        "eval.num",
         "data.path",
         "data.memory_gib",
         "data.device_gib",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -80,9 +81,8 @@ def test_it_is_the_same_number_on_any_devices_and_its_images_are_spread_over_the
     read = []
     source = dataclasses.replace(source, read_images=lambda indices: read.append(indices) or source.images[indices])
     found = {}
-    for name, choices in dict(
-        jit={}, fsdp=dict(fsdp=2), pmap=dict(parallel="pmap"), parts=dict(grad_accum_steps=2)
-    ).items():
+    layouts = dict(jit={}, fsdp=dict(fsdp=2), pmap=dict(parallel="pmap"), parts=dict(grad_accum_steps=2))
+    for name, choices in layouts.items():
         parts = make_setup(with_train(**choices), network=network)
         state = parts.layout.init(parts.init, parts.keys.init)
         found[name] = evaluate(parts, source, parts.layout.saved_state(state))
@@ -102,9 +102,10 @@ class TestInARun:
         train(CONFIG, tmp_path / "whole")
         return tmp_path / "whole"
 
-    def test_it_only_adds_lines(self, whole, tmp_path, capsys):
-        assert "8 steps done, loss 0." in (err := capsys.readouterr().err)
-        assert ", eval loss 0." in err
+    def test_it_only_adds_lines(self, tmp_path, capsys):
+        whole = tmp_path / "on"
+        train(CONFIG, whole)
+        assert re.search(r"8 steps done, loss 0\.\d+, eval loss 0\.\d+$", capsys.readouterr().err.strip())
         lines = lines_of(whole)
         assert [line["step"] for line in lines] == [2, 3, 4, 6, 6, 8, 8]
         assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 6, 8]
@@ -114,7 +115,7 @@ class TestInARun:
         assert (whole / "loss.png").read_bytes() != (tmp_path / "off" / "loss.png").read_bytes()
 
     @pytest.mark.parametrize("step", [3, 4])
-    def test_interrupted_and_resumed_it_writes_the_same_bytes(self, whole, tmp_path, training, step):
+    def test_interrupted_and_resumed_it_writes_the_same_bytes(self, whole, tmp_path, step):
         def interrupt(event):
             if event.step == step:
                 raise Stopped(2, "a crash between the evaluation and the checkpoint")
