@@ -15,7 +15,7 @@ from ddpm_jax.generation.job import default_folder, load_job, run_job
 from ddpm_jax.generation.sampler_config import SamplerConfig
 from ddpm_jax.run import checkpoints
 from ddpm_jax.run.command import Command, parse_options, run_command
-from ddpm_jax.run.trained import load_average, run_config
+from ddpm_jax.run.trained import load_run
 from ddpm_jax.run.weights import save_weights
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.exits import run_script
@@ -42,10 +42,9 @@ class LikelihoodOptions:
     least, estimated from 512 training images (which are not counted then)."""
     cdf: Cdf = "tanh"
     """The normal distribution function of the decoder: the original's approximation, or the exact erf."""
-    times: int = 0
-    """Looks at so many of the T times, drawn for each image anew from ranges of about equal ratio: an unbiased estimate
-    at a part of the cost, whose standard error says what it is worth (optimal variances are then estimated so too);
-    0: all."""
+    num_strata: int = 0
+    """Evaluate only this many of the T timesteps, sampled per image in log-spaced strata: an unbiased estimate at a
+    fraction of the cost, with its standard error (optimal variances are then estimated the same way); 0: all."""
     out: str | None = None
     """The job's folder; one in RUN/likelihood if not given."""
 
@@ -59,11 +58,12 @@ def likelihood(arguments: Sequence[str]) -> None:
         "bins of 1/255 as for any 8-bit image, also where a set has fewer levels (the digits have 17): such numbers "
         "compare with others of the same set alone.",
     )
-    run = Path(options.run)
-    job = load_job(run, seed=options.seed, step=options.step)
-    request = bits_per_dim.Request(options.split, options.num, options.sigma, options.cdf, options.times)
-    out = bits_per_dim.default_folder(run, job, request) if options.out is None else Path(options.out)
-    print(bits_per_dim.summary(bits_per_dim.run_job(job, out, request, batch_size=options.batch_size)))
+    trained = load_run(Path(options.run), step=options.step)
+    request = bits_per_dim.Request(
+        options.split, options.num, options.sigma, options.cdf, options.num_strata, options.seed
+    )
+    out = bits_per_dim.default_folder(trained, request) if options.out is None else Path(options.out)
+    print(bits_per_dim.summary(bits_per_dim.run_job(trained, out, request, batch_size=options.batch_size)))
     print(f"{out}: likelihood.json, terms.csv, rate_distortion.csv and their plots")
 
 
@@ -100,11 +100,10 @@ def quality(arguments: Sequence[str]) -> None:
             raise UserError(f"{given} holds images that are drawn already: a sampler goes with the folder of a run")
         file, config = given, config_of(given, options.config)
     else:
-        job = load_job(given, seed=options.seed, step=options.step, choice=options.alone())
-        check_real(load_source(job.config.data))  # before anything is drawn
-        out = default_folder(given, job)
-        file = run_job(job, out, number=options.num, batch_size=options.batch_size, format="npz")
-        config = job.config
+        job = load_job(given, seed=options.seed, step=options.step, sampler=options.alone())
+        config = job.trained.config
+        check_real(load_source(config.data))  # before anything is drawn
+        file = run_job(job, default_folder(job), number=options.num, batch_size=options.batch_size, format="npz")
     print(summary(judge_file(file, config, number=options.num)))
     print(file.with_name("quality.json"))
 
@@ -137,9 +136,9 @@ def figures(arguments: Sequence[str]) -> None:
         description="Draws the paper's figures for a run into one folder; figures.md there says what each is.",
     )
     run = Path(options.run)
-    job = load_job(run, seed=options.seed, step=options.step, choice=SamplerConfig(steps=options.steps))
+    job = load_job(run, seed=options.seed, step=options.step, sampler=SamplerConfig(steps=options.steps))
     out = run / "figures" if options.out is None else Path(options.out)
-    print(draw_figures(job, run, out, num=options.num, batch_size=options.batch_size))
+    print(draw_figures(job, out, num=options.num, batch_size=options.batch_size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,11 +188,9 @@ def export(arguments: Sequence[str]) -> None:
     options = parse_options(
         ExportOptions, arguments, description="Writes the averaged weights of a run alone into one .safetensors file."
     )
-    run = Path(options.run)
-    config = run_config(run)
-    step, params = load_average(run, config, step=options.step)
-    file = run / f"weights_{step}.safetensors" if options.out is None else Path(options.out)
-    save_weights(file, params, config=config, step=step)
+    trained = load_run(Path(options.run), step=options.step)
+    file = trained.folder / f"weights_{trained.step}.safetensors" if options.out is None else Path(options.out)
+    save_weights(file, trained.params, config=trained.config, step=trained.step)
     print(file)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 from ddpm_jax.generation import edits
-from ddpm_jax.generation.job import Format, Job, default_folder, load_job, run_job
+from ddpm_jax.generation.job import Format, SamplingJob, default_folder, load_job, run_job
 from ddpm_jax.generation.sampler_config import SamplerConfig
 from ddpm_jax.run.checkpoints import silence_orbax
 from ddpm_jax.run.command import Command, parse_options, run_command
@@ -42,9 +42,8 @@ def draw(arguments: Sequence[str]) -> None:
     options = parse_options(
         Options, arguments, description="Draws images from a trained run; started again, it goes on."
     )
-    run = Path(options.run)
-    job = load_job(run, seed=options.seed, step=options.step, choice=options.alone())
-    out = default_folder(run, job) if options.out is None else Path(options.out)
+    job = load_job(Path(options.run), seed=options.seed, step=options.step, sampler=options.alone())
+    out = default_folder(job) if options.out is None else Path(options.out)
     shown = run_job(
         job,
         out,
@@ -53,7 +52,7 @@ def draw(arguments: Sequence[str]) -> None:
         format=options.format,
         columns=options.columns,
     )
-    print(f"{options.num} images of checkpoint {job.checkpoint}: {shown}")
+    print(f"{options.num} images of checkpoint {job.trained.step}: {shown}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,9 +70,9 @@ class ModeOptions:
     step: int | None = None
     """The checkpoint of which training step; the newest if not given."""
 
-    def load(self, choice: SamplerConfig) -> Job:
-        choice = dataclasses.replace(choice, guidance_scale=self.guidance_scale)
-        return load_job(Path(self.run), seed=self.seed, step=self.step, choice=choice)
+    def load(self, sampler: SamplerConfig) -> SamplingJob:
+        sampler = dataclasses.replace(sampler, guidance_scale=self.guidance_scale)
+        return load_job(Path(self.run), seed=self.seed, step=self.step, sampler=sampler)
 
     def folder(self, command: str) -> Path:
         return Path(self.run) / "samples" / command if self.out is None else Path(self.out)
@@ -128,7 +127,7 @@ def share(arguments: Sequence[str]) -> None:
     """Draws images that share x_t of one chain, and go their own ways from there (Fig. 7)."""
     options = parse_options(ShareOptions, arguments, description="Draws images that share x_t of one chain.")
     job, out = options.load(options.chain()), options.folder("share")
-    print(edits.share_latents(job, out, times=options.t, draws=options.draws, label=options.label))
+    print(edits.share_latents(job, out, t=options.t, draws=options.draws, label=options.label))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,7 +149,7 @@ def reconstruct(arguments: Sequence[str]) -> None:
     """Diffuses a picture to t and takes it back."""
     options = parse_options(ReconstructOptions, arguments, description="Diffuses a picture to t and takes it back.")
     job, out = options.load(options.chain()), options.folder("reconstruct")
-    print(edits.reconstruct_picture(job, options.image, out, time=options.t, draws=options.draws, label=options.label))
+    print(edits.reconstruct_picture(job, options.image, out, t=options.t, draws=options.draws, label=options.label))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,7 +176,7 @@ def interpolate(arguments: Sequence[str]) -> None:
     options = parse_options(InterpolateOptions, arguments, description="Interpolates between two pictures.")
     sampler = edits.interpolation_sampler(options.t, options.sampler)
     job, out = options.load(SamplerConfig(sampler=sampler, steps=options.steps)), options.folder("interpolate")
-    print(edits.interpolate_pictures(job, options.images, out, time=options.t, num=options.num, label=options.label))
+    print(edits.interpolate_pictures(job, options.images, out, t=options.t, num=options.num, label=options.label))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
-"""What the tests of pictures share: a small run that was never trained, and a network that compiles at once."""
+"""Fixtures shared by several rooms: small trained runs that were never trained, and scripts run in this process."""
 
+import functools
 import runpy
 import sys
 import types
@@ -11,25 +12,25 @@ import numpy as np
 import pytest
 
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig
-from ddpm_jax.evaluation import bits_per_dim
-from ddpm_jax.generation import editor, sampler_config
-from ddpm_jax.generation.batches import batch_chain
-from ddpm_jax.generation.job import Job
+from ddpm_jax.generation.job import SamplingJob
 from ddpm_jax.generation.sampler_config import SamplerConfig
 from ddpm_jax.networks import parameter_shapes
 from ddpm_jax.run.build import build_network
 from ddpm_jax.run.checkpoints import Checkpoints
 from ddpm_jax.run.record import save_config
+from ddpm_jax.run.trained import TrainedRun
 
 T = 12
 HELPERS = Path(__file__).parent / "training" / "helpers.py"
 ROOT = Path(__file__).parents[1]
 
+network_of = functools.cache(build_network)  # one network per config: what is compiled for it is compiled once
 
-def make_job(*, num_classes=0, data=None, seed=0, choice=None):
-    config = Config(
+
+def make_config(*, num_classes=0, data=None, **diffusion):
+    return Config(
         data=DataConfig() if data is None else data,
-        diffusion=DiffusionConfig(num_steps=T, beta_start=0.05, beta_end=0.6),
+        diffusion=DiffusionConfig(**{"num_steps": T, "beta_start": 0.05, "beta_end": 0.6, **diffusion}),
         model=ModelConfig(
             width=8,
             channel_mult=(1,),
@@ -39,28 +40,56 @@ def make_job(*, num_classes=0, data=None, seed=0, choice=None):
             num_classes=num_classes,
         ),
     )
-    leaves, structure = jax.tree.flatten(parameter_shapes(build_network(config)))
-    random = np.random.default_rng(0)
-    # As initialized the network says almost 0.
-    params = structure.unflatten([jnp.asarray(0.2 * random.normal(size=leaf.shape), jnp.float32) for leaf in leaves])
-    return Job(config, params, 7, seed, SamplerConfig() if choice is None else choice)
 
 
-def closed_form(network, params, labels, **choice):
+def random_params(config, seed=0):
+    """Weights of a network whose output matters; as initialized it is almost 0."""
+    leaves, structure = jax.tree.flatten(parameter_shapes(network_of(config)))
+    random = np.random.default_rng(seed)
+    return structure.unflatten([jnp.asarray(0.2 * random.normal(size=leaf.shape), jnp.float32) for leaf in leaves])
+
+
+def make_trained(config, *, seed=0, step=7, folder=Path("runs/tiny")):
+    """A run of the paper's network with random weights."""
+    return TrainedRun(config, network_of(config), random_params(config, seed), step, folder)
+
+
+def closed_form(params, x_t, t, labels=None, *, dropout_keys=None):
     """A network that compiles at once, for what does not depend on which network it is."""
-    told = 0.0 if labels is None else 0.3 * jnp.sin(labels.astype(jnp.float32))[:, None, None, None]
-    return lambda x_t, t: 0.6 * x_t + 0.2 * jnp.roll(x_t, 1, axis=1) + told
+    shift = 0.0 if labels is None else 0.3 * jnp.sin(labels.astype(jnp.float32))[:, None, None, None]
+    return 0.6 * x_t + 0.2 * jnp.roll(x_t, 1, axis=1) + shift
 
 
-def save_run(job, folder):
-    """Makes the folder of a run out of a job: its configuration, and the averaged weights alone."""
+def make_job(config=None, *, seed=0, sampler=None, folder=Path("runs/tiny"), **fields):
+    """A sampling job of a run whose network is `closed_form`."""
+    trained = make_trained(make_config(**fields) if config is None else config, folder=folder)
+    trained = trained._replace(network=trained.network._replace(apply=closed_form))
+    return SamplingJob(trained, seed, SamplerConfig() if sampler is None else sampler)
+
+
+def save_runs(*checkpoints, folder):
+    """Writes the folder of a run: its configuration, and checkpoints in which only the EMA weights matter."""
     folder.mkdir()
-    save_config(job.config, folder / "config.json")
-    nothing, ema = jax.tree.map(jnp.zeros_like, job.params), job.params
-    with Checkpoints(folder, keep=1, warn=pytest.fail) as checkpoints:
-        items = {"params": nothing, "ema": ema, "optimizer": (jnp.zeros(3),)}
-        checkpoints.save(job.checkpoint, items, notes={})
+    save_config(checkpoints[0].config, folder / "config.json")
+    with Checkpoints(folder, keep=len(checkpoints), warn=pytest.fail) as saved:
+        for trained in checkpoints:
+            zeros = jax.tree.map(jnp.zeros_like, trained.params)
+            saved.save(trained.step, {"params": zeros, "ema": trained.params, "optimizer": (jnp.zeros(3),)}, notes={})
     return folder
+
+
+@pytest.fixture(scope="session")
+def runs():
+    """Makes trained runs and sampling jobs."""
+    return types.SimpleNamespace(
+        T=T,
+        make_config=make_config,
+        random_params=random_params,
+        make_trained=make_trained,
+        closed_form=closed_form,
+        make_job=make_job,
+        save_runs=save_runs,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +100,7 @@ def training():
 
 @pytest.fixture
 def run_script(monkeypatch, capsys):
-    """Runs a script in this process; gives its status, and what it wrote."""
+    """Runs a script in this process; returns its status, and what it wrote."""
 
     def run(script, *words):
         monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
@@ -80,17 +109,3 @@ def run_script(monkeypatch, capsys):
         return ending.value.code, *capsys.readouterr()
 
     return run
-
-
-@pytest.fixture(scope="module")
-def drawing():
-    """Makes jobs of T steps, whose network is a closed form while the module's tests run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler_config, "predict_with", closed_form)
-        patch.setattr(editor, "predict_with", closed_form)
-        patch.setattr(bits_per_dim, "predict_with", closed_form)
-        batch_chain.cache_clear()
-        bits_per_dim.batch_bound.cache_clear()
-        yield types.SimpleNamespace(T=T, make_job=make_job, save_run=save_run)
-    batch_chain.cache_clear()
-    bits_per_dim.batch_bound.cache_clear()

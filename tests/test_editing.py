@@ -1,4 +1,4 @@
-"""What is done to given images: their depths, their noise, and the laws that the results follow."""
+"""What is done to given images: their levels, their noise, and the laws that the results follow."""
 
 import chex
 import hypothesis.strategies as st
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 
 from ddpm_jax.editing import (
-    Start,
+    ChainStart,
     between,
     ddim_interpolate,
     decode,
@@ -83,15 +83,15 @@ def flat(images):
 
 def test_at_depth_0_images_come_back_as_they_are():
     x0 = DATA.draw(3)
-    back = encode_decode(KEY, SCHEDULE, CHAIN, x0, depth=0, draws=2)
+    back = encode_decode(KEY, SCHEDULE, CHAIN, x0, level=0, draws=2)
     np.testing.assert_array_equal(back, np.repeat(np.asarray(x0)[:, None], 2, axis=1))
 
 
 def test_what_is_diffused_to_a_depth_has_the_marginal_of_the_paper_s_t():
-    n, depth = 20_000, 10
+    n, level = 20_000, 10
     x0 = jnp.broadcast_to(DATA.draw(1), (n, *SHAPE))
-    x_t = flat(diffuse(image_keys(KEY, jnp.arange(n)), SCHEDULE, x0, jnp.full(n, depth)))
-    alphas_bar = float(np.prod(1 - np.linspace(1e-3, 0.25, T)[:depth]))
+    x_t = flat(diffuse(image_keys(KEY, jnp.arange(n)), SCHEDULE, x0, jnp.full(n, level)))
+    alphas_bar = float(np.prod(1 - np.linspace(1e-3, 0.25, T)[:level]))
     z = (x_t.mean(0) - np.sqrt(alphas_bar) * flat(x0)[0]) / np.sqrt((1 - alphas_bar) / n)
     assert abs(z).max() < 4
     # The variance of n draws scatters by sqrt(2 / n).
@@ -99,23 +99,23 @@ def test_what_is_diffused_to_a_depth_has_the_marginal_of_the_paper_s_t():
 
 
 @jax.jit
-def reconstruct(x0, depth):
-    """`encode_decode` of images at many depths in one batch."""
-    start = encode(KEY, SCHEDULE, x0, depth)
-    chain = between(CHAIN, depth, 0 * depth)
+def reconstruct(x0, level):
+    """`encode_decode` of images at many levels in one batch."""
+    start = encode(KEY, SCHEDULE, x0, level)
+    chain = between(CHAIN, level, 0 * level)
     return run_chain(start.keys, chain, chain.init(start.x), 0, num_steps=T).x
 
 
-DEPTHS = (1, 8, 16, 24, T)
+LEVELS = (1, 8, 16, 24, T)
 EACH = 4000
 
 
 @pytest.fixture(scope="module")
 def reconstructed():
-    """Data, and what became of it by way of each depth: (5, EACH, 8)."""
-    x0 = DATA.draw(len(DEPTHS) * EACH)
-    images = reconstruct(x0, jnp.repeat(jnp.array(DEPTHS), EACH))
-    return (flat(x).reshape(len(DEPTHS), EACH, SIZE) for x in (x0, images))
+    """Data, and what became of it by way of each level: (5, EACH, 8)."""
+    x0 = DATA.draw(len(LEVELS) * EACH)
+    images = reconstruct(x0, jnp.repeat(jnp.array(LEVELS), EACH))
+    return (flat(x).reshape(len(LEVELS), EACH, SIZE) for x in (x0, images))
 
 
 def test_reconstructions_of_data_are_data_and_the_deeper_the_less_is_left_of_an_image(reconstructed):
@@ -134,8 +134,8 @@ def test_reconstructions_of_data_are_data_and_the_deeper_the_less_is_left_of_an_
 
 
 def test_draws_of_one_image_share_x_t_and_nothing_else():
-    x0, depth = DATA.draw(4), jnp.full(4, 15)
-    one, three = (encode(KEY, SCHEDULE, x0, depth, draws=draws) for draws in (1, 3))
+    x0, level = DATA.draw(4), jnp.full(4, 15)
+    one, three = (encode(KEY, SCHEDULE, x0, level, draws=draws) for draws in (1, 3))
     np.testing.assert_array_equal(three.x, np.repeat(one.x, 3, axis=0))
     assert abs(three.x[::3] - x0).min() > 0
     keys = jax.random.key_data(three.keys)
@@ -144,22 +144,22 @@ def test_draws_of_one_image_share_x_t_and_nothing_else():
     np.testing.assert_array_equal(keys[::3], jax.random.key_data(one.keys))
 
 
-@pytest.mark.parametrize("depth", [-1, T + 1])
-def test_a_depth_outside_of_the_chain_is_refused(depth):
+@pytest.mark.parametrize("level", [-1, T + 1])
+def test_a_depth_outside_of_the_chain_is_refused(level):
     x0 = DATA.draw(1)
-    with pytest.raises(ValueError, match=rf"depth={depth} is outside \[0, {T}\]"):
-        encode_decode(KEY, SCHEDULE, CHAIN, x0, depth=depth)
-    with pytest.raises(ValueError, match=rf"depth={depth} is outside"):
-        interpolate(KEY, SCHEDULE, CHAIN, x0, x0, jnp.array([0.5]), depth=depth)
-    with pytest.raises(ValueError, match=rf"depth={depth} is outside"):
-        share_latents(KEY, CHAIN, (1, *SHAPE), depth=depth, draws=1)
+    with pytest.raises(ValueError, match=rf"level={level} is outside \[0, {T}\]"):
+        encode_decode(KEY, SCHEDULE, CHAIN, x0, level=level)
+    with pytest.raises(ValueError, match=rf"level={level} is outside"):
+        interpolate(KEY, SCHEDULE, CHAIN, x0, x0, jnp.array([0.5]), level=level)
+    with pytest.raises(ValueError, match=rf"level={level} is outside"):
+        share_latents(KEY, CHAIN, (1, *SHAPE), level=level, draws=1)
 
 
 def test_a_sampler_with_a_memory_is_refused():
     chain, x0 = dpm_solver_pp_2m(SCHEDULE, DATA.predict_eps(SCHEDULE)), DATA.draw(1)
-    message = "remembers earlier steps cannot begin in its middle: use ancestral or ddim"
+    message = "a multistep sampler cannot start in the middle of its chain: use ancestral or ddim"
     with pytest.raises(ValueError, match=message):
-        encode_decode(KEY, SCHEDULE, chain, x0, depth=5)
+        encode_decode(KEY, SCHEDULE, chain, x0, level=5)
     with pytest.raises(ValueError, match=message):
         inpaint(KEY, SCHEDULE, chain, x0, jnp.ones((1, 2, 2, 1)))
     ones = jnp.ones(1, jnp.int32)
@@ -172,18 +172,18 @@ def test_a_sampler_with_a_memory_is_refused():
 
 def test_shared_latents_end_in_the_chain_s_own_images():
     shape = (4, *SHAPE)
-    x_t, images = jax.jit(lambda key: share_latents(key, CHAIN, shape, depth=0, draws=2))(KEY)
+    x_t, images = jax.jit(lambda key: share_latents(key, CHAIN, shape, level=0, draws=2))(KEY)
     np.testing.assert_array_equal(images[:, 0], x_t)
     own = jax.jit(lambda key: sample(key, CHAIN, shape))(jax.random.split(KEY)[0])
     np.testing.assert_allclose(x_t, own, atol=1e-5)
-    x_T, _ = jax.jit(lambda key: share_latents(key, CHAIN, shape, depth=T, draws=1))(KEY)
+    x_T, _ = jax.jit(lambda key: share_latents(key, CHAIN, shape, level=T, draws=1))(KEY)
     np.testing.assert_array_equal(x_T, initial_noise(image_keys(jax.random.split(KEY)[0], jnp.arange(4)), SHAPE))
 
 
 def test_the_later_a_latent_is_shared_the_more_images_have_in_common():
     apart = []
-    for depth in (T, 3):
-        draw = jax.jit(lambda key, depth=depth: share_latents(key, CHAIN, (200, *SHAPE), depth=depth, draws=2))
+    for level in (T, 3):
+        draw = jax.jit(lambda key, level=level: share_latents(key, CHAIN, (200, *SHAPE), level=level, draws=2))
         _, images = draw(KEY)
         apart.append(float(jnp.square(images[:, 0] - images[:, 1]).mean()))
     # Two independent images are 2 tr(covariance) / 8 apart; 200 pairs scatter by about 10 %.
@@ -198,14 +198,14 @@ LAMBDAS = jnp.linspace(0, 1, 5)
 
 @pytest.fixture(scope="module")
 def interpolated():
-    """400 pairs, and the images between them by way of depth 6."""
+    """400 pairs, and the images between them by way of level 6."""
     a, b = DATA.draw(400, 1), DATA.draw(400, 2)
-    return a, b, jax.jit(lambda a, b: interpolate(KEY, SCHEDULE, CHAIN, a, b, LAMBDAS, depth=6))(a, b)
+    return a, b, jax.jit(lambda a, b: interpolate(KEY, SCHEDULE, CHAIN, a, b, LAMBDAS, level=6))(a, b)
 
 
 def test_at_depth_0_pixels_are_mixed():
     a, b = DATA.draw(3, 1), DATA.draw(3, 2)
-    mixed = jax.jit(lambda a, b: interpolate(KEY, SCHEDULE, CHAIN, a, b, LAMBDAS, depth=0))(a, b)
+    mixed = jax.jit(lambda a, b: interpolate(KEY, SCHEDULE, CHAIN, a, b, LAMBDAS, level=0))(a, b)
     for j, share in enumerate(np.asarray(LAMBDAS)):
         np.testing.assert_allclose(mixed[:, j], (1 - share) * a + share * b, atol=1e-6)
 
@@ -230,11 +230,11 @@ def test_an_image_depends_on_the_key_and_its_index_alone():
 
     @jax.jit
     def edit(i):
-        depth = jnp.full(len(i), 7)
+        level = jnp.full(len(i), 7)
         return (
-            encode(KEY, SCHEDULE, x0[i], depth, indices=i).x,
-            mix(KEY, SCHEDULE, x0[i], x0[i + 5], LAMBDAS[1:2], depth, indices=i).x,
-            share_latents(KEY, CHAIN, (len(i), *SHAPE), depth=7, draws=1, indices=i)[1],
+            encode(KEY, SCHEDULE, x0[i], level, indices=i).x,
+            mix(KEY, SCHEDULE, x0[i], x0[i + 5], LAMBDAS[1:2], level, indices=i).x,
+            share_latents(KEY, CHAIN, (len(i), *SHAPE), level=7, draws=1, indices=i)[1],
             inpaint(KEY, SCHEDULE, CHAIN, x0[i], known[i], jump=5, resamples=2, indices=i),
         )
 
@@ -246,12 +246,14 @@ def test_an_image_depends_on_the_key_and_its_index_alone():
 
 def test_a_batch_of_many_depths_is_what_each_alone_is():
     keys, x = image_keys(KEY, jnp.arange(5)), normal(image_keys(KEY, 9 + jnp.arange(5)), SHAPE)
-    depth, until = jnp.array([T, 30, 7, 1, 0]), jnp.array([10, 0, 3, 1, 0])
-    chain = between(CHAIN, depth, until)
+    level, end_level = jnp.array([T, 30, 7, 1, 0]), jnp.array([10, 0, 3, 1, 0])
+    chain = between(CHAIN, level, end_level)
     images = jax.jit(lambda keys, x: run_chain(keys, chain, chain.init(x), 0, num_steps=T).x)(keys, x)
     for i in range(3):
-        span = dict(depth=int(depth[i]), until=int(until[i]))
-        alone = jax.jit(lambda keys, x, span=span: decode(Start(keys, x), CHAIN, **span))(keys[i : i + 1], x[i : i + 1])
+        span = dict(level=int(level[i]), end_level=int(end_level[i]))
+        alone = jax.jit(lambda keys, x, span=span: decode(ChainStart(keys, x), CHAIN, **span))(
+            keys[i : i + 1], x[i : i + 1]
+        )
         np.testing.assert_allclose(images[i : i + 1], alone, atol=1e-5)
     np.testing.assert_array_equal(images[3:], x[3:])
 
@@ -352,10 +354,10 @@ def test_the_more_it_is_resampled_the_closer_to_the_conditional_law():
 
 @given(num_steps=st.integers(1, 60), jump=st.integers(1, 12), resamples=st.integers(1, 4))
 def test_a_walk_leads_from_noise_to_images(num_steps, jump, resamples):
-    depth, down = repaint_walk(num_steps, jump=jump, resamples=resamples)
-    after = depth + np.where(down, -1, 1)
-    np.testing.assert_array_equal(after[:-1], depth[1:])
-    assert depth[0] == num_steps
+    level, down = repaint_walk(num_steps, jump=jump, resamples=resamples)
+    after = level + np.where(down, -1, 1)
+    np.testing.assert_array_equal(after[:-1], level[1:])
+    assert level[0] == num_steps
     assert after[-1] == 0
     assert after.max() <= num_steps
     assert (after[:-1] > 0).all()
@@ -366,9 +368,9 @@ def test_a_walk_leads_from_noise_to_images(num_steps, jump, resamples):
 def test_the_walk_is_that_of_the_authors():
     # Their get_schedule_jump for t_T = 6, jump_length = 2, jump_n_sample = 2; their -1 is the clean image.
     theirs = [5, 4, 3, 2, 3, 4, 3, 2, 1, 0, 1, 2, 1, 0, -1]
-    depth, down = repaint_walk(6, jump=2, resamples=2)
-    assert depth.tolist() == [time + 1 for time in theirs[:-1]]
-    assert (depth[-1] + np.where(down, -1, 1)[-1]) == 0
+    level, down = repaint_walk(6, jump=2, resamples=2)
+    assert level.tolist() == [time + 1 for time in theirs[:-1]]
+    assert (level[-1] + np.where(down, -1, 1)[-1]) == 0
 
 
 @pytest.mark.parametrize("wrong", [dict(jump=0, resamples=1), dict(jump=1, resamples=0)])
@@ -399,7 +401,7 @@ def test_going_up_adds_the_noise_of_the_steps_between():
     still = kept._replace(step=lambda keys, state, k: (state, kept.step(keys, state, k)[1]))
     number = 20_000
     x0, mask = jnp.ones((number, 1, 1, 1)), jnp.zeros((number, 1, 1, 1))
-    chain = repaint(schedule, still, x0, mask, jump=2, resamples=2)  # depth 3 2 1, up to 3, and down again
+    chain = repaint(schedule, still, x0, mask, jump=2, resamples=2)  # level 3 2 1, up to 3, and down again
     keys = image_keys(KEY, jnp.arange(number))
     x = jax.jit(lambda x: run_chain(keys, chain, chain.init(x), 0, num_steps=chain.num_steps).x)(x0)
     x = np.asarray(x).ravel()

@@ -1,8 +1,7 @@
-"""The likelihood job: what `evaluate.py likelihood` does. Bits/dim of a set of images, batch by batch, stopped and
-continued.
+"""The job of `evaluate.py likelihood`: bits/dim of a set of images in batches; it can be stopped and resumed.
 
-The noise of an image at a time comes from the job's seed, the image's index in its split and the time alone, so that
-neither the batch size nor the devices nor an interruption shows.
+The noise of an image at a timestep depends only on the job's seed, the image's index in its split and the timestep, not
+on the batch size, the devices or an interruption.
 """
 
 import csv
@@ -13,11 +12,12 @@ import math
 import re
 import typing
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -26,239 +26,226 @@ from ddpm_jax.config import Config
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source, resolve
 from ddpm_jax.evaluation import plots
-from ddpm_jax.generation.batches import cut
-from ddpm_jax.generation.job import Job, describe_job
+from ddpm_jax.generation.batches import Driver, Program, cut
 from ddpm_jax.generation.store import Range, missing_ranges
 from ddpm_jax.keys import image_keys
 from ddpm_jax.likelihood import Bound, bound_at, draw_times, estimated_log_variances, rate_distortion, strata
-from ddpm_jax.networks import Params, predict_with
+from ddpm_jax.networks import Network, Params, predict_with
 from ddpm_jax.pixels import to_float
 from ddpm_jax.reverse import LEARNED_VARIANCES
-from ddpm_jax.run.build import build_network, build_schedule, matmul_precision
+from ddpm_jax.run.build import build_schedule
+from ddpm_jax.run.trained import TrainedRun, describe_run
 from ddpm_jax.schedules import Schedule
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import check_same_job, claimed, write_json, write_whole
-from ddpm_jax.system.mesh import batch_sharding, gather, replicated, shardings, widest_mesh
-from ddpm_jax.system.progress import Progress, say
+from ddpm_jax.system.progress import say
 
 Sigma = typing.Literal["model", "fixed_small", "fixed_large", "optimal"]
-"""The variance of the reverse steps: the model's own, a fixed one, or the one that makes the bound least."""
+"""Variance of the reverse steps: the model's own, a fixed one, or the one that minimizes the bound."""
 
 ESTIMATED_FROM = 512
-"""How many training images the optimal variances are estimated from; half of them where there are fewer than twice."""
+"""Number of training images that optimal variances are estimated from; half of them if there are fewer than twice."""
 
-# So often the host looks: it costs about 1 % and shows progress.
-_STEPS_AT_ONCE = 50
 # The uses of the job's key.
 _EVALUATION, _ESTIMATION = 0, 1
 
 
 class Images(typing.NamedTuple):
-    """Which images are counted."""
+    """Images of a split."""
 
     source: Source
     """The split."""
     indices: np.ndarray
-    """(N,) those of it that are counted, rising."""
+    """(N,) indices of the images in the split, rising."""
 
 
-class BatchBound:
-    """Computes the bound for batches of one size over some devices.
+class BoundProgram(typing.NamedTuple):
+    """The bound of batches of images as a program, whose state is a `Bound` that is filled in timestep by timestep."""
 
-    The parameters, the key and the variances are arguments of what is compiled: one program serves every seed, every
-    checkpoint and every fixed choice of variances.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        *,
-        batch_size: int,
-        num_times: int = 0,
-        cdf: Cdf = "tanh",
-        devices: Sequence[jax.Device] | None = None,
-    ):
-        """Makes the program.
-
-        Args:
-          config: of the run.
-          batch_size: images at a time, over all devices, >= 1; rounded up to a multiple of their number.
-          num_times: K, how many times of each image are looked at, one of each of `strata`; 0: all T.
-          cdf: see `bound.decoder_log_likelihood`.
-          devices: those of this process if not given.
-        """
-        devices = jax.local_devices() if devices is None else list(devices)
-        mesh = widest_mesh(devices, fsdp=config.train.fsdp)
-        self.batch_size = math.ceil(batch_size / len(devices)) * len(devices)
-        num_steps = config.diffusion.num_steps
-        self.edges = strata(num_steps, num_times or num_steps)
-        """(K + 1,) the ranges of times that each give one."""
-        network, schedule, diffusion = build_network(config), build_schedule(config), config.diffusion
-
-        def advance(
-            params: Params,
-            key: Array,
-            log_variances: Array | None,
-            indices: Array,
-            pixels: Array,
-            labels: Array | None,
-            times: Array,
-        ) -> Bound:
-            return bound_at(
-                image_keys(key, indices),
-                schedule,
-                predict_with(network, gather(mesh, params), labels, variance=diffusion.variance),
-                to_float(pixels),
-                times,
-                prediction=diffusion.prediction,
-                variance=diffusion.variance,
-                clip_x0=diffusion.clip_x0,
-                cdf=cdf,
-                log_variances=log_variances,
-            )
-
-        self._conditional = config.model.num_classes > 0
-        self._config = config
-        self._mesh = mesh
-        self._advance = jax.jit(advance)
-        self._draw_times = jax.jit(
-            lambda key, indices: draw_times(image_keys(key, indices), self.edges),
-            out_shardings=batch_sharding(mesh, axis=1),
-        )
-
-    def place(self, params: Params) -> Params:
-        """Copies parameters to every device, or shares them out as `train.fsdp` says where the devices allow it."""
-        return jax.device_put(params, shardings(self._mesh, params))
-
-    def __call__(
-        self,
-        params: Params,
-        key: Array,
-        source: Source,
-        indices: np.ndarray,
-        *,
-        log_variances: Array | None = None,
-        progress: Callable[[int], object] = lambda steps: None,
-    ) -> Bound:
-        """Computes the bound of some images of a split.
-
-        Args:
-          params: the network's parameters, as `place` gives them.
-          key: the job's key; image i of the split uses `fold_in(key, i)`.
-          source: the split.
-          indices: (B,) which images, B <= the batch size; the batch is filled up, and what fills it cut off again.
-          log_variances: (T,) instead of the model's.
-          progress: told how many more times are done.
-
-        Returns:
-          the bound on the host, at one time of each range.
-        """
-        filled = np.concatenate([indices, np.full(self.batch_size - len(indices), indices[-1])])
-        labels = source.labels[filled] if self._conditional and source.labels is not None else None
-        batch = (filled.astype(np.uint32), source.read(filled), labels)
-        placed = jax.device_put(batch, batch_sharding(self._mesh))
-        key, log_variances = jax.device_put((key, log_variances), replicated(self._mesh))
-        times = self._draw_times(key, placed[0])
-        parts = []
-        with matmul_precision(self._config):
-            for first, length in cut(len(times), longest=_STEPS_AT_ONCE):
-                bound = self._advance(params, key, log_variances, *placed, times[first : first + length])
-                parts.append(jax.tree.map(lambda numbers: np.asarray(numbers)[..., : len(indices)], bound))
-                progress(length)
-        joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Bound._fields}
-        return Bound(**{**joined, "prior": parts[0].prior})  # type: ignore[arg-type]
+    driver: Driver
+    program: Program
+    edges: np.ndarray
+    """(K + 1,) the strata of timesteps: one timestep of each is evaluated per image."""
+    labeled: bool
+    """Whether the network is given class labels."""
 
 
 @functools.lru_cache(maxsize=4)
-def batch_bound(config: Config, *, batch_size: int, num_times: int, cdf: Cdf) -> BatchBound:
-    """Makes the program of a run; the same one, already compiled, when it is asked for again: see `BatchBound`."""
-    return BatchBound(config, batch_size=batch_size, num_times=num_times, cdf=cdf)
+def bound_program(
+    config: Config,
+    network: Network,
+    *,
+    batch_size: int,
+    num_strata: int = 0,
+    cdf: Cdf = "tanh",
+    devices: tuple[jax.Device, ...] | None = None,
+) -> BoundProgram:
+    """Makes the program of the bound, the same one, already compiled, for another seed, checkpoint or fixed variance.
+
+    Args:
+      config: of the run.
+      network: of the run.
+      batch_size: see `Driver`.
+      num_strata: K, the number of timesteps evaluated per image, one of each of `strata`; 0: all T.
+      cdf: see `bound.decoder_log_likelihood`.
+      devices: those of this process if not given.
+    """
+    driver = Driver(config, batch_size=batch_size, devices=devices)
+    schedule, diffusion = build_schedule(config), config.diffusion
+    edges = strata(schedule.num_steps, num_strata or schedule.num_steps)
+    num_terms = len(edges) - 1
+
+    def start(params: Params, shared: Any, batch: Any) -> Bound:
+        indices, _, _ = batch
+        terms = driver.shard(jnp.zeros((num_terms, len(indices))), axis=1)
+        return Bound(terms, driver.shard(terms[0]), terms, terms, terms)
+
+    def advance(params: Params, shared: Any, batch: Any, bound: Bound, first: Array, *, num_steps: int) -> Bound:
+        (key, log_variances), (indices, pixels, labels) = shared, batch
+        keys = image_keys(key, indices)
+        part = bound_at(
+            keys,
+            schedule,
+            predict_with(network, params, labels, variance=diffusion.variance),
+            to_float(pixels),
+            jax.lax.dynamic_slice_in_dim(draw_times(keys, edges), first, num_steps),
+            prediction=diffusion.prediction,
+            variance=diffusion.variance,
+            clip_x0=diffusion.clip_x0,
+            cdf=cdf,
+            log_variances=log_variances,
+        )
+        write = lambda whole, rows: driver.shard(jax.lax.dynamic_update_slice_in_dim(whole, rows, first, 0), axis=1)
+        filled = {name: write(getattr(bound, name), getattr(part, name)) for name in Bound._fields if name != "prior"}
+        return Bound(prior=part.prior, **filled)
+
+    program = driver.program(num_terms, start, advance)
+    return BoundProgram(driver, program, edges, config.model.num_classes > 0)
+
+
+def compute_bounds(
+    bounds: BoundProgram,
+    params: Params,
+    key: Array,
+    images: Images,
+    missing: Sequence[Range],
+    *,
+    log_variances: Array | None = None,
+    description: str,
+) -> typing.Iterator[tuple[int, Bound]]:
+    """Computes the bound of images batch by batch.
+
+    Args:
+      bounds: of `bound_program`.
+      params: of the network.
+      key: of the job; image i of the split uses `fold_in(key, i)`.
+      images: the images.
+      missing: the ranges of them, each at most a batch.
+      log_variances: (T,) instead of the model's.
+      description: of the work, for the progress.
+
+    Yields:
+      the first index of a range, and its bound on the host, at one timestep of each stratum.
+    """
+    source = images.source
+
+    def read(rows: np.ndarray) -> Any:
+        indices = images.indices[rows]
+        labels = source.labels[indices] if bounds.labeled and source.labels is not None else None
+        return indices.astype(np.uint32), source.read(indices), labels
+
+    for first, stop, bound in bounds.driver.run(
+        bounds.program,
+        params,
+        missing,
+        read,
+        shared=(key, log_variances),
+        ranges=cut(bounds.program.num_steps),
+        description=description,
+    ):
+        yield first, jax.tree.map(lambda numbers, size=stop - first: np.asarray(numbers)[..., :size], bound)
 
 
 class Sums(typing.NamedTuple):
-    """What is kept of a batch, in float64: enough for all that is reported."""
+    """Sums over a batch, in float64: enough for all that is reported."""
 
     total: np.ndarray
     """(B,) bits/dim of each image."""
     prior: np.ndarray
-    """(B,) its part that is left at the end of the chain."""
+    """(B,) the prior term L_T of each image."""
     decoder: np.ndarray
-    """(B,) its part at t = 0."""
+    """(B,) the decoder term L_0 of each image."""
     first_moments: np.ndarray
-    """(4, T) sums over the images: of the terms, the squared errors of x_0, those of eps, those of the mean of x_{t-1};
-    a range of times that one draw stands for has the same at each of them."""
+    """(4, T) sums over the images: of the terms, and the squared errors of x_0, of eps, and of the mean of x_{t-1};
+    constant over each stratum."""
     second_moments: np.ndarray
     """(4, T) sums of their squares."""
 
 
 def sums_of(bound: Bound, edges: np.ndarray) -> Sums:
-    """Reduces a batch's bound, at one time of each range between the edges, to what is kept of it."""
+    """Reduces a batch's bound, at one timestep of each stratum between the edges, to its sums."""
     stacked = np.asarray([bound.terms, bound.x0_mse, bound.eps_mse, bound.mean_mse], np.float64)
     prior, widths = np.asarray(bound.prior, np.float64), np.diff(edges)
     each_time = lambda moments: np.repeat(moments.sum(axis=2), widths, axis=1)
     return Sums(prior + widths @ stacked[0], prior, stacked[0, 0], each_time(stacked), each_time(stacked**2))
 
 
-class _Batches:
-    """The batches of a job that are done, each a file in its folder."""
+def read_sums(folder: Path, num_steps: int) -> dict[Range, Sums]:
+    """Reads the saved batches of a job; a damaged one counts as not done."""
+    found = {}
+    for path in sorted(folder.glob("*.npz")):
+        name = re.fullmatch(r"(\d+)-(\d+)\.npz", path.name)
+        if name is None:
+            continue
+        first, stop = int(name[1]), int(name[2])
+        size, moments = (stop - first,), (4, num_steps)
+        try:
+            with np.load(path) as arrays:
+                sums = Sums(**{field: arrays[field] for field in Sums._fields})
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            continue
+        if tuple(array.shape for array in sums) == (size, size, size, moments, moments):
+            found[first, stop] = sums
+    return found
 
-    def __init__(self, folder: Path, num_steps: int):
-        self.folder, self._num_steps = folder, num_steps
 
-    def read(self) -> dict[Range, Sums]:
-        """Reads those that are whole; a damaged one counts as not done."""
-        found = {}
-        for path in sorted(self.folder.glob("*.npz")):
-            name = re.fullmatch(r"(\d+)-(\d+)\.npz", path.name)
-            if name is None:
-                continue
-            first, stop = int(name[1]), int(name[2])
-            size, moments = (stop - first,), (4, self._num_steps)
-            try:
-                with np.load(path) as arrays:
-                    sums = Sums(**{field: arrays[field] for field in Sums._fields})
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-                continue
-            if tuple(array.shape for array in sums) == (size, size, size, moments, moments):
-                found[first, stop] = sums
-        return found
-
-    def save(self, first: int, sums: Sums) -> None:
-        path = self.folder / f"{first:08d}-{first + len(sums.total):08d}.npz"
-        write_whole(path, lambda file: np.savez(file, **sums._asdict()))
+def save_sums(folder: Path, first: int, sums: Sums) -> None:
+    """Saves a batch of a job, whose first image has index `first`."""
+    path = folder / f"{first:08d}-{first + len(sums.total):08d}.npz"
+    write_whole(path, lambda file: np.savez(file, **sums._asdict()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Likelihood:
-    """The numbers of a finished job. Bits are bits/dim; errors are standard errors over the images."""
+    """Results of a job. Bits are bits/dim; errors are standard errors over the images."""
 
     bits_per_dim: float
-    """The whole bound: rate and distortion together."""
+    """The whole bound, rate + distortion."""
     standard_error: float | None
     """Of the whole bound; None for a single image."""
     prior_bits: float
     """L_T, a part of the rate."""
     rate_bits: float
-    """What it takes to send x_1: all but the decoder's term."""
+    """All terms but the decoder's: the cost of sending x_1."""
     distortion_bits: float
     """The decoder's term, L_0."""
     rmse: float
-    """Root mean squared error of the image that is predicted from x_1, in levels of 255."""
+    """Root mean squared error of the image predicted from x_1, in levels of 255."""
     l_simple: float
-    """The paper's loss over these images, its mean over all times."""
+    """The paper's simple loss over these images, averaged over all timesteps."""
     images: int
-    """How many."""
+    """Number of images."""
     dimensions: int
     """Of an image."""
 
 
-class PerTime(typing.NamedTuple):
-    """Means over the images at each time, and their standard errors (nan for a single image), each (4, T)."""
+class PerTimestep(typing.NamedTuple):
+    """Means over the images at each timestep, and their standard errors (nan for a single image), each (4, T)."""
 
     means: np.ndarray
     """Terms in bits/dim, squared errors of x_0, of eps, and of the mean of x_{t-1}."""
     errors: np.ndarray
-    """The standard errors of these."""
+    """Their standard errors."""
 
 
 def _standard_error(first_moment: np.ndarray, second_moment: np.ndarray, number: int) -> np.ndarray:
@@ -268,22 +255,22 @@ def _standard_error(first_moment: np.ndarray, second_moment: np.ndarray, number:
     return np.sqrt(np.maximum(variance, 0) / number)
 
 
-def conclude(batches: Sequence[Sums], *, dimensions: int) -> tuple[Likelihood, PerTime]:
-    """Puts the batches of a job together.
+def conclude(batches: Sequence[Sums], *, dimensions: int) -> tuple[Likelihood, PerTimestep]:
+    """Combines the batches of a job.
 
     Args:
       batches: all of them.
       dimensions: of an image.
 
     Returns:
-      the numbers of the whole, and those of each time.
+      the results over all timesteps, and at each.
     """
     totals, priors, decoders = (np.concatenate([getattr(sums, name) for sums in batches]) for name in Sums._fields[:3])
     first_moments = np.sum([sums.first_moments for sums in batches], axis=0)
     second_moments = np.sum([sums.second_moments for sums in batches], axis=0)
     number = len(totals)
-    per_time = PerTime(first_moments / number, _standard_error(first_moments, second_moments, number))
-    terms, x0_mse, eps_mse, _ = per_time.means
+    per_timestep = PerTimestep(first_moments / number, _standard_error(first_moments, second_moments, number))
+    terms, x0_mse, eps_mse, _ = per_timestep.means
     curve = rate_distortion(terms, priors.mean(), x0_mse)
     return (
         Likelihood(
@@ -297,7 +284,7 @@ def conclude(batches: Sequence[Sums], *, dimensions: int) -> tuple[Likelihood, P
             images=number,
             dimensions=dimensions,
         ),
-        per_time,
+        per_timestep,
     )
 
 
@@ -305,89 +292,99 @@ def conclude(batches: Sequence[Sums], *, dimensions: int) -> tuple[Likelihood, P
 
 
 class Request(typing.NamedTuple):
-    """What was asked for."""
+    """Which images to evaluate, and how."""
 
     split: str
     number: int
-    """How many images, evenly over the split; 0: all."""
+    """Number of images, evenly over the split; 0: all."""
     sigma: Sigma
     cdf: Cdf
-    times: int = 0
-    """How many times of each image are looked at, drawn from as many ranges; 0: all T."""
+    num_strata: int = 0
+    """Number of timesteps evaluated per image, one of each stratum; 0: all T."""
+    seed: int = 0
+    """Random seed of the noise."""
 
 
-def default_folder(run: Path, job: Job, request: Request) -> Path:
-    """Names the folder of a job in the folder of its run."""
+def default_folder(trained: TrainedRun, request: Request) -> Path:
+    """Returns the folder of a job in the folder of its run."""
     split = re.sub(r"[^\w.-]+", "_", request.split)
     number = f"_num_{request.number}" if request.number else ""
-    times = f"_times_{request.times}" if request.times else ""
+    num_strata = f"_strata_{request.num_strata}" if request.num_strata else ""
     cdf = "" if request.cdf == "tanh" else f"_{request.cdf}"
-    name = f"checkpoint_{job.checkpoint}_{split}{number}{times}_{request.sigma}{cdf}_seed_{job.seed}"
-    return run / "likelihood" / name
+    name = f"checkpoint_{trained.step}_{split}{number}{num_strata}_{request.sigma}{cdf}_seed_{request.seed}"
+    return trained.folder / "likelihood" / name
 
 
-def run_job(job: Job, out: Path, request: Request, *, batch_size: int) -> Likelihood:
-    """Counts the bits of a set of images, and writes the tables and the plots.
+def run_job(trained: TrainedRun, out: Path, request: Request, *, batch_size: int) -> Likelihood:
+    """Computes bits/dim of a set of images, and writes tables and plots.
 
-    Every batch is kept as it is done: started again after whatever stopped it, with any batch size, the job goes on.
+    Every batch is saved when it is done: run again after any interruption, with any batch size, the job resumes.
 
     Args:
-      job: the weights and the seed.
-      out: the job's folder; made if it is not there.
-      request: which images and which variance.
-      batch_size: images at a time, >= 1; rounded up to a multiple of the devices.
+      trained: the run.
+      out: the job's folder; created if missing.
+      request: which images, variance and seed.
+      batch_size: >= 1; rounded up to a multiple of the devices.
 
     Returns:
-      the numbers; also in `likelihood.json`, those of each time in `terms.csv` and `terms.png`, the rate-distortion
+      the results; also in `likelihood.json`, those at each timestep in `terms.csv` and `terms.png`, the rate-distortion
       curve in `rate_distortion.csv` and `.png`.
 
     Raises:
-      UserError: there is no such split or not so many images, the folder holds another job, the network needs labels
-        that the images do not have, or the disk is full; nothing that was finished is lost.
+      UserError: there is no such split or too few images, the folder contains another job, the network needs labels
+        that the images do not have, or the disk is full; no saved batch is lost.
     """
+    config = trained.config
+    if not 0 <= request.seed < 2**32:
+        raise UserError(f"--seed must be in [0, 2^32), not {request.seed}")
     if batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {batch_size}")
     if out.exists() and not (out / "job.json").exists() and (not out.is_dir() or {*out.iterdir()} - {out / ".lock"}):
-        raise UserError(f"{out} is not empty and holds no likelihood job: give another --out")
-    num_steps = job.config.diffusion.num_steps
-    if request.times and not min(2, num_steps) <= request.times <= num_steps:
+        raise UserError(f"{out} is not empty and contains no likelihood job: use another --out")
+    num_steps = config.diffusion.num_steps
+    if request.num_strata and not min(2, num_steps) <= request.num_strata <= num_steps:
         raise UserError(
-            f"--times must be in 2 to {num_steps}, the steps of the run's chain, or 0 for all: {request.times}"
+            f"--num-strata must be in 2 to {num_steps}, the steps of the run's chain, or 0 for all: "
+            f"{request.num_strata}"
         )
-    estimated, images = _choose(job.config, request)
+    estimated, images = _choose(config, request)
     with claimed(out):
-        description = _describe(job, request, images, estimated)
+        description = _describe(trained, request, images, estimated)
         check_same_job(out / "job.json", description)
-        schedule = build_schedule(job.config)
-        batches = _Batches(out / "batches", schedule.num_steps)
-        bound_of = batch_bound(job.config, batch_size=batch_size, num_times=request.times, cdf=request.cdf)
-        params = bound_of.place(job.params)
-        number = len(images.indices)
+        schedule, number = build_schedule(config), len(images.indices)
+        bounds = bound_program(
+            config, trained.network, batch_size=batch_size, num_strata=request.num_strata, cdf=request.cdf
+        )
         try:
-            log_variances = _log_variances(job, request.sigma, schedule, bound_of, params, estimated, out)
-            key = jax.random.fold_in(jax.random.key(job.seed), _EVALUATION)
-            description_of_work = f"bits/dim of {number} images"
-            done = _count(
-                bound_of, params, key, images, batches, log_variances=log_variances, description=description_of_work
+            log_variances = _log_variances(trained, request, schedule, bounds, estimated, out)
+            done = _evaluate(
+                trained,
+                jax.random.fold_in(jax.random.key(request.seed), _EVALUATION),
+                bounds,
+                images,
+                out / "batches",
+                log_variances=log_variances,
+                description=f"bits/dim of {number} images",
             )
         except KeyboardInterrupt:
-            left = sum(stop - first for first, stop in missing_ranges(batches.read(), number, longest=number))
-            say(f"{number - left} of {number} images are done: the same command goes on")
+            saved = read_sums(out / "batches", num_steps)
+            left = sum(stop - first for first, stop in missing_ranges(saved, number, longest=number))
+            say(f"{number - left} of {number} images are done; run the same command to resume")
             raise
-        likelihood, per_time = conclude(done, dimensions=math.prod(images.source.image_shape))
-        if log_variances is None and job.config.diffusion.variance not in LEARNED_VARIANCES:
-            log_variances = _fixed(schedule, job.config.diffusion.variance)
-        _write(out, description, likelihood, per_time, log_variances)
+        likelihood, per_timestep = conclude(done, dimensions=math.prod(images.source.image_shape))
+        if log_variances is None and config.diffusion.variance not in LEARNED_VARIANCES:
+            log_variances = _fixed(schedule, config.diffusion.variance)
+        _write(out, description, likelihood, per_timestep, log_variances)
         return likelihood
 
 
 def _choose(config: Config, request: Request) -> tuple[Images | None, Images]:
-    """Finds the images that optimal variances are estimated from, and those that are counted."""
+    """Returns the images that optimal variances are estimated from, and those that are evaluated."""
     own = "train" if config.data.split == "all" else config.data.split
     optimal = request.sigma == "optimal"
     if optimal and request.split == "all":
         raise UserError(
-            "--sigma optimal estimates the variances from training images, which are not counted then: "
+            "--sigma optimal estimates the variances from training images, which are then not evaluated: "
             "use --split train or --split test, not all"
         )
     source = _load(config, request.split)
@@ -416,18 +413,18 @@ def _load(config: Config, split: str) -> Source:
 
 
 def check_labels(config: Config, source: Source) -> None:
-    """Checks that a conditional network can be told the classes of the images.
+    """Checks that the images have the class labels that a class-conditional network needs.
 
     Raises:
-      UserError: they have no labels, or labels that the network does not know.
+      UserError: they have no labels, or labels out of the network's range.
     """
     if not config.model.num_classes:
         return
     if source.labels is None:
-        raise UserError(f"the network is told the class of an image, and {source.name} has no labels")
+        raise UserError(f"the run is class-conditional, but {source.name} has no labels")
     if int(source.labels.max()) >= config.model.num_classes:
         raise UserError(
-            f"the network knows {config.model.num_classes} classes, and {source.name} has a label {source.labels.max()}"
+            f"the run has {config.model.num_classes} classes, but {source.name} has a label {source.labels.max()}"
         )
 
 
@@ -439,80 +436,84 @@ def _fixed(schedule: Schedule, name: str) -> Array:
 
 
 def _log_variances(
-    job: Job,
-    sigma: Sigma,
+    trained: TrainedRun,
+    request: Request,
     schedule: Schedule,
-    bound_of: BatchBound,
-    params: Params,
+    bounds: BoundProgram,
     estimated: Images | None,
     out: Path,
 ) -> Array | None:
-    """Gives the variances that replace the model's; estimates the optimal ones."""
-    if sigma == "model":
+    """Returns the variances that replace the model's, the optimal ones estimated."""
+    if request.sigma == "model":
         return None
     if estimated is None:
-        return _fixed(schedule, sigma)
-    done = _count(
-        bound_of,
-        params,
-        jax.random.fold_in(jax.random.key(job.seed), _ESTIMATION),
+        return _fixed(schedule, request.sigma)
+    done = _evaluate(
+        trained,
+        jax.random.fold_in(jax.random.key(request.seed), _ESTIMATION),
+        bounds,
         estimated,
-        _Batches(out / "estimation", schedule.num_steps),
-        # Any variances do: the same program then serves the evaluation.
+        out / "estimation",
+        # Any variances will do: the same program then serves the evaluation.
         log_variances=schedule.fixed_large_log_variance,
         description=f"estimating variances from {len(estimated.indices)} images",
     )
-    _, per_time = conclude(done, dimensions=math.prod(estimated.source.image_shape))
-    return estimated_log_variances(schedule, per_time.means[3], bound_of.edges)
+    _, per_timestep = conclude(done, dimensions=math.prod(estimated.source.image_shape))
+    return estimated_log_variances(schedule, per_timestep.means[3], bounds.edges)
 
 
-def _count(
-    bound_of: BatchBound,
-    params: Params,
+def _evaluate(
+    trained: TrainedRun,
     key: Array,
+    bounds: BoundProgram,
     images: Images,
-    batches: _Batches,
+    folder: Path,
     *,
     log_variances: Array | None,
     description: str,
 ) -> list[Sums]:
-    """Does the batches that are not done yet, and gives all of them."""
-    missing = missing_ranges(batches.read(), len(images.indices), longest=bound_of.batch_size)
-    with Progress(len(missing) * (len(bound_of.edges) - 1), description=description) as progress:
-        for first, stop in missing:
-            chosen = images.indices[first:stop]
-            bound = bound_of(params, key, images.source, chosen, log_variances=log_variances, progress=progress.update)
-            batches.save(first, sums_of(bound, bound_of.edges))
-    done = batches.read()
-    if sum(stop - first for first, stop in done) != len(images.indices):
-        raise UserError(f"the batches in {batches.folder} do not fit each other: remove it, and start again")
+    """Evaluates the batches that are missing in the folder, and returns all."""
+    num_steps, number = int(bounds.edges[-1]), len(images.indices)
+    missing = missing_ranges(read_sums(folder, num_steps), number, longest=bounds.driver.batch_size)
+    for first, bound in compute_bounds(
+        bounds, trained.params, key, images, missing, log_variances=log_variances, description=description
+    ):
+        save_sums(folder, first, sums_of(bound, bounds.edges))
+    done = read_sums(folder, num_steps)
+    if sum(stop - first for first, stop in done) != number:
+        raise UserError(f"the batches in {folder} do not fit each other: remove it, and start again")
     return list(done.values())
 
 
-def _describe(job: Job, request: Request, images: Images, estimated: Images | None) -> dict[str, Any]:
-    """Says all that the numbers of a job depend on."""
-    of_sampling = dataclasses.asdict(job.choice)
+def _describe(trained: TrainedRun, request: Request, images: Images, estimated: Images | None) -> dict[str, Any]:
+    """Returns all that the results of a job depend on, as JSON values."""
+    config = trained.config
     return {
-        **{name: value for name, value in describe_job(job).items() if name not in of_sampling},
-        "data.source": job.config.data.source,
-        "data.path": job.config.data.path,
+        "seed": request.seed,
+        **describe_run(trained),
+        "data.source": config.data.source,
+        "data.path": config.data.path,
         "split": request.split,
         "images": len(images.indices),
         "sigma": request.sigma,
         "variances estimated from": None if estimated is None else len(estimated.indices),
         "cdf": request.cdf,
-        "times": request.times or job.config.diffusion.num_steps,
-        "conditional": job.config.model.num_classes > 0,
+        "num_strata": request.num_strata or config.diffusion.num_steps,
+        "conditional": config.model.num_classes > 0,
     }
 
 
 def _write(
-    out: Path, description: dict[str, Any], likelihood: Likelihood, per_time: PerTime, log_variances: Array | None
+    out: Path,
+    description: dict[str, Any],
+    likelihood: Likelihood,
+    per_timestep: PerTimestep,
+    log_variances: Array | None,
 ) -> None:
     write_json(out / "likelihood.json", {**dataclasses.asdict(likelihood), "job": description})
-    (terms, x0_mse, eps_mse, _), (terms_error, x0_error, eps_error, _) = per_time.means, per_time.errors
+    (terms, x0_mse, eps_mse, _), (terms_error, x0_error, eps_error, _) = per_timestep.means, per_timestep.errors
     rmse = 127.5 * np.sqrt(x0_mse)
-    # sqrt(m) varies by half as much as m, relatively.
+    # The relative error of sqrt(m) is half that of m.
     rmse_error = 127.5 * x0_error / (2 * np.sqrt(np.maximum(x0_mse, np.finfo(np.float64).tiny)))
     columns = {
         "t": np.arange(len(terms)),
@@ -545,7 +546,7 @@ def _write_csv(path: Path, columns: dict[str, np.ndarray]) -> None:
 
 
 def summary(likelihood: Likelihood) -> str:
-    """Says it in three lines."""
+    """Returns the results as three lines of text."""
     error = "" if likelihood.standard_error is None else f" +- {likelihood.standard_error:.4f}"
     return (
         f"{likelihood.bits_per_dim:.4f}{error} bits/dim over {likelihood.images} images of {likelihood.dimensions} "

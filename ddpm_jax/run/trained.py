@@ -1,56 +1,90 @@
-"""A trained run: its configuration and its EMA weights."""
+"""A trained run: its configuration, its network, and its EMA weights."""
 
+import dataclasses
+import json
+import typing
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from ddpm_jax.config import Config
-from ddpm_jax.networks import Params, parameter_shapes
+from ddpm_jax.networks import Network, Params, parameter_shapes
 from ddpm_jax.run.build import build_network
 from ddpm_jax.run.checkpoints import load_ema
 from ddpm_jax.run.record import read_config
+from ddpm_jax.run.weights import checksum
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.progress import say
 
 
-def run_config(run: Path) -> Config:
-    """Reads the configuration of a run.
+class TrainedRun(typing.NamedTuple):
+    """What sampling and evaluation need of a run."""
 
-    Raises:
-      UserError: the folder is not there or no run's.
-    """
-    if not run.is_dir():
-        raise UserError(f"there is no folder {run}: give the folder of a run, such as runs/digits")
-    if not (run / "config.json").is_file():
-        raise UserError(f"{run} is not the folder of a run: it has no config.json")
-    return read_config(run / "config.json")
+    config: Config
+    """The run's configuration."""
+    network: Network
+    """The network that it trained."""
+    params: Params
+    """The EMA weights."""
+    step: int
+    """The training step of these weights."""
+    folder: Path
+    """The run's folder."""
 
 
-def load_average(run: Path, config: Config, *, step: int | None = None) -> tuple[int, Params]:
-    """Loads a run's averaged weights, and holds them against its configuration.
+def load_run(folder: Path, *, step: int | None = None) -> TrainedRun:
+    """Loads a run from its folder, and checks the weights against the configuration.
 
     Args:
-      run: the folder.
-      config: as `run_config` reads it there.
-      step: which checkpoint; the newest that is whole if None.
+      folder: as `train.py` wrote it.
+      step: of which checkpoint; the newest undamaged one if None.
 
     Returns:
-      the step and the parameters.
+      the run, with its EMA weights.
 
     Raises:
-      UserError: the folder has no such checkpoint, or one of another network.
+      UserError: there is no such folder, it is not a run's, it has no such checkpoint, or one of another network.
     """
-    checkpoint, params = load_ema(run, step=step, warn=say)
-    shapes = parameter_shapes(build_network(config))
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: give the folder of a run, such as runs/digits")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not the folder of a run: it has no config.json")
+    config = read_config(folder / "config.json")
+    network = build_network(config)
+    step, params = load_ema(folder, step=step, warn=say)
     kinds = lambda tree: {
         jax.tree_util.keystr(path): f"{leaf.shape} {leaf.dtype}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-    here, there = kinds(shapes), kinds(params)
-    for name in sorted({*here, *there}):
-        if here.get(name) != there.get(name):
+    expected, found = kinds(parameter_shapes(network)), kinds(params)
+    for name in sorted({*expected, *found}):
+        if expected.get(name) != found.get(name):
             raise UserError(
-                f"checkpoint {checkpoint} does not fit {run / 'config.json'}: {name} is {there.get(name, 'absent')} "
-                f"there and {here.get(name, 'absent')} by the configuration; put back the file that the run wrote"
+                f"checkpoint {step} does not fit {folder / 'config.json'}: {name} is {found.get(name, 'absent')} in "
+                f"the checkpoint and {expected.get(name, 'absent')} by the configuration; restore the run's own file"
             )
-    return checkpoint, params
+    return TrainedRun(config, network, params, step, folder)
+
+
+def describe_run(trained: TrainedRun) -> dict[str, Any]:
+    """Returns all of a run that its images and likelihoods depend on, as JSON values under names.
+
+    A checksum of the weights distinguishes two runs of the same configuration.
+    """
+    config = trained.config
+    sections: dict[str, Any] = {"diffusion": config.diffusion, "model": config.model}
+    fields = {
+        f"{section}.{name}": value
+        for section, values in sections.items()
+        for name, value in dataclasses.asdict(values).items()
+    }
+    description = {
+        "checkpoint": trained.step,
+        "weights": f"{checksum(trained.params):08x}",
+        "image": (config.data.height, config.data.width, config.data.channels),
+        **fields,
+        "train.precision": config.train.precision,
+        "train.matmul_precision": config.train.matmul_precision,
+    }
+    return json.loads(json.dumps(description))

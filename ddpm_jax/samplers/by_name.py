@@ -66,7 +66,7 @@ def make_sampler(
     *,
     num_steps: int | None = None,
     spacing: str | None = None,
-    visited: Sequence[int] = (),
+    extra_timesteps: Sequence[int] = (),
     eta: float | None = None,
     eps_after_clipping: EpsAfterClipping | None = None,
     prediction: Prediction = "eps",
@@ -89,7 +89,7 @@ def make_sampler(
       predict: the network, which is told times of that schedule.
       num_steps: N, in [1, T]; all T, or as many as `spacing` says, if None.
       spacing: which times are visited, see `respacing.choose_times`; `default_spacing` if None.
-      visited: 0-based times that are visited besides; N is larger by those that are new.
+      extra_timesteps: 0-based timesteps that the chain includes besides; N is larger by those that are new.
       eta: the share of the noise, in [0, 1], for "ddim" alone; 0 if None.
       eps_after_clipping: how eps follows from the clipped x0, for "ddim" alone (see there); "recompute" if None.
       prediction: what the network predicts.
@@ -117,10 +117,10 @@ def make_sampler(
     }
     if options and name != "ddim":
         given = ", ".join(f"{key}={value}" for key, value in options.items())
-        raise ValueError(f"{given} is of the sampler 'ddim': {name!r} has no such choice")
+        raise ValueError(f"{given} applies only to the sampler 'ddim', not to {name!r}")
     betas = np.asarray(betas, np.float64)
     spacing = default_spacing(name, num_steps) if spacing is None else spacing
-    times = choose_times(betas, num_steps=num_steps, spacing=spacing, visited=visited)
+    times = choose_times(betas, num_steps=num_steps, spacing=spacing, extra_timesteps=extra_timesteps)
     if len(times) < len(betas):
         if name == "ancestral" and variance == "learned":
             raise ValueError(

@@ -315,7 +315,7 @@ _SPACINGS: dict[str, Callable[[int, int], np.ndarray]] = {
 
 
 def choose_times(
-    betas: ArrayLike, *, num_steps: int | None = None, spacing: str = "linspace", visited: Sequence[int] = ()
+    betas: ArrayLike, *, num_steps: int | None = None, spacing: str = "linspace", extra_timesteps: Sequence[int] = ()
 ) -> np.ndarray:
     """Chooses the times of a chain by name.
 
@@ -323,7 +323,7 @@ def choose_times(
       betas: (T,) of the whole chain.
       num_steps: N, in [1, T]; all T, or as many as `spacing` says, if None.
       spacing: a `Spacing`, or a rule that `section_steps` reads.
-      visited: 0-based times that are visited besides, each in [0, T): the chain is longer by those that are new.
+      extra_timesteps: 0-based timesteps to include besides, each in [0, T): the chain is longer by those that are new.
 
     Returns:
       (N,) int64, rising. All T times are the same whatever the spacing.
@@ -331,11 +331,11 @@ def choose_times(
     Raises:
       ValueError: N is outside [1, T], the spacing is unknown, or it says another number than N.
 
-    >>> choose_times(np.full(1000, 0.01), num_steps=3, visited=[99])
+    >>> choose_times(np.full(1000, 0.01), num_steps=3, extra_timesteps=[99])
     array([  0,  99, 500, 999])
     """
     times = _spaced(betas, num_steps=num_steps, spacing=spacing)
-    return np.union1d(times, np.asarray(visited, times.dtype))
+    return np.union1d(times, np.asarray(extra_timesteps, times.dtype))
 
 
 def _spaced(betas: ArrayLike, *, num_steps: int | None, spacing: str) -> np.ndarray:

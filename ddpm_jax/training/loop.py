@@ -2,32 +2,26 @@
 
 import contextlib
 import functools
-import math
 import operator
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from ddpm_jax.config import Config
 from ddpm_jax.data.check import check_classes
 from ddpm_jax.data.fingerprint import check_same_set
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source
-from ddpm_jax.generation.sampler_config import SamplerConfig, labels_of, make_chain
-from ddpm_jax.pixels import to_uint8
+from ddpm_jax.generation.batches import grid_drawer
 from ddpm_jax.run.build import image_shape, matmul_precision
 from ddpm_jax.run.checkpoints import Checkpoints
 from ddpm_jax.run.folder import adopted, check_shared
-from ddpm_jax.samplers.chain import sample
 from ddpm_jax.system import pictures
 from ddpm_jax.system.errors import Stopped, UserError
 from ddpm_jax.system.hosts import Agreement, barrier, is_primary_host
-from ddpm_jax.system.mesh import batch_sharding, gather, replicated
 from ddpm_jax.system.progress import Progress, say
 from ddpm_jax.system.signals import stop_signals
 from ddpm_jax.training import plots
@@ -196,21 +190,10 @@ def _make_meter(parts: Setup, first: int, seconds_waited: Callable[[], float]) -
 
 def _make_draw(parts: Setup) -> list[Callable[[Params], np.ndarray]]:
     """Makes the function from EMA weights to a grid's images, always of the same latents; [] if none are drawn."""
-    config, mesh = parts.config, parts.layout.mesh
-    steps, number = config.log.sample_steps, config.log.num_samples
+    config = parts.config
     if not config.log.samples_every:
         return []
     if not pictures.can_show(image_shape(config)[-1]):
         say(f"no sample grids: images with {image_shape(config)[-1]} channels cannot be shown")
         return []
-    choice = SamplerConfig(sampler="ddim", steps=steps) if steps else SamplerConfig()
-    make = make_chain(config, choice)
-    drawn = math.ceil(number / mesh.size) * mesh.size
-
-    @functools.partial(jax.jit, out_shardings=replicated(mesh))
-    def draw(ema: Params, key: Array) -> Array:
-        indices = jax.lax.with_sharding_constraint(jnp.arange(drawn), batch_sharding(mesh))
-        sampler = make(gather(mesh, ema), labels_of(config, choice, indices))
-        return to_uint8(sample(key, sampler, (drawn, *image_shape(config)), indices=indices))
-
-    return [lambda ema: np.asarray(draw(ema, parts.keys.samples))[:number]]
+    return [grid_drawer(config, parts.network, parts.keys.samples, mesh=parts.layout.mesh)]

@@ -1,6 +1,5 @@
-"""What sample.py draws beside samples: of its own, and of pictures that are given."""
+"""The commands of sample.py beside samples."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -10,7 +9,7 @@ from PIL import Image
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.decode import open_picture, to_array
 from ddpm_jax.data.sources import load_held_out
-from ddpm_jax.generation import edits, sampler_config
+from ddpm_jax.generation import edits
 from ddpm_jax.generation.editor import Editor, read_mask
 from ddpm_jax.generation.edits import (
     draw_progressive,
@@ -22,7 +21,6 @@ from ddpm_jax.generation.edits import (
     share_latents,
 )
 from ddpm_jax.generation.sampler_config import SamplerConfig
-from ddpm_jax.networks import predict_with
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import claimed
 
@@ -32,14 +30,14 @@ def load(path):
 
 
 @pytest.fixture(scope="module")
-def job(drawing):
-    return drawing.make_job(num_classes=10)
+def job(runs):
+    return runs.make_job(num_classes=10)
 
 
 def test_the_chain_over_time_ends_in_the_samples_and_begins_in_noise(job, tmp_path):
     assert draw_progressive(job, tmp_path, num=3, columns=4) == tmp_path / "x0.png"
     editor = Editor(job, batch_size=8)
-    images, _ = editor.sample(3, editor.labels_in_turn(3), watched=1)
+    images, _ = editor.sample(3, editor.job_labels(3), watched=1)
     shown = {name: load(tmp_path / f"{name}.png") for name in ("x0", "x_t")}
     factor = shown["x0"].shape[0] // (3 * 9 + 1)
     for picture in shown.values():
@@ -53,15 +51,15 @@ def test_the_chain_over_time_ends_in_the_samples_and_begins_in_noise(job, tmp_pa
 
 
 def test_images_that_share_a_late_x_t_are_more_alike(job, tmp_path):
-    few = job._replace(choice=SamplerConfig(steps=6, labels=(3,)))
-    share_latents(few, tmp_path / "all", times=(), draws=6, label=3)
+    few = job._replace(sampler=SamplerConfig(steps=6, labels=(3,)))
+    share_latents(few, tmp_path / "all", t=(), draws=6, label=3)
     picture = load(tmp_path / "all" / "share.png")
     factor = picture.shape[0] // (4 * 9 + 1)
     rows = picture[::factor, ::factor][1:, 1:].reshape(4, 9, 7, 9)[:, :8, :, :8].swapaxes(1, 2).astype(float)
     spread = rows[:, 1:].std(axis=1).mean(axis=(1, 2))
     assert (np.diff(spread) < 0).all()
     # At t = 0 nothing is left to be drawn: the latent is the image.
-    share_latents(few, tmp_path / "one", times=[0], draws=2)
+    share_latents(few, tmp_path / "one", t=[0], draws=2)
     row = load(tmp_path / "one" / "share.png")
     factor = row.shape[0] // 10
     latent, *images = row[::factor, ::factor][1:9, 1:].reshape(8, 3, 9)[..., :8].swapaxes(0, 1)
@@ -69,23 +67,19 @@ def test_images_that_share_a_late_x_t_are_more_alike(job, tmp_path):
         np.testing.assert_array_equal(image, latent)
 
 
-def test_guidance_is_told_to_the_network_of_every_mode(job, tmp_path, monkeypatch):
-    seen, known = set(), sampler_config.predict_with
-
-    def watched(network, params, labels, *, guidance_scale=1.0, **choice):
-        seen.add(guidance_scale)
-        return known(network, params, labels, guidance_scale=guidance_scale, **choice)
-
-    monkeypatch.setattr(sampler_config, "predict_with", watched)
-    share_latents(
-        job._replace(choice=SamplerConfig(steps=2, guidance_scale=5.0)), tmp_path, times=[5], draws=1, label=3
-    )
-    assert 5.0 in seen
+def test_guidance_changes_the_images(job, tmp_path):
+    # `closed_form` shifts eps by 0.3 sin(label): guidance multiplies the shift between the label and no label.
+    pictures = []
+    for scale in (1.0, 5.0):
+        sampler = SamplerConfig(steps=2, guidance_scale=scale)
+        share_latents(job._replace(sampler=sampler), tmp_path / f"{scale}", t=[5], draws=1, label=3)
+        pictures.append(load(tmp_path / f"{scale}" / "share.png").astype(int))
+    assert abs(pictures[0] - pictures[1]).max() > 20
 
 
 def test_a_number_is_an_image_of_the_test_part(job, tmp_path):
-    reconstruct_picture(job, "17", tmp_path, time=0, draws=1)
-    held_out = load_held_out(job.config.data).read(np.array([17]))
+    reconstruct_picture(job, "17", tmp_path, t=0, draws=1)
+    held_out = load_held_out(job.trained.config.data).read(np.array([17]))
     np.testing.assert_array_equal(load(tmp_path / "00.png"), held_out[0, ..., 0])
 
 
@@ -98,8 +92,8 @@ def test_what_is_small_is_laid_out_large_and_what_is_unknown_is_grey():
 
 
 @pytest.fixture(scope="module")
-def color_job(drawing):
-    return drawing.make_job(data=DataConfig(source="folder", path="gone", height=4, width=6, channels=3))
+def color_job(runs):
+    return runs.make_job(data=DataConfig(source="folder", path="gone", height=4, width=6, channels=3))
 
 
 @pytest.fixture(scope="module")
@@ -121,15 +115,15 @@ def test_own_pictures_are_reconstructed_interpolated_and_filled_in(color_job, ow
     a, b = (to_array(open_picture(str(own / f"{name}.png")), (4, 6, 3)) for name in "ab")
     load = lambda path: np.asarray(Image.open(path))
 
-    row = reconstruct_picture(color_job, str(own / "a.png"), tmp_path / "same", time=0, draws=2)
+    row = reconstruct_picture(color_job, str(own / "a.png"), tmp_path / "same", t=0, draws=2)
     assert row == tmp_path / "same" / "row.png"
     np.testing.assert_array_equal(load(tmp_path / "same" / "01.png"), a)
 
     files = [str(own / "a.png"), str(own / "b.png")]
-    interpolate_pictures(color_job, files, tmp_path / "mixed", time=0, num=3)
+    interpolate_pictures(color_job, files, tmp_path / "mixed", t=0, num=3)
     for number, expected in ((0, a), (1, (a.astype(float) + b) / 2), (2, b)):
         assert abs(load(tmp_path / "mixed" / f"{number:02d}.png") - expected).max() <= 0.5 + 1e-3
-    interpolate_pictures(color_job, files, tmp_path / "slerp", time=None, num=3)
+    interpolate_pictures(color_job, files, tmp_path / "slerp", t=None, num=3)
     assert len([*(tmp_path / "slerp").glob("0?.png")]) == 3
 
     inpaint_picture(color_job, str(own / "a.png"), str(own / "mask.png"), tmp_path / "filled", draws=2)
@@ -142,12 +136,12 @@ def test_own_pictures_are_reconstructed_interpolated_and_filled_in(color_job, ow
 
 
 def test_drawn_again_a_folder_holds_the_new_results_alone(job, tmp_path):
-    few = job._replace(choice=SamplerConfig("ddim", steps=2))
+    few = job._replace(sampler=SamplerConfig("ddim", steps=2))
     out = tmp_path / "out"
-    reconstruct_picture(few, "17", out, time=3, draws=3)
+    reconstruct_picture(few, "17", out, t=3, draws=3)
     (out / "notes.txt").write_text("mine")
     (out / "100.png").write_text("mine too")
-    reconstruct_picture(few, "18", out, time=5, draws=2, label=4)
+    reconstruct_picture(few, "18", out, t=5, draws=2, label=4)
     assert {path.name for path in out.iterdir()} == {
         *("00.png", "01.png", "row.png", "job.json", ".lock"),
         *("notes.txt", "100.png"),
@@ -166,12 +160,12 @@ def test_drawn_again_a_folder_holds_the_new_results_alone(job, tmp_path):
     }
 
 
-def test_every_command_says_what_it_drew(job, own, tmp_path):
-    few = job._replace(choice=SamplerConfig(steps=2))
+def test_every_command_describes_its_results(job, own, tmp_path):
+    few = job._replace(sampler=SamplerConfig(steps=2))
     draw_progressive(few, tmp_path / "0", num=2, columns=2)
-    share_latents(few, tmp_path / "1", times=(), draws=1)
-    interpolate_pictures(few, ["1", "2"], tmp_path / "2", time=7, num=2)
-    interpolate_pictures(few, ["1", "2"], tmp_path / "3", time=None, num=2, label=3)
+    share_latents(few, tmp_path / "1", t=(), draws=1)
+    interpolate_pictures(few, ["1", "2"], tmp_path / "2", t=7, num=2)
+    interpolate_pictures(few, ["1", "2"], tmp_path / "3", t=None, num=2, label=3)
     inpaint_picture(few, "1", str(own / "square.png"), tmp_path / "4", draws=1)
     said = [json.loads((tmp_path / str(number) / "job.json").read_text()) for number in range(5)]
     assert [each["command"] for each in said] == ["progressive", "share", "interpolate", "interpolate", "inpaint"]
@@ -183,17 +177,17 @@ def test_every_command_says_what_it_drew(job, own, tmp_path):
 
 
 def test_a_folder_of_something_else_is_left_alone(job, tmp_path):
-    reconstruct = lambda: reconstruct_picture(job, "17", tmp_path, time=0, draws=1)
+    reconstruct = lambda: reconstruct_picture(job, "17", tmp_path, t=0, draws=1)
     (tmp_path / "05.png").write_text("mine")
-    with pytest.raises(UserError, match="is not empty and holds no results of reconstruct"):
+    with pytest.raises(UserError, match="is not empty and contains no results of reconstruct"):
         reconstruct()
-    for there, holds in (
-        ('{"seed": 3}', "holds another job"),
-        ('{"command": "share"}', "holds the results of share"),
+    for there, content in (
+        ('{"seed": 3}', "contains another job"),
+        ('{"command": "share"}', "contains the results of share"),
         ("{", "job.json is damaged"),
     ):
         (tmp_path / "job.json").write_text(there)
-        with pytest.raises(UserError, match=holds):
+        with pytest.raises(UserError, match=content):
             reconstruct()
         assert (tmp_path / "job.json").read_text() == there
     (tmp_path / "job.json").write_text('{"command": "reconstruct"}')
@@ -224,7 +218,7 @@ def test_a_mask_of_another_shape_is_refused_before_anything_is_drawn(color_job, 
         (job, "1", "mask.png"),  # a number of the run's data, 8x8
     ):
         with pytest.raises(
-            UserError, match=r"the mask .* for (60x40|8x8): make it of the same aspect ratio, or (6x4|8x8)"
+            UserError, match=r"the mask .* its image is (60x40|8x8): use the same aspect ratio, or (6x4|8x8)"
         ):
             inpaint_picture(run, picture, str(own / mask), tmp_path / "out", draws=1)
     assert not (tmp_path / "out").exists()
@@ -233,40 +227,39 @@ def test_a_mask_of_another_shape_is_refused_before_anything_is_drawn(color_job, 
 def test_what_cannot_be_done_with_own_pictures_is_one_line(color_job, job, own, tmp_path):
     a, out = str(own / "a.png"), tmp_path / "out"
     guided_job, of_ddim = (
-        job._replace(choice=choice) for choice in (SamplerConfig(guidance_scale=2.0), SamplerConfig("ddim"))
+        job._replace(sampler=sampler) for sampler in (SamplerConfig(guidance_scale=2.0), SamplerConfig("ddim"))
     )
     for call, message in [
-        (lambda: reconstruct_picture(color_job, a, out, time=13, draws=1), "--t 13 must be 0 to 12"),
-        (lambda: reconstruct_picture(color_job, a, out, time=1, draws=0), "--draws must be 1 to 64, not 0"),
+        (lambda: reconstruct_picture(color_job, a, out, t=13, draws=1), "--t 13 must be 0 to 12"),
+        (lambda: reconstruct_picture(color_job, a, out, t=1, draws=0), "--draws must be 1 to 64, not 0"),
         (
-            lambda: reconstruct_picture(color_job, a, out, time=1, draws=1, label=3),
-            "--label 3: .* it is unconditional",
+            lambda: reconstruct_picture(color_job, a, out, t=1, draws=1, label=3),
+            "--label 3: the run is unconditional",
         ),
-        (lambda: reconstruct_picture(job, a, out, time=1, draws=1, label=10), "--label 10: .* classes are 0 to 9"),
-        (lambda: reconstruct_picture(job, str(own / "c.png"), out, time=1, draws=1), "c.png .*there is no such file"),
-        (lambda: reconstruct_picture(job, str(own / "no.png"), out, time=1, draws=1), "no.png .*no picture"),
-        (lambda: reconstruct_picture(job, "359", out, time=1, draws=1), "no image 359: .* has 359, numbered from 0"),
+        (lambda: reconstruct_picture(job, a, out, t=1, draws=1, label=10), "--label 10: the run's classes are 0 to 9"),
+        (lambda: reconstruct_picture(job, str(own / "c.png"), out, t=1, draws=1), "c.png .*there is no such file"),
+        (lambda: reconstruct_picture(job, str(own / "no.png"), out, t=1, draws=1), "no.png .*no picture"),
+        (lambda: reconstruct_picture(job, "359", out, t=1, draws=1), "no image 359: .* has 359, numbered from 0"),
         (lambda: draw_progressive(job, out, num=65, columns=3), "--num must be 1 to 64, not 65"),
         (lambda: draw_progressive(job, out, num=1, columns=0), "--columns must be 1 to 64, not 0"),
-        (lambda: share_latents(job, out, times=[5, 13], draws=1), "--t 13 must be 0 to 12"),
-        (lambda: share_latents(guided_job, out, times=[5], draws=1), "--guidance-scale needs --label"),
-        (lambda: reconstruct_picture(guided_job, a, out, time=1, draws=1), "--guidance-scale needs --label"),
-        (lambda: interpolate_pictures(guided_job, [a, a], out, time=None, num=3), "--guidance-scale needs --label"),
+        (lambda: share_latents(job, out, t=[5, 13], draws=1), "--t 13 must be 0 to 12"),
+        (lambda: share_latents(guided_job, out, t=[5], draws=1), "--guidance-scale needs --label"),
+        (lambda: reconstruct_picture(guided_job, a, out, t=1, draws=1), "--guidance-scale needs --label"),
+        (lambda: interpolate_pictures(guided_job, [a, a], out, t=None, num=3), "--guidance-scale needs --label"),
         (lambda: inpaint_picture(guided_job, a, a, out, draws=1), "--guidance-scale needs --label"),
-        (lambda: inpaint_picture(of_ddim, a, a, out, draws=1), "--sampler ddim: RePaint draws noise at every step"),
-        (lambda: share_latents(job, out, times=[], draws=1, label=10), "--label 10: .* classes are 0 to 9"),
-        (lambda: interpolate_pictures(job, [a], out, time=1, num=3), "--images needs two pictures .* not 1"),
-        (lambda: interpolate_pictures(job, [a, a], out, time=1, num=1), "--num must be at least 2"),
-        (lambda: inpaint_picture(color_job, a, str(own / "white.png"), out, draws=1), "white all over: paint black"),
+        (lambda: inpaint_picture(of_ddim, a, a, out, draws=1), "--sampler ddim: RePaint needs the noise of ancestral"),
+        (lambda: share_latents(job, out, t=[], draws=1, label=10), "--label 10: the run's classes are 0 to 9"),
+        (lambda: interpolate_pictures(job, [a], out, t=1, num=3), "--images needs two pictures .* not 1"),
+        (lambda: interpolate_pictures(job, [a, a], out, t=1, num=1), "--num must be at least 2"),
+        (lambda: inpaint_picture(color_job, a, str(own / "white.png"), out, draws=1), "is all white: paint black"),
     ]:
         with pytest.raises(UserError, match=message):
             call()
     assert not out.exists()
 
 
-def test_the_script_reads_the_run_s_folder_alone(drawing, color_job, own, tmp_path, monkeypatch, run_script):
-    monkeypatch.setattr(sampler_config, "predict_with", predict_with)
-    run = drawing.save_run(color_job, tmp_path / "run")
+def test_the_script_reads_only_the_run_s_folder(runs, color_job, own, tmp_path, run_script):
+    run = runs.save_runs(color_job.trained, folder=tmp_path / "run")
     pair = ["--images", own / "a.png", own / "b.png"]
     status, said, error = run_script("sample.py", "interpolate", run, *pair, "--t", 9, "--num", 2)
     assert status == 0, error
@@ -282,10 +275,8 @@ def test_the_script_reads_the_run_s_folder_alone(drawing, color_job, own, tmp_pa
     assert said.strip() == str(tmp_path / "shared" / "share.png")
 
 
-def test_steps_that_a_run_cannot_skip_are_refused(drawing, job, tmp_path, run_script):
-    diffusion = dataclasses.replace(job.config.diffusion, variance="learned")
-    learned = job._replace(config=dataclasses.replace(job.config, diffusion=diffusion))
-    run = drawing.save_run(learned, tmp_path / "run")
+def test_steps_that_a_run_cannot_skip_are_refused(runs, tmp_path, run_script):
+    run = runs.save_runs(runs.make_trained(runs.make_config(variance="learned")), folder=tmp_path / "run")
     for words in (["inpaint", run, "--image", 1, "--mask", "m.png"], ["reconstruct", run, "--image", 1, "--t", 3]):
         status, _, error = run_script("sample.py", *words, "--steps", 5)
         assert status == 2
@@ -293,10 +284,10 @@ def test_steps_that_a_run_cannot_skip_are_refused(drawing, job, tmp_path, run_sc
         assert error.count("\n") == 1
 
 
-def test_what_the_commands_ask_for_reaches_the_chains(drawing, job, tmp_path, monkeypatch, run_script):
-    run, asked = drawing.save_run(job, tmp_path / "run"), []
+def test_options_reach_the_chains(runs, job, tmp_path, monkeypatch, run_script):
+    run, asked = runs.save_runs(job.trained, folder=tmp_path / "run"), []
     for name in ("interpolate_pictures", "inpaint_picture", "reconstruct_picture"):
-        monkeypatch.setattr(edits, name, lambda job, *given, **options: asked.append(job.choice))
+        monkeypatch.setattr(edits, name, lambda job, *given, **options: asked.append(job.sampler))
     guided = ["--guidance-scale", 3, "--label", 3]
     for words in (
         ["interpolate", run, "--images", 1, 2, "--steps", 7],
@@ -327,7 +318,7 @@ def test_what_the_commands_ask_for_reaches_the_chains(drawing, job, tmp_path, mo
         (["inpaint", "x", "--sampler", "ddim"], "unknown option --sampler: see --help"),
         (
             ["interpolate", "x", "--images", "1", "2", "--sampler", "ancestral"],
-            "--sampler ancestral needs --t: without it pictures are taken to their noises, by ddim alone",
+            "--sampler ancestral needs --t: without it pictures are taken to their noises, only by ddim",
         ),
     ],
 )

@@ -1,3 +1,5 @@
+"""The sampling job: which images it draws, how it resumes, what it refuses, and the script."""
+
 import dataclasses
 import json
 import re
@@ -6,28 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import chex
-import hypothesis.strategies as st
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
 from PIL import Image
 
-from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig
-from ddpm_jax.generation.batches import BatchChain, cut
-from ddpm_jax.generation.job import Job, default_columns, load_job, run_job
+from ddpm_jax.config import DataConfig, ModelConfig
+from ddpm_jax.generation.job import SamplingJob, default_columns, load_job, run_job
 from ddpm_jax.generation.sampler_config import SamplerConfig, make_chain
 from ddpm_jax.generation.store import StoredImages
-from ddpm_jax.networks import parameter_shapes
 from ddpm_jax.pixels import to_uint8
-from ddpm_jax.run.build import build_network
-from ddpm_jax.run.checkpoints import Checkpoints
 from ddpm_jax.run.record import save_config
-from ddpm_jax.samplers.ancestral import ancestral
 from ddpm_jax.samplers.chain import sample
-from ddpm_jax.schedules import make_schedule
 from ddpm_jax.system import pictures
 from ddpm_jax.system.errors import UserError
 
@@ -35,36 +27,26 @@ T, SHAPE = 10, (4, 6, 1)
 SCRIPT = Path(__file__).parents[2] / "sample.py"
 
 
-def make_config(channels=1):
-    return Config(
-        data=DataConfig(height=4, width=6, channels=channels),
-        diffusion=DiffusionConfig(num_steps=T, beta_start=0.05, beta_end=0.6),
-        model=ModelConfig(width=8, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(), num_groups=4),
-    )
-
-
-def random_params(config, seed=0):
-    """Weights of a network that says something; as initialized it says almost 0."""
-    leaves, structure = jax.tree.flatten(parameter_shapes(build_network(config)))
-    random = np.random.default_rng(seed)
-    return structure.unflatten([jnp.asarray(0.2 * random.normal(size=leaf.shape), jnp.float32) for leaf in leaves])
+def config_of(runs, channels=1):
+    return runs.make_config(data=DataConfig(height=4, width=6, channels=channels), num_steps=T)
 
 
 @pytest.fixture(scope="module")
-def job():
-    config = make_config()
-    return Job(config, random_params(config), checkpoint=7, seed=3)
+def job(runs):
+    return SamplingJob(runs.make_trained(config_of(runs)), seed=3)
+
+
+def change(job, **fields):
+    """The job with other fields of its run."""
+    return job._replace(trained=job.trained._replace(**fields))
 
 
 @pytest.fixture(scope="module")
 def expected(job):
-    """The first 40 images, drawn in one batch by `samplers.sample` on one device."""
-
-    @jax.jit
-    def draw(params):
-        return sample(jax.random.key(job.seed), make_chain(job.config, SamplerConfig())(params, None), (40, *SHAPE))
-
-    images = np.asarray(to_uint8(draw(job.params)))
+    """The first 40 images, drawn in one batch by `sample` on one device."""
+    make = make_chain(job.trained.config, job.trained.network, SamplerConfig())
+    draw = jax.jit(lambda params: sample(jax.random.key(job.seed), make(params, None), (40, *SHAPE)))
+    images = np.asarray(to_uint8(draw(job.trained.params)))
     assert images.std() > 20
     return images
 
@@ -107,21 +89,6 @@ def interrupt_after(monkeypatch, batches, error):
     monkeypatch.setattr(StoredImages, "save", save_or_end)
 
 
-@given(num_steps=st.integers(1, 3000), longest=st.integers(1, 100))
-def test_a_chain_is_cut_into_few_lengths(num_steps, longest):
-    ranges = cut(num_steps, longest=longest)
-    assert [k for first, length in ranges for k in range(first, first + length)] == list(range(num_steps))
-    lengths = {length for _, length in ranges}
-    assert max(lengths) <= longest
-    assert len(lengths) <= 2
-    if any(num_steps % length == 0 for length in range(longest // 2 + 1, longest + 1)):
-        assert len(lengths) == 1
-
-
-def test_the_paper_s_chain_is_one_program():
-    assert cut(1000, longest=50) == [(first, 50) for first in range(0, 1000, 50)]
-
-
 @pytest.mark.parametrize("batch_size", [1, 16, 64])
 def test_an_image_is_the_same_in_any_batch(job, expected, tmp_path, batch_size):
     assert jax.local_device_count() == 8
@@ -129,51 +96,13 @@ def test_an_image_is_the_same_in_any_batch(job, expected, tmp_path, batch_size):
     assert_same(npz(tmp_path / "out"), expected[:19])
 
 
-def test_looking_at_the_chain_does_not_change_it(job):
-    chain = BatchChain(make_chain(job.config, SamplerConfig()), SHAPE, batch_size=8)
-    key, params = jax.random.key(0), chain.place(job.params)
-    looks = {longest: list(chain.draw(key, params, 0, longest=longest)) for longest in (1, 5, 50)}
-    assert [[done for done, _ in look] for look in looks.values()] == [list(range(11)), [0, 5, 10], [0, 10]]
-    for done, images in looks[5]:
-        np.testing.assert_array_equal(images, looks[1][done][1])
-    np.testing.assert_array_equal(looks[50][-1][1], looks[1][-1][1])
-
-
-def test_one_program_serves_every_seed_checkpoint_and_place():
-    chex.clear_trace_counter()
-    schedule = make_schedule("linear", T)
-
-    @chex.assert_max_traces(n=1)
-    def network(params, x_t, t):
-        chex.assert_shape(t, x_t.shape[:1])
-        return params * x_t
-
-    chain = BatchChain(
-        lambda params, labels: ancestral(schedule, lambda x_t, t: network(params, x_t, t)), (2, 2, 1), batch_size=8
-    )
-    ends = []
-    for seed, weight, first in [(0, 0.1, 0), (1, 0.1, 0), (0, 0.9, 0), (0, 0.1, 8)]:
-        params = chain.place(jnp.float32(weight))
-        *_, (done, images) = chain.draw(jax.random.key(seed), params, first, longest=5)
-        assert done == T
-        ends.append(np.asarray(images))
-    assert len({end.tobytes() for end in ends}) == len(ends)
-
-
-def test_a_batch_lies_on_all_devices(job):
-    chain = BatchChain(make_chain(job.config, SamplerConfig()), SHAPE, batch_size=16)
-    for _, images in chain.draw(jax.random.key(0), chain.place(job.params), 0):
-        assert {shard.data.shape for shard in images.addressable_shards} == {(2, *SHAPE)}
-        assert len(images.sharding.device_set) == 8
-
-
-def test_a_job_that_was_stopped_goes_on_with_what_is_missing(job, expected, tmp_path, monkeypatch, capsys, drawn):
+def test_a_stopped_job_resumes_with_what_is_missing(job, expected, tmp_path, monkeypatch, capsys, drawn):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         interrupt_after(patch, 3, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             run_job(job, out, number=40, batch_size=8, format="npz")
-    assert f"24 of 40 images are in {out}: the same command goes on" in capsys.readouterr().err
+    assert f"24 of 40 images are in {out}; run the same command to resume" in capsys.readouterr().err
     assert drawn == [(0, 8), (8, 16), (16, 24)]
     (out / "parts" / "00000008-00000016.npy").unlink()
     drawn.clear()
@@ -184,7 +113,7 @@ def test_a_job_that_was_stopped_goes_on_with_what_is_missing(job, expected, tmp_
     assert sorted(path.name for path in out.iterdir()) == [".lock", "job.json", "samples.npz"]
 
 
-def test_a_job_that_was_stopped_is_to_the_byte_the_job_that_was_not(job, tmp_path, monkeypatch):
+def test_a_stopped_job_is_byte_identical_to_one_that_was_not(job, tmp_path, monkeypatch):
     request = dict(number=40, batch_size=16, format="npz")
     run_job(job, tmp_path / "whole", **request)
     for batches in (1, 2):
@@ -222,7 +151,7 @@ def test_a_finished_job_is_shown_otherwise_and_made_longer_without_drawing_anew(
     drawn.clear()
 
     assert run_job(job, out, number=10, batch_size=16, format="png") == out / "images"
-    assert "the 10 images were there already" in capsys.readouterr().err
+    assert "all 10 images already exist" in capsys.readouterr().err
     files = sorted((out / "images").iterdir())
     assert [file.name for file in files] == [f"{i:06d}.png" for i in range(10)]
     for file, image in zip(files, first, strict=True):
@@ -235,17 +164,18 @@ def test_a_finished_job_is_shown_otherwise_and_made_longer_without_drawing_anew(
     assert_same(npz(out), expected[:14])
 
     run_job(job, out, number=3, batch_size=16, format="npz")
-    assert "holds all 14 images of this job, more than the 3 asked for" in capsys.readouterr().err
+    assert "contains all 14 images of this job, more than the 3 requested" in capsys.readouterr().err
     assert len(npz(out)) == 14
 
 
 def test_all_classes_in_turn_stand_in_columns(job):
-    classes = job._replace(config=dataclasses.replace(job.config, model=ModelConfig(num_classes=10)))
-    assert [default_columns(classes, number) for number in (80, 10, 9)] == [10, 10, 3]
-    assert default_columns(classes._replace(choice=SamplerConfig(labels=(3, 5, 5))), 64) == 8
+    with_classes = lambda number: change(
+        job, config=dataclasses.replace(job.trained.config, model=ModelConfig(num_classes=number))
+    )
+    assert [default_columns(with_classes(10), number) for number in (80, 10, 9)] == [10, 10, 3]
+    assert default_columns(with_classes(10)._replace(sampler=SamplerConfig(labels=(3, 5, 5))), 64) == 8
     assert default_columns(job, 64) == 8
-    many = job._replace(config=dataclasses.replace(job.config, model=ModelConfig(num_classes=1000)))
-    assert default_columns(many, 2000) == 45
+    assert default_columns(with_classes(1000), 2000) == 45
 
 
 def test_the_grid_is_the_images_row_by_row(job, expected, tmp_path):
@@ -278,38 +208,45 @@ def test_the_gif_shows_the_reverse_process_from_noise_to_the_images(job, expecte
     drawn.clear()
     before = path.read_bytes()
     run_job(job, out, number=20, batch_size=16, format="gif", columns=5)
-    assert "was there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert drawn == []
     run_job(job, out, number=20, batch_size=16, format="gif", columns=4)
     assert path.read_bytes() != before
 
 
 @pytest.mark.parametrize(
-    ("change", "line"),
+    ("other", "line"),
     [
-        (dict(seed=4), r"\(seed is 3 there and 4 here\)"),
-        (dict(checkpoint=8), r"\(checkpoint is 7 there and 8 here\)"),
-        (dict(params=random_params(make_config(), seed=1)), r"\(weights is \w{8} there and \w{8} here\)"),
+        (lambda job, runs: job._replace(seed=4), r"\(seed is 3 there and 4 here\)"),
+        (lambda job, runs: change(job, step=8), r"\(checkpoint is 7 there and 8 here\)"),
         (
-            dict(config=Config(**{**vars(make_config()), "diffusion": DiffusionConfig(num_steps=T, clip_x0=False)})),
-            r"\(diffusion.beta_start is 0.05 there and 0.0001 here; .*diffusion.clip_x0 is True there and False here\)",
+            lambda job, runs: change(job, params=runs.random_params(job.trained.config, seed=1)),
+            r"\(weights is \w{8} there and \w{8} here\)",
+        ),
+        (
+            lambda job, runs: change(job, config=runs.make_config(data=job.trained.config.data, clip_x0=False)),
+            r"\(diffusion.num_steps is 10 there and 12 here; diffusion.clip_x0 is True there and False here\)",
+        ),
+        (
+            lambda job, runs: job._replace(sampler=SamplerConfig("ddim")),
+            r"\(sampler is ancestral there and ddim here\)",
         ),
     ],
-    ids=["seed", "checkpoint", "weights", "diffusion"],
+    ids=["seed", "checkpoint", "weights", "diffusion", "sampler"],
 )
-def test_the_folder_of_another_job_is_refused(job, tmp_path, change, line):
+def test_the_folder_of_another_job_is_refused(runs, job, tmp_path, other, line):
     out = tmp_path / "out"
     run_job(job, out, number=2, batch_size=16, format="npz")
     before = (out / "samples.npz").read_bytes()
     with pytest.raises(UserError, match=f"^{out} holds another job {line}: give another --out, or remove it$"):
-        run_job(job._replace(**change), out, number=2, batch_size=16, format="npz")
+        run_job(other(job, runs), out, number=2, batch_size=16, format="npz")
     assert (out / "samples.npz").read_bytes() == before
 
 
 def test_a_folder_of_something_else_is_refused(job, tmp_path):
     (tmp_path / "holiday.png").write_text("")
     for out in (tmp_path, tmp_path / "holiday.png"):
-        with pytest.raises(UserError, match="is not empty and holds no sampling job: give another --out$"):
+        with pytest.raises(UserError, match="is not empty and contains no sampling job: use another --out$"):
             run_job(job, out, number=2, batch_size=16, format="npz")
     (tmp_path / "job").mkdir()
     (tmp_path / "job" / "job.json").write_text("{")
@@ -325,7 +262,7 @@ def test_a_folder_of_something_else_is_refused(job, tmp_path):
         (dict(columns=0), "--columns must be at least 1, not 0"),
         (
             dict(number=10**8, format="grid"),
-            "--format grid: 100000000 images of 4x6 are too many .* --format png or npz",
+            "--format grid: 100000000 images of 4x6 are too many for one picture: .* --format png or npz",
         ),
         (dict(number=10**8, format="gif"), "--format gif: .* use --num 228571 or less"),
     ],
@@ -336,9 +273,8 @@ def test_bad_requests_are_one_line_before_anything_is_made(job, tmp_path, reques
     assert not (tmp_path / "out").exists()
 
 
-def test_images_of_two_channels_are_saved_but_not_shown(tmp_path):
-    config = make_config(channels=2)
-    job = Job(config, random_params(config), checkpoint=1, seed=0)
+def test_images_of_two_channels_are_saved_but_not_shown(runs, tmp_path):
+    job = runs.make_job(config_of(runs, channels=2))
     for format in ("grid", "png", "gif"):
         with pytest.raises(UserError, match=f"^--format {format}: images of 2 channels .*--format npz"):
             run_job(job, tmp_path / "out", number=2, batch_size=8, format=format)
@@ -347,17 +283,10 @@ def test_images_of_two_channels_are_saved_but_not_shown(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run(job, tmp_path_factory):
+def run(runs, job, tmp_path_factory):
     """The folder of a run that has saved twice."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    folder.mkdir()
-    save_config(job.config, folder / "config.json")
-    with Checkpoints(folder, keep=2, warn=print) as checkpoints:
-        for step, ema in ((5, random_params(job.config, seed=5)), (7, job.params)):
-            # Of the averaged weights alone samples are drawn.
-            nothing = jax.tree.map(jnp.zeros_like, ema)
-            checkpoints.save(step, {"params": nothing, "ema": ema, "optimizer": (jnp.zeros(3),)}, notes={})
-    return folder
+    older = runs.make_trained(job.trained.config, seed=5, step=5)
+    return runs.save_runs(older, job.trained, folder=tmp_path_factory.mktemp("runs") / "tiny")
 
 
 def test_the_script_draws_from_the_newest_average_and_says_where(run, job, expected, tmp_path, run_script):
@@ -393,11 +322,11 @@ def test_the_script_draws_from_the_newest_average_and_says_where(run, job, expec
 def test_the_script_refuses_in_one_line_with_status_2(run, job, tmp_path, run_script, words, line):
     (tmp_path / "empty").mkdir()
     (tmp_path / "unsaved").mkdir()
-    save_config(job.config, tmp_path / "unsaved" / "config.json")
+    save_config(job.trained.config, tmp_path / "unsaved" / "config.json")
     places = {"run": run, "empty": tmp_path / "empty", "unsaved": tmp_path / "unsaved"}
     status, out, err = run_script("sample.py", *(word.format(**places) for word in words))
     assert (status, out) == (2, "")
-    chex.assert_equal(err.count("\n"), 1)
+    assert err.count("\n") == 1
     assert err.startswith("sample.py: error: ")
     assert re.search(line, err)
 
@@ -405,9 +334,10 @@ def test_the_script_refuses_in_one_line_with_status_2(run, job, tmp_path, run_sc
 def test_weights_of_another_network_are_refused_in_one_line(run, job, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(run, other)
-    wider = dataclasses.replace(job.config, model=dataclasses.replace(job.config.model, width=16))
+    config = job.trained.config
+    wider = dataclasses.replace(config, model=dataclasses.replace(config.model, width=16))
     save_config(wider, other / "config.json")
-    with pytest.raises(UserError, match=r"checkpoint 7 does not fit .*config.json: \['.*\] is \(.*\) float32 there"):
+    with pytest.raises(UserError, match=r"checkpoint 7 does not fit .*: \['.*\] is \(.*\) float32 in the checkpoint"):
         load_job(other, seed=0)
 
 

@@ -105,8 +105,8 @@ class TestTimes:
     @pytest.mark.parametrize("spacing", SPACINGS)
     def test_are_visited_besides_where_that_is_asked_for(self, spacing):
         few = choose_times(BETAS, num_steps=7, spacing=spacing)
-        visited = choose_times(BETAS, num_steps=7, spacing=spacing, visited=[few[2], 123, 999])
-        assert visited.tolist() == sorted({*few.tolist(), 123, 999})
+        longer = choose_times(BETAS, num_steps=7, spacing=spacing, extra_timesteps=[few[2], 123, 999])
+        assert longer.tolist() == sorted({*few.tolist(), 123, 999})
 
     def test_of_published_lists(self):
         of_50 = section_steps(1000, "50").tolist()
