@@ -42,7 +42,6 @@ CORE = {"jax", "numpy", "chex", "optax"}
 
 # Not yet as they should be.
 EXCEPTIONS = {
-    "training/loop.py": {"ddpm_jax.generation.sampler_config"},
     "system/hosts.py": {"jax._src.distributed"},
 }
 

@@ -354,6 +354,19 @@ def test_clipping_is_of_the_clean_image_alone():
     assert (clipped.x0_mse[-1] < 0.9 * bound.x0_mse[-1]).all()
 
 
+def test_the_error_of_a_predicted_mean_is_that_of_an_unclipped_x0():
+    x0 = to_float(jnp.asarray(np.random.default_rng(0).integers(0, 256, (4, *SHAPE)), jnp.uint8))
+    predict, keys = lambda x_t, t: jnp.tanh(0.5 * x_t), image_keys(KEY, jnp.arange(4))
+    clipped, unclipped = (
+        bound_terms(keys, SHORT, predict, x0, prediction="mean", clip_x0=clip_x0) for clip_x0 in (True, False)
+    )
+    # The mean is used as it is, clipped or not; the x_0 that is reported is not.
+    np.testing.assert_allclose(clipped.terms, unclipped.terms, rtol=1e-5)
+    coef_x0 = np.asarray(SHORT.posterior_mean_coef_x0)[:, None]
+    np.testing.assert_allclose(clipped.mean_mse, coef_x0**2 * unclipped.x0_mse, rtol=1e-3)
+    assert (clipped.x0_mse < 0.9 * unclipped.x0_mse).any()
+
+
 def test_ranges_of_times_and_single_images_give_what_all_together_give():
     x0 = random_images(8)
     whole = bits_of(0.5, x0, KEY)
