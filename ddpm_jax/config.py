@@ -31,7 +31,8 @@ class DataConfig:
     """Which images."""
 
     source: str = "digits"
-    """digits (scikit-learn's), folder, npz, npy, idx (MNIST's format), cifar10, or tfds:NAME (tensorflow-datasets)."""
+    """digits (scikit-learn's), folder, npz, npy, idx (MNIST's format), cifar10, tfds:NAME (tensorflow-datasets), or
+    your own as my_data.py:function: it takes this section and returns a ddpm_jax.data.source.Source."""
     path: str = field(default="", metadata=_FREE)
     """The folder of images or idx files, the .npz or .npy, CIFAR-10's archive, TFDS's data_dir; none for the digits."""
     split: str = "train"
@@ -76,8 +77,11 @@ class DiffusionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Which U-Net."""
+    """Which network."""
 
+    network: str = ""
+    """Your own network, as my_net.py:function: the function takes the whole Config and returns a Linen module or a
+    ddpm_jax.networks.Network. If empty, the paper's U-Net, which the fields below describe."""
     width: int = 128
     """Channels of the first level."""
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)

@@ -152,6 +152,41 @@ def parameter_shapes(network: Network) -> Params:
     return jax.eval_shape(network.init, jax.random.key(0))
 
 
+def check_network(network: Network, output_shape: Sequence[int], *, in_channels: int) -> None:
+    """Checks that a network maps images to outputs of the right shape, on shapes alone.
+
+    Args:
+      network: the network.
+      output_shape: (H, W, C) of the output.
+      in_channels: channels of the images, which have the same height and width.
+
+    Raises:
+      ValueError: its parameters are not a nested dict of named arrays, or its output has another shape or type; also
+        whatever the network itself raises.
+    """
+    params = parameter_shapes(network)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, _ in leaves:
+        named = all(isinstance(key, jax.tree_util.DictKey) and isinstance(key.key, str) for key in path)
+        if not path or not named or any("." in key.key for key in path):
+            raise ValueError(
+                "the parameters must be a nested dict of arrays under string names without dots, not "
+                f"{jax.tree_util.keystr(path) or type(params).__name__}"
+            )
+    if not leaves:
+        raise ValueError("the network has no parameters")
+    batch = 2
+    x_t = jax.ShapeDtypeStruct((batch, *output_shape[:2], in_channels), jnp.float32)
+    t = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    output = jax.eval_shape(network.apply, params, x_t, t, t if network.num_classes else None)
+    if not isinstance(output, jax.ShapeDtypeStruct) or (output.shape, output.dtype) != (
+        (batch, *output_shape),
+        jnp.float32,
+    ):
+        found = f"{output.dtype}{list(output.shape)}" if hasattr(output, "shape") else type(output).__name__
+        raise ValueError(f"the output of x_t {list(x_t.shape)} must be float32{[batch, *output_shape]}, not {found}")
+
+
 def _example(image_shape: Sequence[int]) -> tuple[Array, Array]:
     return jnp.zeros((1, *image_shape)), jnp.zeros((1,), jnp.int32)
 

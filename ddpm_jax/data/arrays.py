@@ -1,11 +1,12 @@
-"""Arrays that NumPy saved, .npy and .npz: mapped into memory, so that a set may be larger than it."""
+"""Arrays that NumPy saved: .npy files are mapped, so that a set may be larger than memory; .npz are read into it."""
 
+import contextlib
 import functools
 import math
 import pathlib
 import typing
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -22,19 +23,15 @@ class _Array(typing.NamedTuple):
     """An array in a file, not yet read."""
 
     file: pathlib.Path
-    member: str
-    """Its place in an .npz; empty in an .npy."""
+    name: str
+    """Its name in an .npz; empty for an .npy."""
     shape: tuple[int, ...]
     dtype: np.dtype
-    fortran: bool
-    offset: int | None
-    """Where its bytes begin in the file; None where they are compressed."""
     changed: int
-    """When the file was last written, in ns: an array written anew is another one."""
+    """When the file was last written, in ns: an array written again is another one."""
 
     def __str__(self) -> str:
-        name = self.member.removesuffix(".npy")
-        return f"{name} in {self.file}" if name else str(self.file)
+        return f"{self.name} in {self.file}" if self.name else str(self.file)
 
     @property
     def num_bytes(self) -> int:
@@ -60,7 +57,7 @@ def load(config: DataConfig) -> Source:
       the source.
 
     Raises:
-      UserError: a file is missing or damaged, or its arrays are no such images or not of the size asked for.
+      UserError: a file is missing or damaged, or its arrays are not images, or not of the requested size.
     """
     parts, shape = _parts(config), shape_of(config)
     for part in parts:
@@ -75,10 +72,10 @@ def load(config: DataConfig) -> Source:
     counts = [part.images.shape[0] for part in parts]
     fits = fits_memory(config, sum(counts))
     for part in parts:
-        if part.images.offset is None and not fits:
+        if part.images.name and not fits:
             raise UserError(
-                f"data.path: {part.images} is compressed, and {part.images.num_bytes / 2**30:.3g} GiB do not fit"
-                f" data.memory_gib={config.memory_gib:g}; save it with np.savez or np.save, which can be mapped"
+                f"data.path: {part.images} has {part.images.num_bytes / 2**30:.3g} GiB, more than data.memory_gib="
+                f"{config.memory_gib:g}: save the array with np.save, whose .npy files are read from disk as needed"
             )
     read = functools.partial(_read_parts, tuple(part.images for part in parts), shape)
     if not fits:
@@ -89,23 +86,23 @@ def load(config: DataConfig) -> Source:
         images = np.concatenate([_open(part.images).reshape(-1, *shape) for part in parts])
     labels, class_names = _labels(parts)
     return Source(
-        f"{config.source} {config.path}, {config.split}",
         sum(counts),
         shape,
         read if images is None else lambda indices: images[indices],
         images=images,
         read_labels=None if labels is None else lambda indices: labels[indices],
         class_names=class_names,
+        name=f"{config.source} {config.path}, {config.split}",
     )
 
 
 def probe(config: DataConfig) -> int:
-    """Gives the number of channels, from the heads of the files."""
+    """Returns the number of channels, from the headers of the files."""
     return _image_shape(_parts(config)[0].images)[2]
 
 
 def _read_parts(arrays: tuple[_Array, ...], shape: tuple[int, int, int], indices: np.ndarray) -> np.ndarray:
-    """Reads images from arrays that follow each other; the maps are not sent to other processes, their places are."""
+    """Reads images of several arrays, one after the other; other processes get the files, not the maps."""
     ends = np.cumsum([array.shape[0] for array in arrays])
     images = np.empty((len(indices), *shape), np.uint8)
     which = np.searchsorted(ends, indices, side="right")
@@ -116,7 +113,7 @@ def _read_parts(arrays: tuple[_Array, ...], shape: tuple[int, int, int], indices
 
 
 def _parts(config: DataConfig) -> list[_Part]:
-    """Finds the arrays of the split asked for."""
+    """Finds the arrays of the requested split."""
     if not config.path:
         raise UserError("data.path: name the .npz or .npy file, as in --data.path=/home/me/images.npz")
     path = pathlib.Path(config.path).expanduser()
@@ -138,7 +135,7 @@ def _parts(config: DataConfig) -> list[_Part]:
     if not any(_of_split(arrays, name) for name in ("train", "test")):
         if config.split == "test":
             raise NoSuchSplit(
-                f"data.split: {config.path} has no test part: name a folder that holds train{path.suffix} and"
+                f"data.split: {config.path} has no test split: name a folder that holds train{path.suffix} and"
                 f" test{path.suffix}, or save them as x_train and x_test in one .npz"
             )
         return [_part(config, arrays, "all")]
@@ -220,78 +217,49 @@ def _labels(parts: Sequence[_Part]) -> tuple[np.ndarray | None, tuple[str, ...]]
     return labels, tuple(str(i) for i in range(int(labels.max()) + 1))
 
 
-# Files and what is in them
-
-
 def _members(file: pathlib.Path) -> dict[str, _Array]:
-    """Lists the arrays of a file by name, from their heads; those of an .npy and its labels as `images`, `labels`."""
+    """Lists the arrays of a file by name, from their headers; those of an .npy and its labels as `images`, `labels`."""
     beside = file.with_name(f"{file.stem}_labels.npy")
-    try:
-        if not zipfile.is_zipfile(file):
-            found = {"images": _head_in_file(file)}
-            return found | ({"labels": _head_in_file(beside)} if beside.is_file() else {})
-        with zipfile.ZipFile(file) as archive:
-            infos = [info for info in archive.infolist() if info.filename.endswith(".npy")]
-            return {info.filename.removesuffix(".npy"): _head_in_archive(file, archive, info) for info in infos}
-    except UserError:
-        raise
-    except Exception as error:  # damaged files make NumPy and zipfile raise half a dozen kinds
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise UserError(f"data.path: {file} is no .npy or .npz file that can be read ({reason})") from error
+    with _clear_damage(f"{file} is not a readable .npy or .npz file"):
+        changed = file.stat().st_mtime_ns
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+                return {name: _Array(file, name, *_header(archive, name), changed) for name in names}
+        found = {"images": file} | ({"labels": beside} if beside.is_file() else {})
+        arrays = {name: (each, np.load(each, mmap_mode="r")) for name, each in found.items()}
+        return {
+            name: _Array(each, "", array.shape, array.dtype, each.stat().st_mtime_ns)
+            for name, (each, array) in arrays.items()
+        }
 
 
-def _head_in_file(file: pathlib.Path) -> _Array:
-    with file.open("rb") as opened:
-        shape, fortran, dtype = _head(file, opened)
-        array = _Array(file, "", shape, dtype, fortran, opened.tell(), file.stat().st_mtime_ns)
-    _check_length(array)
-    return array
-
-
-def _head_in_archive(file: pathlib.Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Array:
-    with archive.open(info) as member:
-        shape, fortran, dtype = _head(file, member)
-        begin = member.tell()
-    changed = file.stat().st_mtime_ns
-    if info.compress_type != zipfile.ZIP_STORED:
-        return _Array(file, info.filename, shape, dtype, fortran, None, changed)
-    with file.open("rb") as opened:
-        # The member's own header may have more extra bytes than the archive's list says.
-        opened.seek(info.header_offset + 26)
-        lengths = np.frombuffer(opened.read(4), "<u2")
-    offset = info.header_offset + 30 + int(lengths.sum()) + begin
-    array = _Array(file, info.filename, shape, dtype, fortran, offset, changed)
-    _check_length(array)
-    return array
-
-
-def _head(file: pathlib.Path, opened: typing.IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(opened)
-    readers: dict[tuple[int, int], Callable] = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    shape, fortran, dtype = readers.get(version, np.lib.format.read_array_header_2_0)(opened)
+def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Reads shape and type of an array in an .npz, and not the array."""
+    with archive.open(f"{name}.npy") as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(member)
     if dtype.hasobject:
-        raise UserError(f"data.path: {file} holds Python objects, which are not read; save the pixels as uint8")
-    return shape, fortran, dtype
-
-
-def _check_length(array: _Array) -> None:
-    missing = typing.cast(int, array.offset) + array.num_bytes - array.file.stat().st_size
-    if missing > 0:
-        raise UserError(f"data.path: {array.file} is cut short by {missing} bytes; fetch or save it again")
+        raise ValueError("it holds Python objects; save the pixels as uint8")
+    return shape, dtype
 
 
 @functools.lru_cache(maxsize=16)
 def _open(array: _Array) -> np.ndarray:
-    """Maps an array; one that is compressed is read."""
-    if array.offset is not None:
-        order: typing.Literal["F", "C"] = "F" if array.fortran else "C"
-        return np.memmap(array.file, array.dtype, "r", array.offset, array.shape, order)
-    try:
+    """Maps an array of an .npy; reads one of an .npz, whose CRC-32 is then checked."""
+    with _clear_damage(f"{array} cannot be read"):
+        if not array.name:
+            return typing.cast(np.ndarray, np.load(array.file, mmap_mode="r"))
         with np.load(array.file, allow_pickle=False) as arrays:
-            return typing.cast(np.ndarray, arrays[array.member.removesuffix(".npy")])
+            return typing.cast(np.ndarray, arrays[array.name])
+
+
+@contextlib.contextmanager
+def _clear_damage(what: str) -> Iterator[None]:
+    """Names the file in one line where NumPy or zipfile, which raise half a dozen kinds, find damage."""
+    try:
+        yield
     except Exception as error:
         reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise UserError(f"data.path: {array} cannot be read ({reason}); fetch or save it again") from error
+        raise UserError(f"data.path: {what} ({reason}): download or save it again") from error

@@ -1,4 +1,4 @@
-"""CIFAR-10's own archives, as they are downloaded or unpacked."""
+"""CIFAR-10's own archive (its Python version), as downloaded or unpacked."""
 
 import io
 import pathlib
@@ -16,8 +16,7 @@ from ddpm_jax.system.errors import UserError
 
 _URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 _DEFAULT = pathlib.Path("data")
-_ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
-_FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin")
+_ARCHIVE, _FOLDER = "cifar-10-python.tar.gz", "cifar-10-batches-py"
 _TRAIN, _TEST = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
 _PARTS = {"train": _TRAIN, "test": _TEST, "all": _TRAIN + _TEST}
 _PIXELS = 3 * 32 * 32
@@ -26,7 +25,7 @@ _DAMAGE = (OSError, EOFError, zlib.error, tarfile.TarError, pickle.UnpicklingErr
 
 
 def load(config: DataConfig) -> Source:
-    """Reads CIFAR-10 from `cifar-10-python.tar.gz`, `cifar-10-binary.tar.gz` or the folder that either unpacks to.
+    """Reads CIFAR-10 from `cifar-10-python.tar.gz` or the folder it unpacks to.
 
     Args:
       config: which split; `path` is an archive, an unpacked folder, or the folder that holds one of them; ./data if
@@ -48,26 +47,25 @@ def load(config: DataConfig) -> Source:
     place = _find(config)
     try:
         files = _read_archive(place) if place.is_file() else _read_folder(place)
-        read = _from_binary if "batches.meta.txt" in files or "test_batch.bin" in files else _from_python
-        images, labels, names = read(files, _PARTS[config.split])
+        images, labels, names = _read(files, _PARTS[config.split])
     except _DAMAGE as error:
         reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:100]
         raise UserError(f"data.path: {place} is damaged ({reason}); download {_URL} again") from error
     pixels = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return in_memory(f"CIFAR-10, {config.split}", np.ascontiguousarray(pixels), labels, names)
+    return in_memory(np.ascontiguousarray(pixels), labels, names, name=f"CIFAR-10, {config.split}")
 
 
 def probe(config: DataConfig) -> int:
-    """Gives the number of channels: they are in color."""
+    """Returns the number of channels: the images are in color."""
     del config
     return 3
 
 
 def _find(config: DataConfig) -> pathlib.Path:
     base = pathlib.Path(config.path).expanduser() if config.path else _DEFAULT
-    if base.is_file() or any((base / name).is_file() for name in ("test_batch", "test_batch.bin", "data_batch_1")):
+    if base.is_file() or any((base / name).is_file() for name in ("test_batch", "data_batch_1")):
         return base
-    for name in (*_FOLDERS, *_ARCHIVES):
+    for name in (_FOLDER, _ARCHIVE):
         if (base / name).exists():
             return base / name
     raise UserError(
@@ -89,22 +87,7 @@ def _read_folder(folder: pathlib.Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
 
 
-_Read = tuple[np.ndarray, np.ndarray, list[str]]
-
-
-def _from_binary(files: Mapping[str, bytes], batches: list[str]) -> _Read:
-    """Records of one byte for the class and 3,072 for the pixels, red first."""
-    records = []
-    for name in batches:
-        content = np.frombuffer(files[f"{name}.bin"], np.uint8)
-        if not len(content) or len(content) % (_PIXELS + 1):
-            raise ValueError(f"{name}.bin has {len(content)} bytes, no multiple of {_PIXELS + 1}")
-        records.append(content.reshape(-1, _PIXELS + 1))
-    everything = np.concatenate(records)
-    return _checked(everything[:, 1:], everything[:, 0], files["batches.meta.txt"].decode("ascii").split())
-
-
-def _from_python(files: Mapping[str, bytes], batches: list[str]) -> _Read:
+def _read(files: Mapping[str, bytes], batches: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Pickles of Python 2: dictionaries of an array and a list."""
     images, labels = [], []
     for name in batches:
@@ -118,13 +101,10 @@ def _from_python(files: Mapping[str, bytes], batches: list[str]) -> _Read:
             raise ValueError(f"{name} has labels of shape {labels[-1].shape} for {len(pixels)} images")
     meta = _Plain(io.BytesIO(files["batches.meta"]), encoding="bytes").load()
     names = [name.decode("ascii") for name in meta[b"label_names"]]
-    return _checked(np.concatenate(images), np.concatenate(labels), names)
-
-
-def _checked(images: np.ndarray, labels: np.ndarray, names: list[str]) -> _Read:
-    if labels.min() < 0 or labels.max() >= len(names):
-        raise ValueError(f"a label is {labels.max()} where there are {len(names)} classes")
-    return images, labels.astype(np.int32), names
+    numbers = np.concatenate(labels)
+    if numbers.min() < 0 or numbers.max() >= len(names):
+        raise ValueError(f"a label is {numbers.max()} where there are {len(names)} classes")
+    return np.concatenate(images), numbers, names
 
 
 class _Plain(pickle.Unpickler):

@@ -8,7 +8,7 @@ from ddpm_jax.system.errors import UserError
 
 
 def load(config: DataConfig) -> Source:
-    """Gives the digits.
+    """Returns the digits.
 
     Args:
       config: which images; its `channels` is known.
@@ -33,12 +33,10 @@ def load(config: DataConfig) -> Source:
         raise no_split(config, splits)
     chosen = splits[config.split]
     pixels = np.round(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
-    return in_memory(
-        f"digits, {config.split}", pixels[chosen], labels[chosen].astype(np.int32), [str(i) for i in range(10)]
-    )
+    return in_memory(pixels[chosen], labels[chosen], name=f"digits, {config.split}")
 
 
 def probe(config: DataConfig) -> int:
-    """Gives the number of channels: they are gray."""
+    """Returns the number of channels: the digits are gray."""
     del config
     return 1

@@ -146,7 +146,7 @@ def load(config: DataConfig) -> Source:
     labels = None if files.labels is None else files.labels[readable]
     name = f"folder {config.path}, {config.split}"
     if images is not None:
-        return in_memory(name, images[: len(readable)], labels, files.class_names, unreadable)
+        return in_memory(images[: len(readable)], labels, files.class_names, name=name, unreadable=unreadable)
     paths = [files.paths[i] for i in readable]
 
     def read_one(path: pathlib.Path) -> np.ndarray:
@@ -159,12 +159,12 @@ def load(config: DataConfig) -> Source:
         return np.stack(list(in_threads(read_one, [paths[i] for i in indices])))
 
     return Source(
-        name,
         len(paths),
         shape,
         read_images,
         read_labels=None if labels is None else lambda indices: labels[indices],
         class_names=files.class_names,
+        name=name,
         unreadable=unreadable,
         files_crc32=zlib.crc32(np.array(checksums, "<u4").tobytes()),
     )

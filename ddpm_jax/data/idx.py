@@ -42,14 +42,13 @@ def load(config: DataConfig) -> Source:
         images.append(_pad(config, pixels))
         labels_file = _find(folder, part, "labels", 1)
         if labels_file is not None:
-            labels.append(_read(labels_file, 1).astype(np.int32))
+            labels.append(_read(labels_file, 1))
             if len(labels[-1]) != len(pixels):
                 raise UserError(f"data.path: {labels_file} has {len(labels[-1])} labels for {len(pixels)} images")
     name = f"idx {folder}, {config.split}"
     if len(labels) < len(images):
-        return in_memory(name, np.concatenate(images))
-    numbers = np.concatenate(labels)
-    return in_memory(name, np.concatenate(images), numbers, [str(i) for i in range(int(numbers.max()) + 1)])
+        return in_memory(np.concatenate(images), name=name)
+    return in_memory(np.concatenate(images), np.concatenate(labels), name=name)
 
 
 _WHERE_FROM = (
@@ -111,6 +110,6 @@ def _pad(config: DataConfig, images: np.ndarray) -> np.ndarray:
 
 
 def probe(config: DataConfig) -> int:
-    """Gives the number of channels: they are gray."""
+    """Returns the number of channels: the images are gray."""
     del config
     return 1

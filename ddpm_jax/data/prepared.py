@@ -63,17 +63,17 @@ def load(config: DataConfig) -> Source:
     if not fits_memory(config, num_examples):
         # All labels of millions of examples would take minutes to read.
         return Source(
-            name,
             num_examples,
             shape,
             read_images,
             read_labels=read_labels if class_names else None,
             class_names=class_names,
+            name=name,
         )
     images, labels = np.empty((num_examples, *shape), np.uint8), np.empty(num_examples, np.int32)
     for i, (pixels, number) in enumerate(in_threads(image_and_label, range(num_examples), label="reading images")):
         images[i], labels[i] = pixels, number
-    return in_memory(name, images, labels if class_names else None, class_names)
+    return in_memory(images, labels if class_names else None, class_names, name=name)
 
 
 def probe(config: DataConfig) -> int:

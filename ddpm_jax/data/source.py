@@ -1,4 +1,4 @@
-"""What every source of images is: a count, a shape, labels or none, and random access to uint8 images."""
+"""A set of images: its size and shape, random access to uint8 images, and labels or none."""
 
 import concurrent.futures
 import dataclasses
@@ -10,34 +10,41 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.system.errors import NoSuchSplit
 
-_NUM_THREADS = min(16, 2 * (os.cpu_count() or 1))
-_CHUNK = 1024  # tasks handed to the threads at a time: a set of millions must not become a list of millions
-_BAR_FROM = 2000  # images from which loading is long enough for a progress bar
+NUM_THREADS = min(16, 2 * (os.cpu_count() or 1))
+"""Threads that read and decode images."""
+_CHUNK = 1024  # items given to the threads at a time: a set of millions must not become a list of millions
+_BAR_FROM = 2000  # images from which on loading takes long enough for a progress bar
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-    """A set of images with random access."""
+    """A set of images with random access; of arrays in memory, `in_memory` makes it.
 
-    name: str
-    """What it is and which split, for people."""
+    Your own function behind `data.source=my_data.py:function` takes the `DataConfig` and returns one, or None if there
+    are no images of that `split`. Index i must be the same image each time: a run reads images by index alone, in an
+    order that follows from its seed.
+    """
+
     num_examples: int
     """N."""
     image_shape: tuple[int, int, int]
     """(H, W, C)."""
     read_images: Callable[[np.ndarray], np.ndarray]
-    """From (B,) indices to (B, H, W, C) uint8."""
-    images: np.ndarray | None = None
-    """All of them, (N, H, W, C) uint8, where they are held in memory; else None."""
+    """Maps (B,) indices to (B, H, W, C) uint8; called from several threads, or (data.workers) processes."""
     read_labels: Callable[[np.ndarray], np.ndarray] | None = None
-    """From (B,) indices to (B,) int32, each in [0, len(class_names)); None where the images have no labels."""
+    """Maps (B,) indices to (B,) int32, each in [0, len(class_names)); None if the images have no labels."""
     class_names: tuple[str, ...] = ()
-    """The names of the classes; empty without labels."""
+    """Names of the classes; empty without labels."""
+    name: str = ""
+    """What it is and which split, for messages; the source and split of the configuration if empty."""
+    images: np.ndarray | None = None
+    """All images, (N, H, W, C) uint8, if they are in memory."""
     unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Files that were skipped, each with what is wrong with it; none of them is among the N."""
     files_crc32: int | None = None
@@ -45,7 +52,7 @@ class Source:
 
     @functools.cached_property
     def labels(self) -> np.ndarray | None:
-        """(N,) int32, or None where the images have none; of a set on disk all are read when first asked for."""
+        """(N,) int32, or None without labels; those of a set on disk are all read on first use."""
         if self.read_labels is None:
             return None
         chunks = [range(first, min(first + _CHUNK, self.num_examples)) for first in range(0, self.num_examples, _CHUNK)]
@@ -64,7 +71,7 @@ class Source:
         return self.read_images(np.asarray(indices))
 
     def describe(self) -> str:
-        """Says in one line what there is and where it is kept."""
+        """Returns one line: number, shape and size of the images, and where they are kept."""
         height, width, channels = self.image_shape
         classes = f", {len(self.class_names)} classes" if self.class_names else ""
         size = math.prod(self.image_shape) * self.num_examples / 2**20
@@ -75,38 +82,50 @@ class Source:
 
 
 def in_memory(
-    name: str,
     images: np.ndarray,
-    labels: np.ndarray | None = None,
+    labels: ArrayLike | None = None,
     class_names: Sequence[str] = (),
+    *,
+    name: str = "",
     unreadable: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Source:
-    """Makes a source of images that are held in memory, (N, H, W, C) uint8, with (N,) int32 labels or None."""
+    """Makes a source of arrays.
+
+    Args:
+      images: (N, H, W, C) uint8.
+      labels: (N,) integers, each in [0, number of classes); None if there are none.
+      class_names: names of the classes; "0", "1", .. up to the largest label if not given.
+      name: see `Source`.
+      unreadable: see `Source`.
+    """
+    numbers = None if labels is None else np.asarray(labels, np.int32)
+    if numbers is not None and not class_names:
+        class_names = [str(i) for i in range(int(numbers.max()) + 1)]
     return Source(
-        name=name,
         num_examples=len(images),
         image_shape=typing.cast(tuple[int, int, int], images.shape[1:]),
         read_images=lambda indices: images[indices],
-        images=images,
-        read_labels=None if labels is None else lambda indices: labels[indices],
+        read_labels=None if numbers is None else lambda indices: numbers[indices],
         class_names=tuple(class_names),
+        name=name,
+        images=images,
         unreadable=unreadable,
     )
 
 
 def fits_memory(config: DataConfig, num_examples: int) -> bool:
-    """Says whether so many images may be held in memory."""
+    """Returns whether this many images may be kept in memory."""
     return num_examples * math.prod(shape_of(config)) <= config.memory_gib * 2**30
 
 
 def shape_of(config: DataConfig) -> tuple[int, int, int]:
-    """Gives (H, W, C) of a configuration whose channels are known."""
+    """Returns (H, W, C) of a configuration whose channels are known."""
     assert config.channels is not None, "resolve the configuration first"
     return config.height, config.width, config.channels
 
 
 def no_split(config: DataConfig, splits: Iterable[str]) -> NoSuchSplit:
-    """Makes the error that names the splits there are."""
+    """Returns the error that names the existing splits."""
     return NoSuchSplit(f"data.split: {config.source} has no split {config.split!r}; choose from {', '.join(splits)}")
 
 
@@ -117,13 +136,13 @@ R = typing.TypeVar("R")
 def in_threads(
     function: Callable[[T], R], items: Sequence[T], *, label: str = "", unit: str = " images"
 ) -> Iterator[R]:
-    """Maps in threads (decoding releases the interpreter's lock), in order, with a progress bar where it is long."""
-    if len(items) == 1:  # as a loader asks that has threads of its own
+    """Maps in threads (decoding releases the interpreter's lock), in order; with a progress bar if there are many."""
+    if len(items) == 1:  # from a loader with threads of its own
         yield function(items[0])
         return
     quiet = None if label and len(items) >= _BAR_FROM else True  # None: a bar on terminals alone
     with (
-        concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as threads,
+        concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as threads,
         tqdm(total=len(items), desc=label, unit=unit, disable=quiet) as bar,
     ):
         for start in range(0, len(items), _CHUNK):

@@ -13,8 +13,9 @@ import pathlib
 import types
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data import arrays, cifar10, digits, folder, idx, prepared
+from ddpm_jax.data import arrays, cifar10, digits, folder, idx, own, prepared
 from ddpm_jax.data.source import Source
+from ddpm_jax.system import user_code
 from ddpm_jax.system.errors import NoSuchSplit, UserError
 
 _KINDS: dict[str, types.ModuleType] = {
@@ -96,11 +97,13 @@ def probe_channels(config: DataConfig) -> int:
 
 
 def _kind(config: DataConfig) -> types.ModuleType:
+    if user_code.is_named(config.source):
+        return own
     kind, _, name = config.source.partition(":")
     if kind in _KINDS and bool(name) == (kind == _NAMED):
         return _KINDS[kind]
     near = difflib.get_close_matches(kind.lower(), _KINDS, n=1, cutoff=0.5)
     forms = {kind: "tfds:NAME" if kind == _NAMED else kind for kind in _KINDS}
     hint = f"; did you mean {forms[near[0]]}?" if near else ""
-    *others, last = forms.values()
-    raise UserError(f"data.source: there is no {config.source!r}{hint} ({', '.join(others)} or {last})")
+    known = f"{', '.join(forms.values())}, or your own my_data.py:function"
+    raise UserError(f"data.source: there is no {config.source!r}{hint} ({known})")

@@ -15,10 +15,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from ddpm_jax.data.order import example_index
-from ddpm_jax.data.source import Source
+from ddpm_jax.data.source import NUM_THREADS, Source
 from ddpm_jax.system.errors import UserError
-
-_NUM_THREADS = min(16, 2 * (os.cpu_count() or 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +75,7 @@ def stream(
     examples = grain.MapDataset.range(steps.start * count, steps.stop * count).map(read)
     if not workers:
         # Batched last: the threads share out the images of one batch, and do not each make one of their own.
-        options = grain.ReadOptions(num_threads=_NUM_THREADS, prefetch_buffer_size=max(ahead * count, _NUM_THREADS))
+        options = grain.ReadOptions(num_threads=NUM_THREADS, prefetch_buffer_size=max(ahead * count, NUM_THREADS))
         return iter(examples.to_iter_dataset(options).batch(count))
     from absl import flags
 

@@ -1,23 +1,26 @@
-"""From the fields of a configuration to objects: the schedule, the network, the precision of products."""
+"""Makes the objects that a configuration describes: schedule, network, precision of products."""
 
 import contextlib
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.config import Config
-from ddpm_jax.networks import Network, from_linen
+from ddpm_jax.networks import Network, check_network, from_linen
 from ddpm_jax.reverse import LEARNED_VARIANCES
 from ddpm_jax.schedules import Schedule, make_betas, schedule_from_betas
+from ddpm_jax.system import user_code
+from ddpm_jax.system.errors import UserError
 from ddpm_jax.unet import UNet
-
-# What follows from it
 
 
 def build_betas(config: Config) -> np.ndarray:
-    """Gives the betas of the diffusion, (T,) float64, of a configuration that `validate` accepts."""
+    """Returns the betas, (T,) float64, of a configuration that `validate` accepts."""
     diffusion = config.diffusion
     return make_betas(
         diffusion.schedule, diffusion.num_steps, beta_start=diffusion.beta_start, beta_end=diffusion.beta_end
@@ -25,12 +28,12 @@ def build_betas(config: Config) -> np.ndarray:
 
 
 def build_schedule(config: Config) -> Schedule:
-    """Makes the diffusion's tables, of T steps, of a configuration that `validate` accepts."""
+    """Makes the schedule, of T steps, of a configuration that `validate` accepts."""
     return schedule_from_betas(build_betas(config))
 
 
 def image_shape(config: Config) -> tuple[int, int, int]:
-    """Gives (H, W, C) of a configuration whose `data.channels` is known.
+    """Returns (H, W, C) of a configuration whose `data.channels` is known.
 
     Raises:
       ValueError: `data.channels` is None.
@@ -41,16 +44,44 @@ def image_shape(config: Config) -> tuple[int, int, int]:
 
 
 def build_network(config: Config) -> Network:
-    """Makes the network of a configuration that `validate` accepts, whose `data.channels` is known.
+    """Makes the network of a configuration: the paper's U-Net, or the user's (`model.network`).
+
+    Args:
+      config: a configuration that `validate` accepts, whose `data.channels` is known.
+
+    Returns:
+      the network.
 
     Raises:
       ValueError: `data.channels` is None.
+      UserError: the user's file or function is missing or fails, or what it returns does not fit the images.
     """
-    return from_linen(build_unet(config), image_shape(config))
+    if not config.model.network:
+        return from_linen(build_unet(config), image_shape(config))
+    return _users_network(config, user_code.load("model.network", config.model.network))
+
+
+@functools.lru_cache(maxsize=8)
+def _users_network(config: Config, make: Callable[[Config], Any]) -> Network:
+    name, shape, num_classes = config.model.network, image_shape(config), config.model.num_classes
+    what, file = f"model.network: {name}", user_code.file_of(name)
+    with user_code.clear_errors(what, file):
+        made = make(config)
+        if isinstance(made, nn.Module):
+            made = from_linen(made, shape, num_classes=num_classes)
+    if not isinstance(made, Network):
+        raise UserError(
+            f"{what} must return a flax.linen.Module or a ddpm_jax.networks.Network, not {type(made).__name__}"
+        )
+    if made.num_classes != num_classes:
+        raise UserError(f"{what} returned a network of {made.num_classes} classes, but model.num_classes={num_classes}")
+    with user_code.clear_errors(what, file):
+        check_network(made, (*shape[:2], _out_channels(config)), in_channels=shape[2])
+    return made
 
 
 def build_unet(config: Config) -> UNet:
-    """Makes the network: as many channels out as the images have, twice as many for a learned variance.
+    """Makes the paper's U-Net: one output channel per image channel, two for a learned variance.
 
     Args:
       config: a configuration that `validate` accepts, whose `data.channels` is known.
@@ -61,12 +92,16 @@ def build_unet(config: Config) -> UNet:
     Raises:
       ValueError: `data.channels` is None.
     """
+    return unet_of(config, out_channels=_out_channels(config))
+
+
+def _out_channels(config: Config) -> int:
     channels = image_shape(config)[-1]
-    return unet_of(config, out_channels=2 * channels if config.diffusion.variance in LEARNED_VARIANCES else channels)
+    return 2 * channels if config.diffusion.variance in LEARNED_VARIANCES else channels
 
 
 def matmul_precision(config: Config) -> contextlib.AbstractContextManager[Any]:
-    """Gives the context in which float32 products have the precision that `train.matmul_precision` says."""
+    """Returns a context in which float32 products have the precision `train.matmul_precision`."""
     name = config.train.matmul_precision
     return jax.default_matmul_precision(None if name == "default" else name)
 

@@ -121,7 +121,8 @@ def validate(config: Config) -> None:
             raise UserError(f"{name}={value_of(config, name)} must be above 0")
     _check_end(config)
     try:
-        check_unet(unet_of(config, out_channels=1), (data.height, data.width))
+        if not model.network:
+            check_unet(unet_of(config, out_channels=1), (data.height, data.width))
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -164,7 +165,7 @@ def warnings_of(config: Config) -> list[str]:
         )
     heights = [data.height // 2**level for level in range(len(model.channel_mult))]
     unused = [resolution for resolution in model.attention_resolutions if resolution not in heights]
-    if unused:
+    if unused and not model.network:
         found.append(
             f"model.attention_resolutions {' '.join(map(str, unused))}: no level has this height (they have "
             f"{', '.join(map(str, heights))}), so no attention there"

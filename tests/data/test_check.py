@@ -36,9 +36,9 @@ def test_the_digits_are_described(tmp_path):
 
 def test_levels_are_counted_channel_by_channel_from_memory_and_from_disk(sets, tmp_path):
     pixels = sets.noise(140, 3, 3).reshape(70, 2, 3, 3)
-    np.savez(tmp_path / "a.npz", pixels)
+    np.save(tmp_path / "a.npy", pixels)
     for gib in (1.0, 0.0):
-        counts = histogram(load_source(sets.config("npz", tmp_path / "a.npz", (2, 3), 3, memory_gib=gib)))
+        counts = histogram(load_source(sets.config("npy", tmp_path / "a.npy", (2, 3), 3, memory_gib=gib)))
         np.testing.assert_array_equal(counts, [np.bincount(pixels[..., c].ravel(), minlength=256) for c in range(3)])
 
 

@@ -44,15 +44,6 @@ def python_files():
     return "cifar-10-batches-py", files
 
 
-def binary_files():
-    files = {"batches.meta.txt": "\n".join([*NAMES, ""]).encode()}
-    for i, name in enumerate(BATCHES):
-        part = slice(i * EACH, (i + 1) * EACH)
-        rows = PIXELS[part].transpose(0, 3, 1, 2).reshape(EACH, -1)
-        files[f"{name}.bin"] = np.concatenate([LABELS[part, None].astype(np.uint8), rows], 1).tobytes()
-    return "cifar-10-batches-bin", files
-
-
 def put(where, folder, files, *, packed, compresslevel=9):
     where.mkdir(exist_ok=True)
     if not packed:
@@ -60,7 +51,7 @@ def put(where, folder, files, *, packed, compresslevel=9):
         for name, content in files.items():
             (where / folder / name).write_bytes(content)
         return where / folder
-    archive = where / ("cifar-10-python.tar.gz" if folder.endswith("py") else "cifar-10-binary.tar.gz")
+    archive = where / "cifar-10-python.tar.gz"
     with tarfile.open(archive, "w:gz", compresslevel=compresslevel) as tar:
         for name, content in files.items():
             info = tarfile.TarInfo(f"{folder}/{name}")
@@ -74,9 +65,8 @@ def config(sets, path, **others):
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("make", [python_files, binary_files])
-def test_each_form_of_the_archive_is_read(sets, tmp_path, make, packed):
-    place = put(tmp_path / "here", *make(), packed=packed)
+def test_the_archive_is_read_packed_or_not(sets, tmp_path, packed):
+    place = put(tmp_path / "here", *python_files(), packed=packed)
     train, test = slice(0, 5 * EACH), slice(5 * EACH, None)
     for split, part in {"train": train, "test": test, "all": slice(None)}.items():
         source = sources.load_source(config(sets, place if split == "test" else tmp_path / "here", split=split))
@@ -91,7 +81,7 @@ def test_without_it_one_line_says_what_to_download_and_where_to_put_it(sets, tmp
     assert "put it there as it is" in message
     monkeypatch.chdir(tmp_path)
     assert "no CIFAR-10 in data;" in sets.refused(config(sets, ""))
-    put(tmp_path / "data", *binary_files(), packed=True)
+    put(tmp_path / "data", *python_files(), packed=True)
     assert sources.load_source(config(sets, "")).num_examples == 5 * EACH
 
 
@@ -109,20 +99,18 @@ class Program:
 
 
 @pytest.mark.parametrize(
-    ("make", "name", "content", "said"),
+    ("name", "content", "said"),
     [
-        (python_files, "data_batch_3", None, "data_batch_3 is missing"),
-        (python_files, "data_batch_3", b"", "is damaged"),
-        (python_files, "data_batch_3", pickled({"data": [1], "labels": [1]}), "holds no (N, 3072) uint8"),
-        (python_files, "data_batch_3", pickle.dumps(Program()), "it asks for posix.system"),
-        (python_files, "batches.meta", pickled({"label_names": ["cat"]}), "where there are 1 classes"),
-        (binary_files, "data_batch_3.bin", b"x" * 3072, "no multiple of 3073"),
-        (binary_files, "data_batch_3.bin", None, "data_batch_3.bin is missing"),
+        ("data_batch_3", None, "data_batch_3 is missing"),
+        ("data_batch_3", b"", "is damaged"),
+        ("data_batch_3", pickled({"data": [1], "labels": [1]}), "holds no (N, 3072) uint8"),
+        ("data_batch_3", pickle.dumps(Program()), "it asks for posix.system"),
+        ("batches.meta", pickled({"label_names": ["cat"]}), "where there are 1 classes"),
     ],
 )
-def test_damaged_archives_are_refused_and_run_nothing(sets, tmp_path, monkeypatch, make, name, content, said):
+def test_damaged_archives_are_refused_and_run_nothing(sets, tmp_path, monkeypatch, name, content, said):
     monkeypatch.chdir(tmp_path)
-    folder, files = make()
+    folder, files = python_files()
     if content is None:
         del files[name]
     else:
@@ -143,7 +131,7 @@ def test_a_download_that_broke_off_is_refused(sets, tmp_path):
 @pytest.mark.parametrize("compresslevel", [0, 9])
 def test_a_flipped_bit_is_no_other_picture(sets, tmp_path, compresslevel):
     """Also where gzip stores the pixels as they are, and nothing but its checksum tells."""
-    archive = put(tmp_path, *binary_files(), packed=True, compresslevel=compresslevel)
+    archive = put(tmp_path, *python_files(), packed=True, compresslevel=compresslevel)
     whole = archive.read_bytes()
     places = np.linspace(100, len(whole) - 9, 40).astype(int)
     if not compresslevel:

@@ -50,7 +50,7 @@ def test_batches_hold_the_images_and_the_labels_of_their_step():
 
 
 def test_a_source_without_labels_gives_none():
-    source = Source("plain", 2, (1, 1, 1), lambda indices: np.zeros((len(indices), 1, 1, 1), np.uint8))
+    source = Source(2, (1, 1, 1), lambda indices: np.zeros((len(indices), 1, 1, 1), np.uint8))
     with prefetch.batches(source, 0, 0, 1, batch_size=2) as found:
         assert next(found).labels is None
 

@@ -21,7 +21,7 @@ def test_the_channels_are_filled_in(sets):
         ("tfds", "did you mean tfds:NAME?"),
         ("tfds:", "did you mean tfds:NAME?"),
         ("folder:flowers", "did you mean folder?"),
-        ("imagenet", "(digits, folder, npz, npy, idx, cifar10 or tfds:NAME)"),
+        ("imagenet", "(digits, folder, npz, npy, idx, cifar10, tfds:NAME, or your own my_data.py:function)"),
     ],
 )
 def test_an_unknown_source_is_refused(sets, name, said):

@@ -11,7 +11,7 @@ from ddpm_jax.evaluation.neighbors import nearest
 
 RANDOM = np.random.default_rng(0)
 SET = RANDOM.integers(0, 256, (50, 3, 4, 2), np.uint8)
-SOURCE = in_memory("a set", SET)
+SOURCE = in_memory(SET)
 IMAGES = RANDOM.integers(0, 256, (5, 3, 4, 2), np.uint8)
 
 
@@ -36,19 +36,19 @@ def test_they_are_those_of_the_definition_for_any_batch(monkeypatch, pixels):
 
 
 def test_an_image_of_the_set_is_its_own_nearest_and_the_first_of_equals_comes_first():
-    twice = in_memory("twice", np.concatenate([SET, SET]))
+    twice = in_memory(np.concatenate([SET, SET]))
     assert nearest(SET[[4, 7]], twice, number=2).tolist() == [[4, 54], [7, 57]]
 
 
 def test_a_small_set_has_fewer():
-    assert sorted(nearest(IMAGES[:1], in_memory("two", SET[:2]))[0].tolist()) == [0, 1]
+    assert sorted(nearest(IMAGES[:1], in_memory(SET[:2]))[0].tolist()) == [0, 1]
 
 
 def test_the_largest_images_are_told_apart_by_one_level():
     # Sums of squares of 2^34 and more: float32 would lose the difference.
     white = np.full((2, 512, 512, 1), 255, np.uint8)
     white[0, 0, 0] = 254
-    assert nearest(white[:1], in_memory("white", white[::-1])).tolist() == [[1, 0]]
+    assert nearest(white[:1], in_memory(white[::-1])).tolist() == [[1, 0]]
 
 
 def test_images_of_another_shape_are_refused():
