@@ -26,7 +26,9 @@ def summary(network: Network, image_shape: Sequence[int]) -> str:
         rows = [f"{name:<{width}}  {str(leaf.shape):>20}  {leaf.size:>12,}" for name, leaf in arrays.items()]
         table = "\n".join(["", *rows, ""])
     else:
-        tabulate = nn.tabulate(network.module, jax.random.key(0), depth=1, console_kwargs={"width": 120, "force_terminal": False})
+        tabulate = nn.tabulate(
+            network.module, jax.random.key(0), depth=1, console_kwargs={"width": 120, "force_terminal": False}
+        )
         table = tabulate(jnp.zeros((1, *image_shape)), jnp.zeros((1,), jnp.int32))
     flops = forward_flops(network, image_shape)
     cost = "unknown" if flops is None else f"{flops / 1e6:,.1f} MFLOPs"
