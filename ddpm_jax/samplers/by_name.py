@@ -1,4 +1,4 @@
-"""Samplers by name: what a script needs to go from a word and a number of steps to a `Sampler`."""
+"""Samplers by name and number of steps, as the scripts make them."""
 
 import difflib
 import typing
@@ -26,25 +26,25 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "dpm++2m_sde": dpm_solver_pp_2m_sde,
     "unipc": unipc,
 }
-"""(schedule, predict, *, prediction, variance, clip_x0) to a sampler; "ddim" also takes `eta` and
+"""Functions from (schedule, predict, *, prediction, variance, clip_x0) to a `Sampler`; "ddim" also takes `eta` and
 `eps_after_clipping`."""
 
 SamplerName = typing.Literal["ancestral", "ddim", "dpm++2m", "dpm++2m_sde", "unipc"]
 
-# At 10 steps it loses 0.108 on "trailing" and 0.135 on "log_snr"; at 12, 0.076 and 0.013.
+# At 10 steps it loses 0.108 with "trailing" and 0.135 with "log_snr"; at 12 steps, 0.076 and 0.013.
 _FEW_STEPS_OF_UNIPC = 10
 
 
 def default_spacing(name: str, num_steps: int | None) -> Spacing:
-    """Names the times that suit a sampler: solvers of second order and more want steps of one length in log SNR.
+    """Returns the spacing that suits a sampler: solvers of second and higher order need even steps in log SNR.
 
-    Even steps of time end in one that spans several units of log SNR, over which a slope of x0 is carried too far.
-    But in ten steps and fewer even steps of log SNR are themselves too long for the third order of "unipc", and it is
-    better on "trailing": `docs/results/sampler_order.csv` has what each sampler loses by which spacing.
+    Even steps in t end with one that spans several units of log SNR, too far to extrapolate the slope of x0. But with
+    ten steps or fewer, even steps in log SNR are themselves too long for the third order of "unipc", which then does
+    better with "trailing": `docs/results/sampler_order.csv` has the loss of each sampler with each spacing.
 
     Args:
-      name: of the sampler.
-      num_steps: N; None for all the times there are, which are the same whatever the spacing.
+      name: the name of the sampler.
+      num_steps: N; None for all T.
 
     Returns:
       a `Spacing`.
@@ -76,34 +76,33 @@ def make_sampler(
     r"""Makes a sampler by name, of any number of steps.
 
     ===========  =====================================================================================
-    ancestral    the paper's Algorithm 2, on the visited times; the best images in many steps
+    ancestral    the paper's Algorithm 2; the best images in many steps
     ddim         `ddim.ddim`: deterministic at eta = 0
-    dpm++2m      `solvers.dpm_solver_pp_2m`: deterministic, of second order
-    dpm++2m_sde  `solvers.dpm_solver_pp_2m_sde`: the same with noise at every step
-    unipc        `solvers.unipc`: deterministic, a predictor of third order and a corrector; for few steps
+    dpm++2m      `dpm_solver.dpm_solver_pp_2m`: deterministic, second order
+    dpm++2m_sde  `dpm_solver.dpm_solver_pp_2m_sde`: the same with noise at each step
+    unipc        `unipc.unipc`: deterministic, third-order predictor and corrector; for few steps
     ===========  =====================================================================================
 
     Args:
       name: one of the names above.
       betas: (T,) of the schedule that the network was trained with, each in (0, 1], 1 at the last step alone.
-      predict: the network, which is told times of that schedule.
-      num_steps: N, in [1, T]; all T, or as many as `spacing` says, if None.
-      spacing: which times are visited, see `respacing.choose_times`; `default_spacing` if None.
-      extra_timesteps: 0-based timesteps that the chain includes besides; N is larger by those that are new.
-      eta: the share of the noise, in [0, 1], for "ddim" alone; 0 if None.
-      eps_after_clipping: how eps follows from the clipped x0, for "ddim" alone (see there); "recompute" if None.
+      predict: the network.
+      num_steps: N, in [1, T]; if None, all T or the number that `spacing` implies.
+      spacing: the spacing of the timesteps, see `respacing.choose_times`; `default_spacing` if None.
+      extra_timesteps: 0-based timesteps to include as well; N grows by those that are new.
+      eta: the amount of noise, in [0, 1], only for "ddim"; 0 if None.
+      eps_after_clipping: how eps is computed after x0 is clipped, only for "ddim" (see there); "recompute" if None.
       prediction: what the network predicts.
-      variance: the variance of p(x_{t-1} | x_t), for "ancestral"; the others only drop a learned one's half.
-      clip_x0: whether the predicted clean image is clipped to [-1, 1] at every step.
+      variance: the variance of p(x_{t-1} | x_t), for "ancestral"; the others ignore a learned one.
+      clip_x0: whether the predicted clean image is clipped to [-1, 1] at each step.
 
     Returns:
       a `Sampler` of N steps.
 
     Raises:
-      ValueError: the name or the spacing is unknown, N is outside [1, T], `eta` is outside [0, 1], it or
-        `eps_after_clipping` is given to a sampler that has none, or "ancestral" is to skip steps with a "learned"
-        variance, which is of single
-        steps.
+      ValueError: the name or the spacing is unknown, N is outside [1, T], `eta` is outside [0, 1], `eta` or
+        `eps_after_clipping` is given to another sampler than "ddim", or "ancestral" would skip timesteps with a
+        "learned" variance, which belongs to single steps.
 
     >>> betas = np.linspace(1e-4, 0.02, 1000)
     >>> make_sampler("unipc", betas, lambda x_t, t: x_t, num_steps=8).num_steps
@@ -111,7 +110,7 @@ def make_sampler(
     """
     if name not in SAMPLERS:
         near = difflib.get_close_matches(name, SAMPLERS, n=1, cutoff=0)[0]
-        raise ValueError(f"unknown sampler {name!r}: did you mean {near!r}? There are {', '.join(SAMPLERS)}")
+        raise ValueError(f"unknown sampler {name!r}: did you mean {near!r}? Choose one of {', '.join(SAMPLERS)}")
     options = {
         key: value for key, value in (("eta", eta), ("eps_after_clipping", eps_after_clipping)) if value is not None
     }
@@ -124,8 +123,8 @@ def make_sampler(
     if len(times) < len(betas):
         if name == "ancestral" and variance == "learned":
             raise ValueError(
-                f"a 'learned' variance is of single steps: sample in all {len(betas)} steps, or with another sampler "
-                "where one can be chosen"
+                f"a 'learned' variance belongs to single steps: sample in all {len(betas)} steps, or with another "
+                "sampler where one can be chosen"
             )
         if prediction == "mean":
             predict, prediction = x0_of_mean(betas, predict, variance=variance), "x0"
@@ -134,15 +133,15 @@ def make_sampler(
 
 
 def x0_of_mean(betas: np.ndarray, predict: Predict, *, variance: Variance) -> Predict:
-    """Turns a network that predicts the mean of x_{t-1} into one that predicts x0, which is of no step's length.
+    """Makes a network that predicts x0 from one that predicts the mean of x_{t-1}, so that chains can skip timesteps.
 
     Args:
       betas: (T,) of the schedule that the network was trained with.
       predict: the network.
-      variance: whether the output has a second half for the variance, which stays as it is.
+      variance: the kind of variance; the half of the output for a learned one is kept.
 
     Returns:
-      the network of x0, for chains that skip times too.
+      the network that predicts x0.
     """
     with jax.ensure_compile_time_eval():
         schedule = schedule_from_betas(betas)

@@ -79,8 +79,8 @@ class TestBetas:
     @pytest.mark.parametrize(
         "times", [[], [[1, 2]], [0.5], [3, 3], [5, 4], [-1, 4], [4, 1000]], ids=lambda times: str(times)
     )
-    def test_refuse_times_that_are_none(self, times):
-        with pytest.raises(ValueError, match="times must"):
+    def test_refuse_other_timesteps(self, times):
+        with pytest.raises(ValueError, match="timesteps must"):
             respaced_betas(BETAS, times)
 
 
@@ -195,10 +195,10 @@ class TestRefusals:
             ("10,x", None, "'10,x' is neither"),
             ("ddim", None, "'ddim' is neither"),
             ("ddim5,6", None, "'ddim5,6' is neither"),
-            ("ddim37", None, "no whole stride gives 37"),
+            ("ddim37", None, "no integer stride gives 37"),
             ("10,600", None, "a section of 500 times"),
             ("10,0", None, "not in 0"),
-            ("10,15", 30, "is of 25 steps, not of 30"),
+            ("10,15", 30, "has 25 steps, not 30"),
         ],
     )
     def test_rules_that_cannot_be_read(self, spacing, num_steps, line):
