@@ -31,7 +31,7 @@ from jax.flatten_util import ravel_pytree
 from ddpm_jax.samplers import ancestral, ddim, multistep
 from ddpm_jax.samplers.by_name import SAMPLERS, default_spacing
 from ddpm_jax.samplers.chain import Sampler
-from ddpm_jax.samplers.respacing import choose_times, evenly_spaced, respace
+from ddpm_jax.samplers.respacing import choose_timesteps, evenly_spaced, respace
 from ddpm_jax.schedules import Schedule, make_betas
 
 matplotlib.use("Agg")
@@ -166,7 +166,7 @@ def chain_errors(
     predict = best_network(data, np.cumprod(1 - betas))
     with jax.enable_x64(True):
         for count in steps:
-            schedule = in_float64(respace(betas, choose_times(betas, num_steps=count, spacing=spacing)))
+            schedule = in_float64(respace(betas, choose_timesteps(betas, num_steps=count, spacing=spacing)))
             sampler = make(schedule, predict, prediction="x0", clip_x0=False, **options)
             errors.append(error(law_of_chain(sampler, Law(np.zeros(SIZE), np.eye(SIZE))), data))
     return np.array(errors)

@@ -32,7 +32,9 @@ _MODULES = {
     "samplers.unipc": ("unipc",),
     "samplers.by_name": ("make_sampler",),
     "config": ("Config",),
+    "system.errors": ("UserError",),
     "run.experiments": ("load_config",),
+    "run.trained": ("load_run", "TrainedRun"),
     "training.loop": ("train",),
 }
 
@@ -61,6 +63,8 @@ if typing.TYPE_CHECKING:
     from ddpm_jax.reverse import predict_eps as predict_eps
     from ddpm_jax.reverse import predict_x0 as predict_x0
     from ddpm_jax.run.experiments import load_config as load_config
+    from ddpm_jax.run.trained import TrainedRun as TrainedRun
+    from ddpm_jax.run.trained import load_run as load_run
     from ddpm_jax.samplers.ancestral import ancestral as ancestral
     from ddpm_jax.samplers.by_name import make_sampler as make_sampler
     from ddpm_jax.samplers.chain import Sampler as Sampler
@@ -74,6 +78,7 @@ if typing.TYPE_CHECKING:
     from ddpm_jax.schedules import make_betas as make_betas
     from ddpm_jax.schedules import make_schedule as make_schedule
     from ddpm_jax.schedules import schedule_from_betas as schedule_from_betas
+    from ddpm_jax.system.errors import UserError as UserError
     from ddpm_jax.time_sampling import uniform_times as uniform_times
     from ddpm_jax.training.loop import train as train
     from ddpm_jax.unet import UNet as UNet

@@ -180,7 +180,7 @@ def strata(num_steps: int, number: int) -> np.ndarray:
     return np.array(edges)
 
 
-def draw_times(keys: Array, edges: ArrayLike) -> Array:
+def draw_timesteps(keys: Array, edges: ArrayLike) -> Array:
     r"""Draws one timestep of each stratum for each image, uniformly.
 
     .. math:: L_T + \sum_k n_k L_{t_k}, \quad t_k \sim \mathrm{Uniform}(\text{stratum } k \text{, of size } n_k)

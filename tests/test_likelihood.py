@@ -15,7 +15,7 @@ from ddpm_jax.likelihood import (
     Bound,
     bound_at,
     bound_terms,
-    draw_times,
+    draw_timesteps,
     estimated_log_variances,
     optimal_log_variances,
     rate_distortion,
@@ -418,7 +418,7 @@ def test_strata_that_cannot_be_are_refused(num_steps, number):
 
 def test_times_are_drawn_uniformly_from_their_ranges_for_each_image():
     edges, number = strata(1000, 8), 4000
-    times = np.asarray(jax.jit(lambda keys: draw_times(keys, edges))(image_keys(KEY, jnp.arange(number))))
+    times = np.asarray(jax.jit(lambda keys: draw_timesteps(keys, edges))(image_keys(KEY, jnp.arange(number))))
     assert times.shape == (8, number)
     for drawn, first, stop in zip(times, edges[:-1], edges[1:], strict=True):
         assert ((first <= drawn) & (drawn < stop)).all()
@@ -428,14 +428,14 @@ def test_times_are_drawn_uniformly_from_their_ranges_for_each_image():
             widths = np.bincount(np.arange(width) * min(width, 20) // width)
             assert scipy.stats.chisquare(counts, number * widths / width).pvalue > 1e-3
     assert abs(np.corrcoef(times[2:]) - np.eye(6)).max() < 4.5 / np.sqrt(number)
-    some = draw_times(image_keys(KEY, jnp.array([7, 3])), edges)
+    some = draw_timesteps(image_keys(KEY, jnp.array([7, 3])), edges)
     np.testing.assert_array_equal(some, times[:, [7, 3]])
 
 
 def test_terms_at_drawn_times_are_those_of_the_whole_bound():
     x0, keys = random_images(8), image_keys(KEY, jnp.arange(8))
     whole = bits_of(0.5, x0, KEY)
-    times = draw_times(keys, strata(20, 5))
+    times = draw_timesteps(keys, strata(20, 5))
     some = jax.jit(lambda x0, times: bound_at(keys, SHORT, wrong_predict(0.5), x0, times))(x0, times)
     for ours, all_times in ((some.terms, whole.terms), (some.x0_mse, whole.x0_mse), (some.eps_mse, whole.eps_mse)):
         np.testing.assert_allclose(ours, np.take_along_axis(all_times, times, axis=0), rtol=1e-5, atol=1e-7)

@@ -29,7 +29,7 @@ from ddpm_jax.evaluation import plots
 from ddpm_jax.generation.batches import Driver, Program, cut
 from ddpm_jax.generation.store import Range, missing_ranges
 from ddpm_jax.keys import image_keys
-from ddpm_jax.likelihood import Bound, bound_at, draw_times, estimated_log_variances, rate_distortion, strata
+from ddpm_jax.likelihood import Bound, bound_at, draw_timesteps, estimated_log_variances, rate_distortion, strata
 from ddpm_jax.networks import Network, Params, predict_with
 from ddpm_jax.pixels import to_float
 from ddpm_jax.reverse import LEARNED_VARIANCES
@@ -108,7 +108,7 @@ def bound_program(
             schedule,
             predict_with(network, params, labels, variance=diffusion.variance),
             to_float(pixels),
-            jax.lax.dynamic_slice_in_dim(draw_times(keys, edges), first, num_steps),
+            jax.lax.dynamic_slice_in_dim(draw_timesteps(keys, edges), first, num_steps),
             prediction=diffusion.prediction,
             variance=diffusion.variance,
             clip_x0=diffusion.clip_x0,

@@ -27,7 +27,7 @@ from ddpm_jax.run.build import build_betas, image_shape
 from ddpm_jax.samplers.by_name import default_spacing, x0_of_mean
 from ddpm_jax.samplers.chain import Chain, Sampler, Trajectory, initial_noise
 from ddpm_jax.samplers.ddim import ddim_inversion
-from ddpm_jax.samplers.respacing import choose_times, respace
+from ddpm_jax.samplers.respacing import choose_timesteps, respace
 from ddpm_jax.schedules import Schedule
 from ddpm_jax.system.errors import UserError
 
@@ -126,7 +126,9 @@ class Editor:
         """Makes the tables of the chain of `make_chain`."""
         betas, steps = build_betas(self._config), sampler_config.steps
         spacing = sampler_config.spacing or default_spacing(sampler_config.sampler, steps)
-        return respace(betas, choose_times(betas, num_steps=steps, spacing=spacing, extra_timesteps=extra_timesteps))
+        return respace(
+            betas, choose_timesteps(betas, num_steps=steps, spacing=spacing, extra_timesteps=extra_timesteps)
+        )
 
     def _program(self, num_steps: int, make: Callable[[Params, Any], Sampler]) -> Program:
         """Makes the program of a sampler on batches of (`ChainStart`, conditioning)."""

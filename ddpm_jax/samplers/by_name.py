@@ -15,7 +15,7 @@ from ddpm_jax.samplers.ancestral import ancestral
 from ddpm_jax.samplers.chain import Sampler
 from ddpm_jax.samplers.ddim import EpsAfterClipping, ddim
 from ddpm_jax.samplers.dpm_solver import dpm_solver_pp_2m, dpm_solver_pp_2m_sde
-from ddpm_jax.samplers.respacing import Spacing, choose_times, respace
+from ddpm_jax.samplers.respacing import Spacing, choose_timesteps, respace
 from ddpm_jax.samplers.unipc import unipc
 from ddpm_jax.schedules import schedule_from_betas
 
@@ -88,7 +88,7 @@ def make_sampler(
       betas: (T,) of the schedule that the network was trained with, each in (0, 1], 1 at the last step alone.
       predict: the network.
       num_steps: N, in [1, T]; if None, all T or the number that `spacing` implies.
-      spacing: the spacing of the timesteps, see `respacing.choose_times`; `default_spacing` if None.
+      spacing: the spacing of the timesteps, see `respacing.choose_timesteps`; `default_spacing` if None.
       extra_timesteps: 0-based timesteps to include as well; N grows by those that are new.
       eta: the amount of noise, in [0, 1], only for "ddim"; 0 if None.
       eps_after_clipping: how eps is computed after x0 is clipped, only for "ddim" (see there); "recompute" if None.
@@ -119,8 +119,8 @@ def make_sampler(
         raise ValueError(f"{given} applies only to the sampler 'ddim', not to {name!r}")
     betas = np.asarray(betas, np.float64)
     spacing = default_spacing(name, num_steps) if spacing is None else spacing
-    times = choose_times(betas, num_steps=num_steps, spacing=spacing, extra_timesteps=extra_timesteps)
-    if len(times) < len(betas):
+    timesteps = choose_timesteps(betas, num_steps=num_steps, spacing=spacing, extra_timesteps=extra_timesteps)
+    if len(timesteps) < len(betas):
         if name == "ancestral" and variance == "learned":
             raise ValueError(
                 f"a 'learned' variance belongs to single steps: sample in all {len(betas)} steps, or with another "
@@ -128,7 +128,7 @@ def make_sampler(
             )
         if prediction == "mean":
             predict, prediction = x0_of_mean(betas, predict, variance=variance), "x0"
-    schedule = respace(betas, times)
+    schedule = respace(betas, timesteps)
     return SAMPLERS[name](schedule, predict, prediction=prediction, variance=variance, clip_x0=clip_x0, **options)
 
 

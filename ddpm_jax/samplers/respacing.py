@@ -314,7 +314,7 @@ _SPACINGS: dict[str, Callable[[int, int], np.ndarray]] = {
 }
 
 
-def choose_times(
+def choose_timesteps(
     betas: ArrayLike, *, num_steps: int | None = None, spacing: str = "linspace", extra_timesteps: Sequence[int] = ()
 ) -> np.ndarray:
     """Returns the timesteps of a chain by the name of their spacing.
@@ -331,11 +331,11 @@ def choose_times(
     Raises:
       ValueError: N is outside [1, T], or the spacing is unknown or implies a number other than N.
 
-    >>> choose_times(np.full(1000, 0.01), num_steps=3, extra_timesteps=[99])
+    >>> choose_timesteps(np.full(1000, 0.01), num_steps=3, extra_timesteps=[99])
     array([  0,  99, 500, 999])
     """
-    times = _spaced(betas, num_steps=num_steps, spacing=spacing)
-    return np.union1d(times, np.asarray(extra_timesteps, times.dtype))
+    timesteps = _spaced(betas, num_steps=num_steps, spacing=spacing)
+    return np.union1d(timesteps, np.asarray(extra_timesteps, timesteps.dtype))
 
 
 def _spaced(betas: ArrayLike, *, num_steps: int | None, spacing: str) -> np.ndarray:

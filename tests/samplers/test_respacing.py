@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ddpm_jax.samplers.respacing import (
     check_prediction,
-    choose_times,
+    choose_timesteps,
     evenly_spaced,
     evenly_spaced_in_log_snr,
     leading,
@@ -65,7 +65,7 @@ class TestBetas:
     def test_every_schedule_can_be_respaced(self, name, spacing):
         betas = make_betas(name, 1000)
         for num_steps in (1, 2, 3, 7, 50, 999):
-            schedule = respace(betas, choose_times(betas, num_steps=num_steps, spacing=spacing))
+            schedule = respace(betas, choose_timesteps(betas, num_steps=num_steps, spacing=spacing))
             assert schedule.num_steps == num_steps
             assert np.isfinite(schedule.posterior_log_variance_clipped).all()
 
@@ -90,7 +90,7 @@ class TestTimes:
         num_times, num_steps = counts
         betas = make_betas("linear", num_times)
         for spacing in SPACINGS:
-            times = choose_times(betas, num_steps=num_steps, spacing=spacing)
+            times = choose_timesteps(betas, num_steps=num_steps, spacing=spacing)
             assert len(times) == num_steps, spacing
             assert times[0] >= 0, spacing
             assert times[-1] < num_times, spacing
@@ -100,12 +100,12 @@ class TestTimes:
 
     @pytest.mark.parametrize("spacing", SPACINGS)
     def test_are_all_where_all_are_asked_for(self, spacing):
-        assert choose_times(BETAS, spacing=spacing).tolist() == list(range(1000))
+        assert choose_timesteps(BETAS, spacing=spacing).tolist() == list(range(1000))
 
     @pytest.mark.parametrize("spacing", SPACINGS)
     def test_are_visited_besides_where_that_is_asked_for(self, spacing):
-        few = choose_times(BETAS, num_steps=7, spacing=spacing)
-        longer = choose_times(BETAS, num_steps=7, spacing=spacing, extra_timesteps=[few[2], 123, 999])
+        few = choose_timesteps(BETAS, num_steps=7, spacing=spacing)
+        longer = choose_timesteps(BETAS, num_steps=7, spacing=spacing, extra_timesteps=[few[2], 123, 999])
         assert longer.tolist() == sorted({*few.tolist(), 123, 999})
 
     def test_of_published_lists(self):
@@ -185,7 +185,7 @@ class TestRefusals:
     @pytest.mark.parametrize(("spacing", "num_steps"), list(itertools.product(SPACINGS, [0, -3, 1001])))
     def test_more_steps_than_times_or_none(self, spacing, num_steps):
         with pytest.raises(ValueError, match=f"1 to 1000 steps, not in {num_steps}"):
-            choose_times(BETAS, num_steps=num_steps, spacing=spacing)
+            choose_timesteps(BETAS, num_steps=num_steps, spacing=spacing)
 
     @pytest.mark.parametrize(
         ("spacing", "num_steps", "line"),
@@ -203,7 +203,7 @@ class TestRefusals:
     )
     def test_rules_that_cannot_be_read(self, spacing, num_steps, line):
         with pytest.raises(ValueError, match=line):
-            choose_times(BETAS, num_steps=num_steps, spacing=spacing)
+            choose_timesteps(BETAS, num_steps=num_steps, spacing=spacing)
 
     def test_a_mean_of_single_steps_where_steps_are_skipped(self):
         check_prediction(schedule_from_betas(BETAS), "mean")

@@ -20,7 +20,7 @@ from ddpm_jax.samplers.chain import initial_noise, run_chain, sample, sample_tra
 from ddpm_jax.samplers.ddim import ddim, ddim_inversion
 from ddpm_jax.samplers.dpm_solver import dpm_solver_pp_2m
 from ddpm_jax.samplers.multistep import path
-from ddpm_jax.samplers.respacing import choose_times, evenly_spaced, leading, respace
+from ddpm_jax.samplers.respacing import choose_timesteps, evenly_spaced, leading, respace
 from ddpm_jax.samplers.unipc import unipc
 from ddpm_jax.schedules import make_betas, schedule_from_betas
 
@@ -160,7 +160,7 @@ class TestDdim:
         keys = image_keys(jax.random.key(0), jnp.arange(64))
 
         def there_and_back(num_steps):
-            schedule = respace(BETAS, choose_times(BETAS, num_steps=num_steps, spacing="log_snr"))
+            schedule = respace(BETAS, choose_timesteps(BETAS, num_steps=num_steps, spacing="log_snr"))
             there = ddim_inversion(schedule, predict, prediction="x0")
             back = ddim(schedule, predict, prediction="x0", clip_x0=False)
 
