@@ -59,7 +59,7 @@ def entry(module: str, name: str) -> str:
     code = textwrap.fill(signature(node), 110, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
     summary = inspect.cleandoc(ast.get_docstring(node) or "").split("\n\n")[0]
     summary = re.sub(r":math:`([^`]+)`", r"$`\1`$", summary)
-    return f"### {name}\n\n```python\n{code}\n```\n\n{summary} In [`{file.rpartition('/')[2]}`](../{file}).\n"
+    return f"### {name}\n\n```text\n{code}\n```\n\n{summary} In [`{file.rpartition('/')[2]}`](../{file}).\n"
 
 
 def page() -> str:
