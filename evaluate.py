@@ -1,7 +1,6 @@
-"""Measures a trained run: `python evaluate.py likelihood runs/digits`, `python evaluate.py quality runs/digits`."""
+"""Evaluates a trained run: `python evaluate.py likelihood runs/digits`, `python evaluate.py quality runs/digits`."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
@@ -14,7 +13,7 @@ from ddpm_jax.evaluation.quality import check_real, config_of, judge_file, summa
 from ddpm_jax.generation.job import default_folder, load_job, run_job
 from ddpm_jax.generation.sampler_config import SamplerConfig
 from ddpm_jax.run import checkpoints
-from ddpm_jax.run.command import Command, parse_options, run_command
+from ddpm_jax.run.command import Command, run_command
 from ddpm_jax.run.trained import load_run
 from ddpm_jax.run.weights import save_weights
 from ddpm_jax.system.errors import UserError
@@ -23,41 +22,38 @@ from ddpm_jax.system.exits import run_script
 
 @dataclasses.dataclass(frozen=True)
 class LikelihoodOptions:
-    """What to count."""
+    """What to evaluate."""
 
     run: tyro.conf.Positional[str]
-    """The run's folder, as train.py wrote it."""
+    """Folder of the run, as written by train.py."""
     split: str = "test"
-    """The part of the run's images: test, train or all; for TFDS any that it knows."""
+    """Split of the run's data set: test, train or all; for TFDS, any of its splits."""
     num: int = 0
-    """How many of them, evenly over the part; 0: all."""
+    """Number of images, evenly spaced over the split; 0: all."""
     batch_size: int = 64
-    """Images at a time; no number depends on it."""
+    """Batch size. It does not change the numbers."""
     seed: int = 0
-    """From it, its index and the time comes the noise of each image."""
+    """Random seed. The noise of an image depends only on the seed, its index and the timestep."""
     step: int | None = None
-    """The checkpoint of which training step; the newest if not given."""
+    """Training step of the checkpoint (default: the newest)."""
     sigma: bits_per_dim.Sigma = "model"
-    """The variance of the reverse steps: the run's own, fixed_small, fixed_large, or the one that makes the bound
-    least, estimated from 512 training images (which are not counted then)."""
+    """Variance of the reverse steps: the run's own, fixed_small, fixed_large, or the optimal one, which minimizes the
+    bound; it is estimated from 512 training images, which are then left out."""
     cdf: Cdf = "tanh"
-    """The normal distribution function of the decoder: the original's approximation, or the exact erf."""
+    """Normal CDF in the decoder: the original code's tanh approximation, or the exact erf."""
     num_strata: int = 0
     """Evaluate only this many of the T timesteps, sampled per image in log-spaced strata: an unbiased estimate at a
-    fraction of the cost, with its standard error (optimal variances are then estimated the same way); 0: all."""
+    fraction of the cost, with its standard error (optimal variances are estimated from as many); 0: all T."""
     out: str | None = None
-    """The job's folder; one in RUN/likelihood if not given."""
+    """Folder of the job (default: a folder in RUN/likelihood)."""
 
 
-def likelihood(arguments: Sequence[str]) -> None:
-    """Counts bits/dim of a set of images under the averaged weights: the bound, its terms, rate and distortion."""
-    options = parse_options(
-        LikelihoodOptions,
-        arguments,
-        description="Counts bits/dim (the variational bound) of a set of images; started again, it goes on. Pixels are "
-        "bins of 1/255 as for any 8-bit image, also where a set has fewer levels (the digits have 17): such numbers "
-        "compare with others of the same set alone.",
-    )
+def likelihood(options: LikelihoodOptions) -> None:
+    """Computes bits/dim of a data set under the EMA weights: the bound, its terms, rate and distortion.
+
+    Run the same command again to resume. Pixels are bins of 1/255 as for any 8-bit image, even if a data set has fewer
+    levels (the digits have 17): its numbers compare only with others of the same data set.
+    """
     trained = load_run(Path(options.run), step=options.step)
     request = bits_per_dim.Request(
         options.split, options.num, options.sigma, options.cdf, options.num_strata, options.seed
@@ -69,35 +65,30 @@ def likelihood(arguments: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QualityOptions(SamplerConfig):
-    """What to judge."""
+    """What to evaluate."""
 
     run: tyro.conf.Positional[str]
-    """A run's folder, from which images are drawn, or an .npz file of images (arr_0, uint8, (N, H, W, C))."""
+    """Folder of a run to sample from, or an .npz file of images (arr_0, uint8, (N, H, W, C))."""
     num: int = 512
-    """How many images."""
+    """Number of images."""
     batch_size: int = 64
-    """Images drawn at a time; no image depends on it."""
+    """Batch size of sampling. It does not change the images."""
     seed: int = 0
-    """From it and its index comes each image."""
+    """Random seed. Image i depends only on the seed and on i."""
     step: int | None = None
-    """The checkpoint of which training step; the newest if not given."""
+    """Training step of the checkpoint (default: the newest)."""
     config: str | None = None
-    """For an .npz file outside of a run: the config file that names the real images."""
+    """For an .npz file outside a run: the config file that names the real images."""
 
 
-def quality(arguments: Sequence[str]) -> None:
-    """Judges samples by a classifier fitted on the real images; writes quality.json beside them."""
-    options = parse_options(
-        QualityOptions,
-        arguments,
-        description="Compares samples with real images of a small labeled set; writes quality.json beside them.",
-    )
+def quality(options: QualityOptions) -> None:
+    """Compares samples with a small labeled data set, by a classifier trained on it; writes quality.json."""
     given = Path(options.run)
     if options.num < 2:
         raise UserError(f"--num must be at least 2 to compare with real images, not {options.num}")
     if given.suffix == ".npz":
         if options.alone() != SamplerConfig():
-            raise UserError(f"{given} holds images that are drawn already: a sampler goes with the folder of a run")
+            raise UserError(f"{given} already contains the images: sampler options need the folder of a run")
         file, config = given, config_of(given, options.config)
     else:
         job = load_job(given, seed=options.seed, step=options.step, sampler=options.alone())
@@ -113,28 +104,23 @@ class FiguresOptions:
     """What to draw."""
 
     run: tyro.conf.Positional[str]
-    """The run's folder, as train.py wrote it."""
+    """Folder of the run, as written by train.py."""
     out: str | None = None
-    """The folder of the figures; RUN/figures if not given."""
+    """Folder of the figures (default: RUN/figures)."""
     num: int = 8
-    """Images or pairs of a figure, 1 to 32; its square of samples."""
+    """Images or pairs per figure, 1 to 32; the sample grid has num x num images."""
     steps: int | None = None
-    """Steps of the chain, of DDIM's way to noise and back and of RePaint; if not given all T, and 250 of these two."""
+    """Number of steps of sampling, DDIM encoding and RePaint (default: all T for sampling, 250 for the others)."""
     seed: int = 0
-    """From it comes all that is drawn, and which real images are shown."""
+    """Random seed of the samples and of the choice of real images."""
     batch_size: int = 64
-    """Images at a time; no image depends on it."""
+    """Batch size. It does not change the images."""
     step: int | None = None
-    """The checkpoint of which training step; the newest if not given."""
+    """Training step of the checkpoint (default: the newest)."""
 
 
-def figures(arguments: Sequence[str]) -> None:
-    """Draws the paper's figures for a run: samples, the chain over time, interpolations, rate and distortion, .."""
-    options = parse_options(
-        FiguresOptions,
-        arguments,
-        description="Draws the paper's figures for a run into one folder; figures.md there says what each is.",
-    )
+def figures(options: FiguresOptions) -> None:
+    """Draws the paper's figures for a run into one folder, with a description of each in figures.md."""
     run = Path(options.run)
     job = load_job(run, seed=options.seed, step=options.step, sampler=SamplerConfig(steps=options.steps))
     out = run / "figures" if options.out is None else Path(options.out)
@@ -146,17 +132,15 @@ class VerifyOptions:
     """What to verify."""
 
     run: tyro.conf.Positional[str]
-    """The run's folder, as train.py wrote it."""
+    """Folder of the run, as written by train.py."""
 
 
-def verify(arguments: Sequence[str]) -> None:
-    """Holds every array of every checkpoint against its checksum; changes nothing."""
-    options = parse_options(
-        VerifyOptions,
-        arguments,
-        description="Holds every array of every checkpoint of a run against its checksum, a line a checkpoint; ends "
-        "with status 2 if one is damaged. Changes nothing; may run while the run trains.",
-    )
+def verify(options: VerifyOptions) -> None:
+    """Checks every saved array against its checksum.
+
+    Prints a line per checkpoint, and exits with status 2 if one is damaged. It changes nothing, and can run during
+    training.
+    """
     damaged: list[int] = []
     steps: list[int] = []
     for verdict in checkpoints.verify(Path(options.run)):
@@ -167,7 +151,7 @@ def verify(arguments: Sequence[str]) -> None:
         )
         (steps if verdict.damage is None else damaged).append(verdict.step)
     if damaged:
-        use = f"step {max(steps)} is the newest that is whole" if steps else "restore the folder from a copy"
+        use = f"step {max(steps)} is the newest intact one" if steps else "restore the folder from a copy"
         raise UserError(f"{options.run}: {len(damaged)} of {len(damaged) + len(steps)} checkpoints are damaged; {use}")
 
 
@@ -176,18 +160,15 @@ class ExportOptions:
     """What to export."""
 
     run: tyro.conf.Positional[str]
-    """The run's folder, as train.py wrote it."""
+    """Folder of the run, as written by train.py."""
     out: str | None = None
-    """The file; RUN/weights_STEP.safetensors if not given."""
+    """The file to write (default: RUN/weights_STEP.safetensors)."""
     step: int | None = None
-    """The checkpoint of which training step; the newest if not given."""
+    """Training step of the checkpoint (default: the newest)."""
 
 
-def export(arguments: Sequence[str]) -> None:
-    """Writes the averaged weights alone into one .safetensors file, for other programs or --train.init-from."""
-    options = parse_options(
-        ExportOptions, arguments, description="Writes the averaged weights of a run alone into one .safetensors file."
-    )
+def export(options: ExportOptions) -> None:
+    """Exports the EMA weights to a .safetensors file, for other programs or --train.init-from."""
     trained = load_run(Path(options.run), step=options.step)
     file = trained.folder / f"weights_{trained.step}.safetensors" if options.out is None else Path(options.out)
     save_weights(file, trained.params, config=trained.config, step=trained.step)

@@ -1,7 +1,6 @@
-"""Draws images from a trained run: `python sample.py runs/digits`, `python sample.py progressive runs/digits`, .."""
+"""Samples images from a trained run: `python sample.py runs/digits`, `python sample.py progressive runs/digits`, .."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
@@ -10,7 +9,7 @@ from ddpm_jax.generation import edits
 from ddpm_jax.generation.job import Format, SamplingJob, default_folder, load_job, run_job
 from ddpm_jax.generation.sampler_config import SamplerConfig
 from ddpm_jax.run.checkpoints import silence_orbax
-from ddpm_jax.run.command import Command, parse_options, run_command
+from ddpm_jax.run.command import Command, run_command
 from ddpm_jax.system.exits import run_script
 
 
@@ -19,29 +18,26 @@ class Options(SamplerConfig):
     """What to draw."""
 
     run: tyro.conf.Positional[str]
-    """The run's folder, as train.py wrote it."""
+    """Folder of the run, as written by train.py."""
     num: int = 64
-    """How many images. A job that has fewer goes on to so many."""
+    """Number of images. An existing job with fewer is extended to this number."""
     batch_size: int = 64
-    """Images at a time; no image depends on it."""
+    """Batch size. It does not change the images."""
     seed: int = 0
-    """From it and its index comes each image."""
+    """Random seed. Image i depends only on the seed and on i."""
     out: str | None = None
-    """The job's folder; RUN/samples/checkpoint_STEP_seed_SEED if not given."""
+    """Folder of the job (default: RUN/samples/checkpoint_STEP_seed_SEED)."""
     format: Format = "grid"
-    """grid: one picture; png: a picture each; npz: arr_0, uint8 (N, H, W, C), written in any case; gif: the reverse
-    process."""
+    """grid: one image of them all; png: a file per image; gif: the reverse process; npz: only the array arr_0, uint8
+    (N, H, W, C), which is always written."""
     step: int | None = None
-    """The checkpoint of which training step; the newest if not given."""
+    """Training step of the checkpoint (default: the newest)."""
     columns: int | None = None
-    """Images a row of the grid; if not given about a square, or one of each class where all are drawn in turn."""
+    """Images per row of the grid (default: about a square; for all classes in turn, one row has each class once)."""
 
 
-def draw(arguments: Sequence[str]) -> None:
-    """Draws samples."""
-    options = parse_options(
-        Options, arguments, description="Draws images from a trained run; started again, it goes on."
-    )
+def draw(options: Options) -> None:
+    """Samples images from a trained run. Run the same command again to resume."""
     job = load_job(Path(options.run), seed=options.seed, step=options.step, sampler=options.alone())
     out = default_folder(job) if options.out is None else Path(options.out)
     shown = run_job(
@@ -57,18 +53,18 @@ def draw(arguments: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModeOptions:
-    """What is the same for all commands."""
+    """Options of every command."""
 
     run: tyro.conf.Positional[str]
-    """The run's folder, as train.py wrote it."""
+    """Folder of the run, as written by train.py."""
     out: str | None = None
-    """The folder of the results; RUN/samples/COMMAND if not given. What the command drew there before goes."""
+    """Folder of the results (default: RUN/samples/COMMAND). Existing results there are overwritten."""
     guidance_scale: float = 1.0
-    """Scale of classifier-free guidance, for a class-conditional run given labels; 1: none."""
+    """Scale of classifier-free guidance, for class-conditional runs with labels; 1: no guidance."""
     seed: int = 0
-    """From it comes all that is drawn."""
+    """Random seed."""
     step: int | None = None
-    """The checkpoint of which training step; the newest if not given."""
+    """Training step of the checkpoint (default: the newest)."""
 
     def load(self, sampler: SamplerConfig) -> SamplingJob:
         sampler = dataclasses.replace(sampler, guidance_scale=self.guidance_scale)
@@ -80,12 +76,12 @@ class ModeOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChainOptions(ModeOptions):
-    """What is the same for the commands that run a chain of any sampler."""
+    """Options of the commands that run the chain of any sampler."""
 
     sampler: edits.SamplerName = "ancestral"
     """Algorithm 2 of the paper, or DDIM (eta = 0)."""
     steps: int | None = None
-    """Steps of the chain; all T if not given. A time that is asked for and not among them is a step more."""
+    """Number of steps (default: all T). A requested t that the schedule skips is added as one extra step."""
 
     def chain(self) -> SamplerConfig:
         return SamplerConfig(sampler=self.sampler, steps=self.steps)
@@ -96,16 +92,15 @@ class ProgressiveOptions(ChainOptions):
     """What to draw."""
 
     num: int = 8
-    """How many images, a row each."""
+    """Number of images, one per row."""
     columns: int = 10
-    """At how many times, evenly over the chain."""
+    """Number of timesteps shown, evenly spaced over the chain."""
     labels: tuple[int, ...] = ()
-    """Labels of the images of a conditional run; all classes if none."""
+    """Class labels, for class-conditional runs (default: every class in turn)."""
 
 
-def progressive(arguments: Sequence[str]) -> None:
-    """Draws the chain over time: x_t and the image predicted from it, a sample a row (Fig. 6)."""
-    options = parse_options(ProgressiveOptions, arguments, description="Draws a grid of the chain over time.")
+def progressive(options: ProgressiveOptions) -> None:
+    """Draws the chain over time: x_t and the x_0 predicted from it, one sample per row (Fig. 6)."""
     job = options.load(dataclasses.replace(options.chain(), labels=options.labels))
     out = options.folder("progressive")
     print(edits.draw_progressive(job, out, num=options.num, columns=options.columns))
@@ -116,16 +111,15 @@ class ShareOptions(ChainOptions):
     """What to draw."""
 
     t: tuple[int, ...] = ()
-    """Where the chains part, a row each: the paper's t, 0 to T; T, 3/4, 1/2 and 1/4 of it if none."""
+    """Timesteps of the shared latents, one row each: the paper's t, 0 to T (default: T, 3/4 T, 1/2 T and 1/4 T)."""
     draws: int = 8
-    """How many images from each."""
+    """Number of images from each latent."""
     label: int | None = None
-    """Their class, for a conditional run; not told if not given."""
+    """Class label, for class-conditional runs; if omitted, the images are generated unconditionally."""
 
 
-def share(arguments: Sequence[str]) -> None:
-    """Draws images that share x_t of one chain, and go their own ways from there (Fig. 7)."""
-    options = parse_options(ShareOptions, arguments, description="Draws images that share x_t of one chain.")
+def share(options: ShareOptions) -> None:
+    """Draws images that share the latent x_t of one chain and differ from there on (Fig. 7)."""
     job, out = options.load(options.chain()), options.folder("share")
     print(edits.share_latents(job, out, t=options.t, draws=options.draws, label=options.label))
 
@@ -135,19 +129,18 @@ class ReconstructOptions(ChainOptions):
     """What to reconstruct."""
 
     image: str
-    """A picture, cropped in the middle and resized as the run's images are; or a number: that of the run's test images
-    (of its own, where there are none)."""
+    """An image file, center-cropped and resized like the run's images; or the index of a test image of the run (of a
+    training image, if it has no test images)."""
     t: int
-    """How far to diffuse it: the paper's t, 0 (it comes back as it is) to T (nothing of it is left)."""
+    """Timestep to noise it to: the paper's t, 0 (unchanged) to T (pure noise)."""
     draws: int = 8
-    """How many times to take it back."""
+    """Number of reconstructions."""
     label: int | None = None
-    """Its class, for a conditional run; not told if not given."""
+    """Class label, for class-conditional runs; if omitted, the image is generated unconditionally."""
 
 
-def reconstruct(arguments: Sequence[str]) -> None:
-    """Diffuses a picture to t and takes it back."""
-    options = parse_options(ReconstructOptions, arguments, description="Diffuses a picture to t and takes it back.")
+def reconstruct(options: ReconstructOptions) -> None:
+    """Adds noise to an image up to t, and denoises it."""
     job, out = options.load(options.chain()), options.folder("reconstruct")
     print(edits.reconstruct_picture(job, options.image, out, t=options.t, draws=options.draws, label=options.label))
 
@@ -157,23 +150,23 @@ class InterpolateOptions(ModeOptions):
     """What to interpolate between."""
 
     images: tuple[str, ...]
-    """Two pictures, cropped in the middle and resized as the run's images are; or numbers of the run's test images."""
+    """Two image files, center-cropped and resized like the run's images; or indices of test images of the run."""
     t: int | None = None
-    """Where to mix them: the paper's t, 0 (pixels) to T; if not given by DDIM, on the great circle of their noises."""
+    """Timestep of the latents to mix: the paper's t, 0 (pixels) to T (default: interpolate the DDIM latents on the
+    sphere)."""
     num: int = 11
-    """How many steps from the one to the other, both ends counted."""
+    """Number of images, both ends included."""
     sampler: edits.SamplerName | None = None
-    """Algorithm 2 of the paper (with --t alone), or DDIM (eta = 0); ancestral with --t, ddim without, if not given."""
+    """Algorithm 2 of the paper (only with --t), or DDIM with eta = 0 (default: ancestral with --t, ddim without)."""
     steps: int | None = None
-    """Steps of the chain; if not given all T with --t, where t is a step more if it is not among them, and 250 each way
-    without."""
+    """Number of steps (default: with --t all T, without it 250 each way). A t that the schedule skips is added as one
+    extra step."""
     label: int | None = None
-    """The class of both pictures, for a conditional run; not told if not given."""
+    """Class label of both images, for class-conditional runs; if omitted, they are generated unconditionally."""
 
 
-def interpolate(arguments: Sequence[str]) -> None:
-    """Interpolates between two pictures, at a time t or along the noises of DDIM (Fig. 8)."""
-    options = parse_options(InterpolateOptions, arguments, description="Interpolates between two pictures.")
+def interpolate(options: InterpolateOptions) -> None:
+    """Interpolates between two images, at a timestep t or between their DDIM latents (Fig. 8)."""
     sampler = edits.interpolation_sampler(options.t, options.sampler)
     job, out = options.load(SamplerConfig(sampler=sampler, steps=options.steps)), options.folder("interpolate")
     print(edits.interpolate_pictures(job, options.images, out, t=options.t, num=options.num, label=options.label))
@@ -184,20 +177,19 @@ class InpaintOptions(ModeOptions):
     """What to fill in."""
 
     image: str
-    """A picture, cropped in the middle and resized as the run's images are; or a number of the run's test images."""
+    """An image file, center-cropped and resized like the run's images; or the index of a test image of the run."""
     mask: str
-    """A picture of the same aspect ratio, or of the size of the run's images: white is kept, black is drawn anew."""
+    """An image file of the same aspect ratio, or of the size of the run's images: white is kept, black is repainted."""
     draws: int = 8
-    """How many results."""
+    """Number of results."""
     steps: int | None = None
-    """Steps of the chain that RePaint goes up and down, with Algorithm 2; 250 if not given."""
+    """Number of steps of Algorithm 2 between which RePaint jumps back and forth (default: 250)."""
     label: int | None = None
-    """Its class, for a conditional run; not told if not given."""
+    """Class label, for class-conditional runs; if omitted, the image is generated unconditionally."""
 
 
-def inpaint(arguments: Sequence[str]) -> None:
-    """Draws a part of a picture anew, the black one of a mask (RePaint)."""
-    options = parse_options(InpaintOptions, arguments, description="Draws the black part of a mask anew in a picture.")
+def inpaint(options: InpaintOptions) -> None:
+    """Repaints the black part of a mask in an image (RePaint)."""
     job, out = options.load(SamplerConfig(steps=options.steps)), options.folder("inpaint")
     print(edits.inpaint_picture(job, options.image, options.mask, out, draws=options.draws, label=options.label))
 
@@ -212,9 +204,9 @@ COMMANDS: dict[str, Command] = {
 
 
 def main() -> None:
-    """Draws what the command line asks for."""
+    """Runs the command that the first word names, or draws samples."""
     silence_orbax()
-    run_command(COMMANDS, otherwise=draw)
+    run_command(COMMANDS, default=draw)
 
 
 if __name__ == "__main__":

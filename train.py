@@ -1,6 +1,6 @@
 """Trains a run: python train.py [CONFIG] [--workdir DIR] [--section.field VALUE ..].
 
-Starting the same command again goes on where the run was.
+Run the same command again to resume.
 """
 
 import dataclasses
@@ -22,16 +22,16 @@ from ddpm_jax.training.summary import summary
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What this command does beside the run itself."""
+    """Options of the script."""
 
     workdir: str = ""
-    """The run's folder; runs/NAME if empty."""
+    """The run's folder; empty: runs/NAME."""
     summary: bool = False
-    """Print the network's blocks, shapes, parameters and FLOPs, and stop."""
+    """Print the network's blocks, shapes, parameters and FLOPs, and exit."""
     debug_nans: bool = False
-    """Go on from the newest checkpoint until a step is not finite, say which layer was the first, and stop."""
+    """Resume from the newest checkpoint until a step is not finite, print the first layer that is not, and exit."""
     check_data: bool = False
-    """Read every image, print what there is, draw 64 of them to data.png in the run's folder, and stop."""
+    """Read every image, print a summary, draw 64 of them to data.png in the run's folder, and exit."""
     hosts: Hosts = Hosts()
 
 

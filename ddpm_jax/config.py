@@ -1,12 +1,14 @@
-"""The configuration of a run: typed, frozen, saved beside what it made.
+"""The configuration of a run: typed, frozen, and saved beside what the run made.
 
-A run is a pure function of its configuration, so all that shapes its numbers is a field here. An experiment is a file
-that sets `config`; it is loaded, checked as a whole, and kept as JSON in the run's folder.
+A run is a pure function of its configuration, so everything that shapes its numbers is a field here, with the range of
+its values. An experiment is a file that sets `config`.
 """
 
 import dataclasses
+import math
 import typing
 from dataclasses import field
+from typing import Annotated
 
 from ddpm_jax.bound import Cdf
 from ddpm_jax.losses import Weighting
@@ -22,184 +24,212 @@ BestBy = typing.Literal["loss", "eval_loss"]
 OnUnreadable = typing.Literal["refuse", "skip"]
 
 _FREE: dict[str, bool] = {"free": True}
-# A field marked so may differ between a run and its continuation: it changes how far or how fast a run goes and what
-# it writes about itself, but none of its numbers at a given step.
+# A field marked so may change when a run is resumed: it changes how far or how fast the run goes and what it logs, but
+# none of its numbers at a given step.
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The finite values that a field may take; in a tuple, each entry."""
+
+    at_least: float = -math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.at_least <= value and self.above < value < self.below
+
+    def __str__(self) -> str:
+        bounds = {"at least": self.at_least, "above": self.above, "below": self.below}
+        return " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound))
+
+
+Count = Annotated[int, Range(at_least=1)]
+CountOrZero = Annotated[int, Range(at_least=0)]
+NotNegative = Annotated[float, Range(at_least=0)]
+Positive = Annotated[float, Range(above=0)]
+Probability = Annotated[float, Range(at_least=0, below=1)]
+Beta = Annotated[float, Range(above=0, below=1)]
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which images."""
+    """The images."""
 
     source: str = "digits"
     """digits (scikit-learn's), folder, npz, npy, idx (MNIST's format), cifar10, tfds:NAME (tensorflow-datasets), or
     your own as my_data.py:function: it takes this section and returns a ddpm_jax.data.source.Source."""
     path: str = field(default="", metadata=_FREE)
-    """The folder of images or idx files, the .npz or .npy, CIFAR-10's archive, TFDS's data_dir; none for the digits."""
+    """The folder of images or idx files, the .npz or .npy file, CIFAR-10's archive, or the data_dir of TFDS; unused for
+    digits."""
     split: str = "train"
-    """train, test or all; for TFDS any split that it knows."""
-    height: int = 8
-    """Height of the images in pixels; those of a folder are resized and cropped to it."""
-    width: int = 8
-    """Width of the images in pixels."""
-    channels: int | None = 1
-    """1 gray, 3 color, 4 color with alpha; None: as the folder's files are (they must agree)."""
+    """train, test or all; for TFDS, any of its splits."""
+    height: Count = 8
+    """Image height in pixels; images of a folder are resized and center-cropped to it."""
+    width: Count = 8
+    """Image width in pixels."""
+    channels: Annotated[int | None, Range(at_least=1)] = 1
+    """1 (gray), 3 (color) or 4 (color with alpha); None: as in the files of the folder, which must agree."""
     flip: bool = False
-    """Whether every image is mirrored left to right with probability 0.5 at each step."""
+    """Mirror each image left to right with probability 0.5 at every step."""
     on_unreadable: OnUnreadable = "refuse"
-    """What to do with files of a folder that are no readable image: refuse to train, or skip them and say how many."""
-    memory_gib: float = field(default=8.0, metadata=_FREE)
-    """Sets that are larger than this when decoded are streamed from disk instead of kept in memory."""
-    device_gib: float = field(default=1.0, metadata=_FREE)
-    """Sets of up to this size are kept on every device, where the compiled step gathers its batch; 0: none."""
-    workers: int = field(default=0, metadata=_FREE)
-    """Processes that decode a set which is streamed; 0: threads of the training process do."""
+    """What to do about unreadable image files in a folder: refuse to train, or skip them with a warning."""
+    memory_gib: NotNegative = field(default=8.0, metadata=_FREE)
+    """Data sets larger than this when decoded are streamed from disk instead of kept in memory."""
+    device_gib: NotNegative = field(default=1.0, metadata=_FREE)
+    """Data sets up to this size are kept on every device, where the compiled step gathers its batch; 0: none."""
+    workers: CountOrZero = field(default=0, metadata=_FREE)
+    """Processes that decode a streamed data set; 0: threads of the training process."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-    """Which diffusion."""
+    """The diffusion."""
 
     schedule: ScheduleName = "linear"
-    """How beta rises with t."""
-    num_steps: int = 1000
-    """T, the steps from image to noise; with another T than 1000 the betas should be scaled by 1000/T."""
-    beta_start: float = 1e-4
-    """The first beta; jsd, cosine and const have none."""
-    beta_end: float = 0.02
-    """The last beta; jsd and cosine have none."""
+    """How beta grows with t."""
+    num_steps: Count = 1000
+    """T, the number of diffusion steps. If T is not 1000, scale the betas by 1000/T."""
+    beta_start: Beta = 1e-4
+    """The first beta; not used by jsd, cosine and const."""
+    beta_end: Beta = 0.02
+    """The last beta; not used by jsd and cosine."""
     prediction: Prediction = "eps"
     """What the network predicts."""
     variance: Variance = "fixed_large"
     """The variance of the reverse steps."""
     clip_x0: bool = True
-    """Whether the predicted clean image is clipped to [-1, 1] at every reverse step."""
+    """Clip the predicted x_0 to [-1, 1] at every reverse step."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Which network."""
+    """The network."""
 
     network: str = ""
     """Your own network, as my_net.py:function: the function takes the whole Config and returns a Linen module or a
     ddpm_jax.networks.Network. If empty, the paper's U-Net, which the fields below describe."""
-    width: int = 128
+    # The timestep embedding needs two frequencies, each with its sine and cosine.
+    width: Annotated[int, Range(at_least=4)] = 128
     """Channels of the first level."""
-    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
-    """Channels of each level, in units of the width; one level a number."""
-    num_res_blocks: int = 2
-    """Residual blocks of each level on the way down; one more on the way up."""
-    attention_resolutions: tuple[int, ...] = (16,)
-    """Feature heights at which attention follows every block."""
-    num_heads: int = 1
-    """Heads of each attention; must divide the channels of every level."""
-    num_groups: int = 32
-    """Groups of each group normalization; must divide the channels of every level."""
-    dropout: float = 0.1
+    channel_mult: tuple[Count, ...] = (1, 2, 2, 2)
+    """Channels of each level as multiples of the width, one number per level."""
+    num_res_blocks: Count = 2
+    """Residual blocks per level on the way down; one more on the way up."""
+    attention_resolutions: tuple[Count, ...] = (16,)
+    """Heights of the feature maps at which each block is followed by attention."""
+    num_heads: Count = 1
+    """Attention heads; must divide the channels of every level."""
+    num_groups: Count = 32
+    """Groups of the group normalizations; must divide the channels of every level."""
+    dropout: Probability = 0.1
     """Dropout rate in each residual block."""
-    num_classes: int = 0
-    """Classes that the network is told of, as many as the images have; 0: an unconditional network."""
+    num_classes: CountOrZero = 0
+    """Number of classes of a class-conditional network, the same as in the data; 0: unconditional."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """What it is trained on."""
+    """The training objective."""
 
     kind: LossKind = "simple"
-    """simple: L_simple; vlb: the bound, in bits/dim; hybrid: L_simple for the mean, the bound for the variance."""
-    vlb_weight: float = 0.001
+    """simple: L_simple; vlb: the variational bound in bits/dim; hybrid: L_simple for the mean, the bound for the
+    variance."""
+    vlb_weight: Positive = 0.001
     """Weight of the bound in hybrid: of the sum of its T terms, in bits/dim."""
     weighting: Weighting = "none"
-    """Weights of L_simple's times by their signal-to-noise ratio; none is the paper's."""
-    min_snr_gamma: float = 5.0
-    """The largest ratio that counts in weighting min_snr."""
+    """Weight of each timestep in L_simple by its signal-to-noise ratio; none is the paper's."""
+    min_snr_gamma: Positive = 5.0
+    """Cap on the signal-to-noise ratio with weighting min_snr."""
     time_sampling: TimeSamplingName = "uniform"
-    """How the times of a batch are drawn; loss_aware looks most where the loss is largest (meant for vlb)."""
+    """How the timesteps of a batch are drawn; loss_aware draws those with the largest loss most often (meant for
+    vlb)."""
     cdf: Cdf = "tanh"
-    """The normal distribution function in the bound's decoder: the original's approximation, or the exact erf."""
+    """Normal CDF in the decoder term of the bound: the original code's tanh approximation, or the exact erf."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How it is trained."""
 
-    steps: int = field(default=800_000, metadata=_FREE)
-    """Training steps in all; a run that has fewer goes on to this many."""
-    batch_size: int = 128
-    """Images a step, over all devices and hosts."""
-    learning_rate: float = 2e-4
-    """Adam's, after the warmup."""
-    warmup_steps: int = 5000
-    """Steps over which the learning rate rises from 0."""
-    grad_clip: float = 1.0
-    """Largest global norm of the gradient of a step; 0: not clipped."""
-    label_dropout: float = 0.1
-    """Probability that an image's label is hidden, so that the network learns both with and without (guidance)."""
-    ema_decay: float = 0.9999
-    """Decay a step of the moving average of the parameters, from which samples are drawn."""
+    steps: Count = field(default=800_000, metadata=_FREE)
+    """Total number of training steps; a run with fewer is resumed to this many."""
+    batch_size: Count = 128
+    """Images per step, over all devices and hosts."""
+    learning_rate: Positive = 2e-4
+    """Learning rate of Adam after the warmup."""
+    warmup_steps: CountOrZero = 5000
+    """Steps over which the learning rate rises linearly from 0."""
+    grad_clip: NotNegative = 1.0
+    """Clip the global norm of the gradient to this; 0: no clipping."""
+    label_dropout: Probability = 0.1
+    """Probability of dropping an image's label, for classifier-free guidance."""
+    ema_decay: Probability = 0.9999
+    """Decay per step of the EMA weights, which samples are drawn from."""
     init_from: str = ""
-    """Weights to start from, where they fit: another run's averaged ones (its folder), or a .safetensors file."""
-    seed: int = 0
-    """From it come the first parameters, the order of the images and every random number of the run."""
+    """Initial weights, where the shapes match: the EMA weights of another run (its folder), or a .safetensors file."""
+    seed: Annotated[int, Range(at_least=0, below=2**32)] = 0
+    """Random seed of the initial weights, the order of the images and every other random number of the run."""
     precision: Precision = "float32"
     """Type of the network's computation; parameters and statistics stay float32."""
     matmul_precision: MatmulPrecision = "default"
-    """Precision of float32 products on accelerators (default: TF32 on new GPUs, bfloat16 passes on TPUs)."""
+    """Precision of float32 products on accelerators (default: TF32 on recent GPUs, bfloat16 passes on TPUs)."""
     parallel: Parallel = field(default="jit", metadata=_FREE)
     """How a step is spread over the devices: jit over a mesh, or pmap."""
-    fsdp: int = field(default=1, metadata=_FREE)
-    """How many devices share one copy of parameters, average and optimizer, instead of each having its own."""
-    grad_accum_steps: int = field(default=1, metadata=_FREE)
-    """In how many parts the gradient of a step is computed, where the batch is too large for the devices at once."""
+    fsdp: Count = field(default=1, metadata=_FREE)
+    """Number of devices that share one copy of parameters, EMA weights and optimizer state."""
+    grad_accum_steps: Count = field(default=1, metadata=_FREE)
+    """Compute the gradient of a step in this many parts, for batches that do not fit the devices at once."""
     remat: bool = field(default=False, metadata=_FREE)
-    """Whether each block is computed a second time for its gradient, instead of kept in memory: less of it, slower."""
+    """Recompute each block in the backward pass instead of keeping its activations: less memory, slower."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept."""
+    """Which checkpoints are kept."""
 
-    every: int = field(default=5000, metadata=_FREE)
+    every: Count = field(default=5000, metadata=_FREE)
     """Steps between checkpoints; the last step is always saved."""
-    keep: int = field(default=2, metadata=_FREE)
-    """How many of the newest checkpoints are kept."""
-    keep_every: int = field(default=0, metadata=_FREE)
-    """Checkpoints of steps that are multiples of this are kept for ever; 0: none."""
-    keep_best: int = field(default=0, metadata=_FREE)
-    """How many of the checkpoints with the lowest loss are kept, beside the newest."""
+    keep: Count = field(default=2, metadata=_FREE)
+    """Number of newest checkpoints to keep."""
+    keep_every: CountOrZero = field(default=0, metadata=_FREE)
+    """Keep checkpoints of steps that are multiples of this for ever; 0: none."""
+    keep_best: CountOrZero = field(default=0, metadata=_FREE)
+    """Also keep this many checkpoints with the lowest loss."""
     best_by: BestBy = "loss"
-    """Which loss keep_best compares: the mean training loss since the checkpoint before, or eval_loss (see eval)."""
-    minutes: float = field(default=0.0, metadata=_FREE)
-    """Save also when so many minutes have passed since the last checkpoint; 0: by steps alone."""
+    """The loss that keep_best compares: the mean training loss since the previous checkpoint, or eval_loss (see
+    eval)."""
+    minutes: NotNegative = field(default=0.0, metadata=_FREE)
+    """Also save when this many minutes have passed since the last checkpoint; 0: by steps alone."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """What is written while it trains."""
+    """What is logged during training."""
 
-    every: int = field(default=100, metadata=_FREE)
+    every: Count = field(default=100, metadata=_FREE)
     """Steps between lines of metrics.jsonl."""
-    samples_every: int = field(default=10_000, metadata=_FREE)
+    samples_every: CountOrZero = field(default=10_000, metadata=_FREE)
     """Steps between grids of samples; 0: none."""
-    num_samples: int = field(default=64, metadata=_FREE)
-    """Images of a grid."""
-    sample_steps: int = field(default=0, metadata=_FREE)
-    """Steps of the chain for a grid: so many of DDIM, or 0 for all T of Algorithm 2."""
+    num_samples: Count = field(default=64, metadata=_FREE)
+    """Images per grid."""
+    sample_steps: CountOrZero = field(default=0, metadata=_FREE)
+    """DDIM steps for a grid; 0: all T steps of Algorithm 2."""
     tensorboard: bool = field(default=False, metadata=_FREE)
-    """Whether to write the same numbers and grids for TensorBoard too, into the run's folder (needs tensorboardX)."""
+    """Also write metrics and grids for TensorBoard, into the run's folder (needs tensorboardX)."""
     wandb: str = field(default="", metadata=_FREE)
-    """A project of Weights & Biases to send them to (needs wandb and an account); none if empty."""
-    peak_tflops: float = field(default=0.0, metadata=_FREE)
-    """What one device can do at most, in 10^12 operations a second, for the share of it that is used; 0: looked up by
-    the device's name, not said of devices that are not known."""
+    """Weights & Biases project to log to (needs wandb and an account); empty: none."""
+    peak_tflops: NotNegative = field(default=0.0, metadata=_FREE)
+    """Peak TFLOP/s of one device, for its utilization; 0: looked up by the device's name, and left out if unknown."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """How it is evaluated while it trains."""
+    """How it is evaluated during training."""
 
-    every: int = field(default=0, metadata=_FREE)
+    every: CountOrZero = field(default=0, metadata=_FREE)
     """Steps between evaluations of the loss on held-out images (the test split), with the EMA weights; 0: none."""
-    num: int = field(default=1024, metadata=_FREE)
+    num: Count = field(default=1024, metadata=_FREE)
     """Number of held-out images, spread evenly over the test split; only losses of the same number are comparable."""
 
 
@@ -208,7 +238,7 @@ class Config:
     """A whole run."""
 
     name: str = field(default="run", metadata=_FREE)
-    """The run's name; its folder is runs/NAME if no other is given."""
+    """The run's name; by default, its folder is runs/NAME."""
     data: DataConfig = DataConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     model: ModelConfig = ModelConfig()

@@ -1,10 +1,12 @@
-"""What the scripts share: reading the command line, and ending.
+"""The command line of the scripts: tyro reads it, and every mistake in it becomes one line."""
 
-The words are checked here, so that a slip is one line that names the nearest right option; tyro then makes the typed
-values of them, and writes the help.
-"""
-
+import contextlib
 import dataclasses
+import inspect
+import io
+import itertools
+import operator
+import re
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -15,38 +17,46 @@ import tyro
 
 from ddpm_jax.config import Config
 from ddpm_jax.run.experiments import load_config
-from ddpm_jax.run.fields import Leaf, describe, leaves, members, nearest
+from ddpm_jax.run.fields import Leaf, describe, leaves, nearest
 from ddpm_jax.system.errors import UserError
 
 Options = typing.TypeVar("Options")
 
+# What other programs call our options, where the nearest name would be another one.
+_MEANT = {
+    "lr": ("train.learning_rate",),
+    "ema": ("train.ema_decay",),
+    "resolution": ("data.height", "data.width"),
+    "image_size": ("data.height", "data.width"),
+    "num_samples": ("num",),
+    "guidance": ("guidance_scale",),
+    "cfg": ("guidance_scale",),
+}
 
-def parse_options(kind: type[Options], arguments: Sequence[str] | None = None, *, description: str = "") -> Options:
-    """Reads a script's options.
+
+def parse_options(
+    kind: type[Options], arguments: Sequence[str] | None = None, *, description: str = "", program: str | None = None
+) -> Options:
+    """Parses the options of a script.
 
     Args:
-      kind: a frozen dataclass, a field an option; its docstrings are the help. `tyro.conf.Positional[...]` fields are
-        given by place, the others as `--name value` or `--name=value`, with `-` or `_` between words.
-      arguments: the words after the script's name; those of this process if not given.
+      kind: a frozen dataclass with one field per option, whose docstrings are the help.
+      arguments: the words after the script's name; those of this process if None.
       description: what the script does, for `--help`.
+      program: the name of the script, for `--help`; that of this process if None.
 
     Returns:
       the options.
 
     Raises:
-      UserError: an unknown option (the nearest is named), a value of the wrong kind, a missing or needless argument.
-      SystemExit: `--help` was asked for and printed.
+      UserError: an unknown option (the message names the nearest), a value of the wrong type, a missing or unexpected
+        argument.
+      SystemExit: `--help` was given and has been printed.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    known, places = leaves(kind), _places(kind)
-    if {"-h", "--help"} & set(arguments):
-        _tyro(kind, ["--help"], description=description)
-    by_place, by_name = _split(arguments, known, places)
-    needed = [field.name for field in dataclasses.fields(kind) if _is_needed(field)]  # type: ignore[arg-type]
-    for name in needed:
-        if name not in by_name and name not in places[: len(by_place)]:
-            raise UserError(f"{_shown(name, places)} is missing: see --help")
-    return _tyro(kind, [*by_place, *_words(by_name, known)], description=description)
+    hints = typing.get_type_hints(kind, include_extras=True)
+    known = {name: leaf for name, leaf in leaves(kind).items() if hints.get(name) != tyro.conf.Positional[str]}
+    read: Options = _parse(kind, _words(arguments), known, description=description, program=program)
+    return read
 
 
 def parse_run(
@@ -56,95 +66,131 @@ def parse_run(
     description: str = "",
     default: str = "configs/digits.py",
 ) -> tuple[Options, Config]:
-    """Reads a command line of the form `[CONFIG_FILE] [options] [--section.field value ...]`.
+    """Parses a command line of the form `[CONFIG_FILE] [options] [--section.field value ...]`.
 
     Args:
-      kind: the script's own options: a frozen dataclass whose fields all have defaults and none a place.
-      arguments: the words after the script's name; those of this process if not given.
+      kind: the script's own options: a frozen dataclass whose fields all have defaults.
+      arguments: the words after the script's name; those of this process if None.
       description: what the script does, for `--help`.
       default: the config file if none is given.
 
     Returns:
-      the script's options, and the configuration of the file with what the command line says otherwise.
+      the script's options, and the configuration of the file with the fields that the command line sets. `validate`
+      checks their values.
 
     Raises:
-      UserError: as `parse_options` and `load_config`. Whether the values go together `validate` says.
-      SystemExit: `--help` was asked for and printed; it shows the defaults of the config file given.
+      UserError: as `parse_options` and `load_config`.
+      SystemExit: `--help` was given and has been printed, with the defaults of the config file.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    known, places = {**leaves(kind), **leaves(Config)}, ("config_file",)
-    words = [word for word in arguments if word not in ("-h", "--help")]
-    asked = len(words) < len(arguments)
-    try:
-        files, by_name = _split(words, known, places)
-    except UserError:
-        # A mistake on the line may be what help is asked for.
-        if not asked:
-            raise
-        files = []
-    config = load_config(files[0] if files else default)
-
-    meaning = "The experiment: a Python file that sets `config`, or the name of one in configs/."
+    given = _words(arguments)
+    words = [word for word in given if word not in ("-h", "--help")]
+    known = {**leaves(kind), **leaves(Config)}
     run = dataclasses.make_dataclass(
         "Run",
         [
-            ("config_file", Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=meaning)], default),
+            ("config_file", Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=_CONFIG_FILE)], default),
             ("options", Annotated[kind, tyro.conf.arg(name="")], dataclasses.field(default_factory=kind)),
-            ("config", Annotated[Config, tyro.conf.arg(name="")], config),
+            ("config", Annotated[Config, tyro.conf.arg(name="")], Config()),
         ],
         frozen=True,
     )
-    read: Any = _tyro(run, ["--help"] if asked else _words(by_name, known), description=description)
+    file = default
+    try:
+        file = _parse(run, words, known).config_file
+    except UserError:
+        # A mistake may be why help is asked for.
+        if words == given:
+            raise
+    _refuse_value_of_flag(file)
+    defaults = run(config_file=file, config=load_config(file))
+    read = _parse(run, given, known, description=description, default=defaults)
     return read.options, read.config
 
 
-Command = Callable[[Sequence[str]], None]
-"""One of a script's commands: does what the words after its name say; the first line of its docstring says what."""
+_CONFIG_FILE = "The experiment: a Python file that sets `config`, or the name of one in configs/."
+
+Command = Callable[[Any], None]
+"""A command of a script: its parameter `options` is annotated with their dataclass, its docstring is the help."""
 
 
 def run_command(
-    commands: Mapping[str, Command], arguments: Sequence[str] | None = None, *, otherwise: Command | None = None
+    commands: Mapping[str, Command], arguments: Sequence[str] | None = None, *, default: Command | None = None
 ) -> None:
-    """Runs the command that the first word names; prints the list of them for `--help`.
+    """Runs the command that the first word names; prints the list of commands for `--help`.
 
     Args:
       commands: by name.
-      arguments: the words after the script's name; those of this process if not given.
-      otherwise: what is done where the first word names no command; there must be one if not given.
+      arguments: the words after the script's name; those of this process if None.
+      default: runs if the first word names no command; if None, there must be a command.
 
     Raises:
-      UserError: there is no such command; the nearest is named.
+      UserError: as `parse_options`; or there is no such command, and the message names the nearest.
+      SystemExit: `--help` of a command was given and has been printed.
     """
-    program = Path(sys.argv[0]).name
-    name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ([""] if otherwise else ["--help"])
+    words, program = _words(arguments), Path(sys.argv[0]).name
+    if not words and default is None:
+        words = ["--help"]
+    name, second = [*words, "", ""][:2]
     if name in commands:
-        commands[name](rest)
+        _run(commands[name], words[1:], program=f"{program} {name}")
         return
     if name in ("-h", "--help"):
         print(f"usage: {program} COMMAND RUN [options]      ({program} COMMAND --help lists them)\n")
         for known, command in commands.items():
             print(f"  {known:13}{(command.__doc__ or '').splitlines()[0]}")
-        if otherwise is None:
+        if default is None:
             return
         print("\nWithout a COMMAND:\n", flush=True)
-    # Two words in front: the first of them was to be a command.
-    elif otherwise is not None and rest and rest[0] in commands:
-        raise UserError(f"the command comes first: {program} {rest[0]} {name}")
-    elif otherwise is None or (rest and not name.startswith("-") and not rest[0].startswith("-")):
+    elif default is not None and second in commands:
+        raise UserError(f"the command comes first: {program} {second} {name}")
+    elif default is None or (second and not name.startswith("-") and not second.startswith("-")):
         hint = nearest(name, commands) or f": choose {', '.join(commands)}"
         raise UserError(f"there is no command {name!r}{hint}")
-    otherwise([name, *rest] if name else [])
+    _run(default, words, program=program)
 
 
-def _places(kind: Any) -> tuple[str, ...]:
-    """The fields given by place, in their order."""
-    (mark,) = typing.get_args(tyro.conf.Positional[str])[1:]
-    hints = typing.get_type_hints(kind, include_extras=True)
-    return tuple(name for name, hint in hints.items() if mark in getattr(hint, "__metadata__", ()))
+def _run(command: Command, words: Sequence[str], *, program: str) -> None:
+    kind = typing.get_type_hints(command)["options"]
+    command(parse_options(kind, words, description=inspect.getdoc(command) or "", program=program))
 
 
-def _is_needed(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+def _words(arguments: Sequence[str] | None) -> list[str]:
+    return list(sys.argv[1:] if arguments is None else arguments)
+
+
+def _parse(
+    kind: Any,
+    words: Sequence[str],
+    known: Mapping[str, Leaf],
+    *,
+    description: str = "",
+    program: str | None = None,
+    default: Any = tyro.MISSING_NONPROP,
+) -> Any:
+    if {"-h", "--help"} & set(words):
+        words = ["--help"]
+    else:
+        _check_names(words, known)
+    framed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(framed):
+            read, unknown = tyro.cli(
+                kind,
+                args=words,
+                prog=program or Path(sys.argv[0]).name,
+                description=description,
+                default=default,
+                return_unknown_args=True,
+                config=(tyro.conf.HelptextFromCommentsOff, tyro.conf.PositionalMetavarFromFieldName),
+            )
+    except SystemExit as ending:
+        if not ending.code:
+            raise
+        raise UserError(_in_one_line(framed.getvalue(), known)) from None
+    if unknown:
+        _refuse_value_of_flag(unknown[0])
+        raise UserError(f"unexpected argument {unknown[0]!r}: see --help")
+    return read
 
 
 def _option(name: str) -> str:
@@ -152,108 +198,41 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _shown(name: str, places: Sequence[str]) -> str:
-    return name.upper() if name in places else _option(name)
-
-
-def _flag(name: str, known: Mapping[str, Leaf]) -> tuple[str, bool] | None:
-    """Reads `data.flip` as (data.flip, True) and `data.no_flip` as (data.flip, False)."""
-    section, dot, last = name.rpartition(".")
-    positive = section + dot + last.removeprefix("no_")
-    for candidate in (name, positive):
-        if candidate in known and known[candidate].kind is bool:
-            return candidate, candidate == name
-    return None
-
-
-def _split(
-    arguments: Sequence[str], known: Mapping[str, Leaf], places: Sequence[str]
-) -> tuple[list[str], dict[str, list[str]]]:
-    """Splits a command line into the words given by place, and those of each option; checks both."""
-    by_place: list[str] = []
-    by_name: dict[str, list[str]] = {}
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("-") or word == "-":
-            if len(by_place) == len(places):
-                raise UserError(f"needless argument {word!r}: see --help")
-            _check(_shown(places[len(by_place)], places), known.get(places[len(by_place)], Leaf(str, False)).kind, word)
-            by_place.append(word)
+def _check_names(words: Sequence[str], known: Mapping[str, Leaf]) -> None:
+    """Refuses unknown options, before tyro takes them for a missing positional argument."""
+    flags = [name.rpartition(".") for name, leaf in known.items() if leaf.kind is bool]
+    names = {*known, *(f"{section}{dot}no_{last}" for section, dot, last in flags)}
+    for word in words:
+        given = word.partition("=")[0]
+        name = given.lstrip("-").replace("-", "_")
+        if not re.match(r"-+[a-zA-Z]", word) or (word.startswith("--") and name in names):
             continue
-        given, equals, value = word.partition("=")
-        name = given.removeprefix("--").replace("-", "_") if given.startswith("--") else ""
-        if flag := _flag(name, known):
-            name, on = flag
-            section, dot, last = name.rpartition(".")
-            if equals or (rest and rest[0].lower() in ("true", "false")):
-                off = f"{_option(section)}.no-{last.replace('_', '-')}" if dot else _option("no_" + last)
-                raise UserError(f"{given} takes no value: write {_option(name)} or {off}")
-            by_name[name] = [str(on)]
-            continue
-        if name not in known or name in places:
-            named = [each for each in known if each not in places]
-            hint = nearest(given.lstrip("-").replace("-", "_"), named, form=_option)
-            raise UserError(f"unknown option {given}{hint or ': see --help'}")
-        if typing.get_origin(known[name].kind) is tuple:
-            by_name[name] = value.split() if equals else []
-            while rest and not rest[0].startswith("--"):
-                by_name[name].append(rest.pop(0))
-            (entry, _) = typing.get_args(known[name].kind)
-        else:
-            entry = known[name].kind
-            if not equals and (not rest or rest[0].startswith("--")):
-                raise UserError(f"{given} needs {describe(entry)}, but no value follows it")
-            by_name[name] = [value if equals else rest.pop(0)]
-        for each in by_name[name]:
-            _check(_option(name), entry, each, needs=describe(known[name].kind))
-    return by_place, by_name
+        last = name.rpartition(".")[2]
+        if last == "resume":
+            raise UserError(f"unknown option {given}: run the same command again to resume")
+        meant = [each for each in _MEANT.get(last, ()) if each in known]
+        hint = f": did you mean {' and '.join(map(_option, meant))}?" if meant else nearest(name, known, form=_option)
+        raise UserError(f"unknown option {given}{hint or ': see --help'}")
 
 
-def _check(shown: str, kind: Any, word: str, *, needs: str | None = None) -> None:
-    """Checks that a word can be read as a value of a kind."""
-    if not any(_reads(option, word) for option in members(kind)):
-        raise UserError(f"{shown} needs {needs or describe(kind)}, not {word!r}")
+def _refuse_value_of_flag(word: str) -> None:
+    """Refuses `--data.flip true`, where tyro takes `true` for the next argument."""
+    if word.lower() in ("", "true", "false"):
+        raise UserError(f"a flag takes no value: write --data.flip or --data.no-flip, without {word!r}")
 
 
-def _reads(kind: Any, word: str) -> bool:
-    if kind is type(None):
-        return word == "None"
-    if typing.get_origin(kind) is typing.Literal:
-        return word in typing.get_args(kind)
-    try:
-        kind(word)
-    except ValueError:
-        return False
-    return True
-
-
-def _words(by_name: Mapping[str, Sequence[str]], known: Mapping[str, Leaf]) -> list[str]:
-    """Writes checked options in the one form that tyro cannot misread."""
-    words = []
-    for name, values in by_name.items():
-        if known[name].kind is bool:
-            section, dot, last = name.rpartition(".")
-            words.append(_option(name if values == ["True"] else f"{section}{dot}no_{last}"))
-        elif typing.get_origin(known[name].kind) is tuple:
-            words += [_option(name), *values]
-        else:
-            words.append(f"{_option(name)}={values[0]}")
-    return words
-
-
-def _tyro(kind: Any, words: Sequence[str], *, description: str) -> Any:
-    program = Path(sys.argv[0]).name
-    try:
-        return tyro.cli(
-            kind,
-            args=words,
-            prog=program,
-            description=description,
-            config=(tyro.conf.HelptextFromCommentsOff, tyro.conf.PositionalMetavarFromFieldName),
-            console_outputs=words == ["--help"],
-        )
-    except SystemExit as ending:
-        if ending.code:
-            raise UserError(f"cannot read the options {' '.join(words)}: see {program} --help") from None
-        raise
+def _in_one_line(framed: str, known: Mapping[str, Leaf]) -> str:
+    """Returns the message in the frame that tyro draws, between its title and its first rule or empty line."""
+    lines = ["" if set(line) <= set("│╰╯─- ") else line.strip("│ ") for line in framed.splitlines()[1:]]
+    text = " ".join(itertools.takewhile(bool, itertools.dropwhile(operator.not_, lines)))
+    if text.startswith("Missing from"):
+        missing = [line.split()[0] for line in lines if re.match(r"--\w|[A-Z]+$", line)]
+        return f"missing {', '.join(missing)}: see --help"
+    option = re.search(r"--[\w.-]*\w", text)
+    leaf = known.get(option[0].lstrip("-").replace("-", "_")) if option else None
+    if option is None or leaf is None:
+        return text
+    if text.startswith("Missing value"):
+        return f"{option[0]} needs {describe(leaf.kind)}, but no value follows it"
+    value = re.search(r"\[.*,.*\]|'.*?'|\".*?\"", text)
+    return f"{option[0]} needs {describe(leaf.kind)}, not {value[0]}" if value else text

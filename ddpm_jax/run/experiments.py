@@ -23,16 +23,16 @@ def _candidates(path: str) -> Iterator[Path]:
 
 
 def load_config(path: str | Path) -> Config:
-    """Loads an experiment: runs a Python file and takes its `config`.
+    """Loads an experiment: runs a Python file and returns its `config`.
 
     Args:
       path: the file, or the name of one in `configs/`: `configs/cifar10.py` and `cifar10` are the same.
 
     Returns:
-      its `Config`, with every field of its declared kind; whether they go together `validate` says.
+      its `Config`, with every field of its declared type; `validate` checks the values.
 
     Raises:
-      UserError: there is no such file, it fails, or it sets no `config`.
+      UserError: there is no such file, it fails, or it does not set `config`.
     """
     found = next((candidate for candidate in _candidates(str(path)) if candidate.is_file()), None)
     if found is None:
@@ -47,7 +47,7 @@ def load_config(path: str | Path) -> Config:
         raise UserError(_fault(found, error)) from error
     config = names.get("config")
     if not isinstance(config, Config):
-        raise UserError(f"{found} sets no configuration: it must contain `config = Config(...)`")
+        raise UserError(f"{found} does not set a configuration: it must contain `config = Config(...)`")
     try:
         check_kinds(config)
     except UserError as error:
@@ -56,12 +56,12 @@ def load_config(path: str | Path) -> Config:
 
 
 def _fault(path: Path, error: Exception) -> str:
-    """What went wrong in a config file, and in which line of it."""
+    """Describes an error in a config file, with its line."""
     if isinstance(error, SyntaxError):
         return f"{path}, line {error.lineno}: {error.msg}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     what = " ".join(str(error).split())
-    # Python names the constructor and the wrong keyword, but not the nearest right one.
+    # Python names the constructor and the unknown keyword, but not the nearest field.
     if isinstance(error, TypeError) and "unexpected keyword argument '" in what:
         wrong = what.split("'")[1]
         section = next((kind for kind in (Config, *sections().values()) if what.startswith(kind.__name__ + ".")), None)

@@ -1,4 +1,4 @@
-"""The fields of a configuration by their dotted names: their kinds, their values, and what a slip probably meant."""
+"""The fields of a configuration by their dotted names: types, ranges, values, and the nearest to an unknown name."""
 
 import dataclasses
 import difflib
@@ -6,13 +6,10 @@ import functools
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from ddpm_jax.config import Config
+from ddpm_jax.config import Config, Range
 from ddpm_jax.system.errors import UserError
-
-# Fields and the kinds of their values
 
 
 class Leaf(typing.NamedTuple):
@@ -20,28 +17,34 @@ class Leaf(typing.NamedTuple):
 
     kind: Any
     """Its type."""
-    free: bool
-    """Whether it may differ between a run and its continuation."""
+    free: bool = False
+    """Whether it may change when a run is resumed."""
+    range: Range | None = None
+    """Its allowed values; None: every value of the type."""
 
 
 def leaves(kind: Any) -> Mapping[str, Leaf]:
-    """Lists the fields of a dataclass and of the dataclasses in it by their dotted names, in their order.
+    """Lists the fields of a dataclass, and of the dataclasses in it, in order, by their dotted names.
 
     >>> leaves(Config)["train.batch_size"]
-    Leaf(kind=<class 'int'>, free=False)
+    Leaf(kind=<class 'int'>, free=False, range=Range(at_least=1, above=-inf, below=inf))
     """
-    hints = typing.get_type_hints(kind)
+    hints, annotated = typing.get_type_hints(kind), typing.get_type_hints(kind, include_extras=True)
     found: dict[str, Leaf] = {}
     for each in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(hints[each.name]):
-            found |= {f"{each.name}.{name}": leaf for name, leaf in leaves(hints[each.name]).items()}
-        else:
-            found[each.name] = Leaf(hints[each.name], each.metadata.get("free", False))
+        hint = hints[each.name]
+        if dataclasses.is_dataclass(hint):
+            found |= {f"{each.name}.{name}": leaf for name, leaf in leaves(hint).items()}
+            continue
+        outer = annotated[each.name]
+        entry = typing.get_args(outer)[0] if typing.get_origin(outer) is tuple else outer
+        ranges = [extra for extra in getattr(entry, "__metadata__", ()) if isinstance(extra, Range)]
+        found[each.name] = Leaf(hint, each.metadata.get("free", False), next(iter(ranges), None))
     return found
 
 
 def value_of(config: object, name: str) -> Any:
-    """Reads the field with a dotted name.
+    """Returns the value of the field with a dotted name.
 
     >>> value_of(Config(), "diffusion.num_steps")
     1000
@@ -50,7 +53,7 @@ def value_of(config: object, name: str) -> Any:
 
 
 def members(kind: Any) -> tuple[Any, ...]:
-    """Lists the members of a union; of another kind, itself.
+    """Lists the members of a union type; any other type is its own only member.
 
     >>> members(int | None)
     (<class 'int'>, <class 'NoneType'>)
@@ -59,7 +62,7 @@ def members(kind: Any) -> tuple[Any, ...]:
 
 
 def describe(kind: Any) -> str:
-    """Names a kind of value in words.
+    """Returns the name of a type in words.
 
     >>> describe(int | None)
     'an integer or None'
@@ -76,24 +79,23 @@ def describe(kind: Any) -> str:
         float: "a number",
         bool: "true or false",
         str: "text",
-        Path: "a path",
         types.NoneType: "None",
     }
     return words[kind]
 
 
 def cast(kind: Any, value: Any) -> Any:
-    """Checks that a value is of a kind; what JSON has no word for is cast: a list to a tuple, 1 to 1.0.
+    """Checks the type of a value, and casts what JSON cannot express: a list to a tuple, 1 to 1.0.
 
     Args:
-      kind: str, int, float, bool, None, a Literal, `tuple[x, ...]`, or a union of such.
+      kind: str, int, float, bool, None, a Literal, `tuple[x, ...]`, or a union of them.
       value: any value.
 
     Returns:
-      the value, of that kind.
+      the value, of that type.
 
     Raises:
-      TypeError: it is of another kind; a bool is no number, and 1.0 is no integer.
+      TypeError: the value is of another type; a bool is not a number, and 1.0 is not an integer.
 
     >>> cast(tuple[int, ...], [1, 2])
     (1, 2)
@@ -112,22 +114,22 @@ def cast(kind: Any, value: Any) -> Any:
 
 
 def nearest(name: str, names: Iterable[str], *, form: Callable[[str], str] = str) -> str:
-    """Gives the known name that was probably meant, as the end of an error line; empty if none is near.
+    """Returns the end of an error message that suggests the nearest known name.
 
     Args:
-      name: what was written.
-      names: what is known.
-      form: how a known name is written in the line.
+      name: the unknown name.
+      names: the known names.
+      form: formats a known name for the message.
 
     Returns:
-      `: did you mean NAME?`, or nothing.
+      `: did you mean NAME?`, or nothing if no name is near.
 
     >>> nearest("train.batchsize", leaves(Config))
     ': did you mean train.batch_size?'
     """
     names = list(names)
     last = name.rpartition(".")[2]
-    # A forgotten section is the commonest slip, and no spelling distance finds it.
+    # The most common mistake is to leave out the section, and no edit distance finds it.
     found = [known for known in names if known.rpartition(".")[2] == last]
     found = found or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     found = found or [
@@ -137,7 +139,7 @@ def nearest(name: str, names: Iterable[str], *, form: Callable[[str], str] = str
 
 
 def check_kinds(config: Config) -> None:
-    """Checks that every field of a configuration is of its declared kind; raises `UserError`."""
+    """Checks that every field of a configuration has its declared type; raises `UserError`."""
     for name, leaf in leaves(Config).items():
         section, _, last = name.rpartition(".")
         owner = value_of(config, section) if section else config

@@ -1,4 +1,4 @@
-"""The record of a run: its configuration as JSON, and whether another one continues it."""
+"""The record of a run: its configuration as JSON, and whether another configuration can resume it."""
 
 import dataclasses
 import json
@@ -11,26 +11,27 @@ from ddpm_jax.run.fields import cast, leaves, nearest, value_of
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import write_json
 
-# Kept beside what it made
+FORMAT = 2
+"""Version of the record: raised whenever a field gets another name or meaning. New fields with defaults need none."""
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Writes a configuration as JSON; the file is there whole or not at all.
+    """Writes the record of a run, whole or not at all: its sections beside `"format"`, as JSON.
 
     Args:
       config: any configuration.
-      path: the file; its folder is made if it is not there.
+      path: the file; its folder is made if missing.
 
     Raises:
-      UserError: it cannot be written; says why.
+      UserError: the file cannot be written; the message gives the reason.
     """
-    write_json(Path(path), dataclasses.asdict(config))
+    write_json(Path(path), {"format": FORMAT, **dataclasses.asdict(config)})
 
 
 def read_config(path: str | Path) -> Config:
     """Reads what `save_config` wrote.
 
-    A field that the file does not have (it was added since) takes its default, so that old runs stay readable.
+    A field that is missing in the file (it was added since) takes its default, so that older runs stay readable.
 
     Args:
       path: the file.
@@ -39,14 +40,23 @@ def read_config(path: str | Path) -> Config:
       the `Config`.
 
     Raises:
-      UserError: the file is missing or is no JSON, a key is unknown or a value of the wrong kind; names the file.
+      UserError: the file is missing, is not JSON or has another format, a key is unknown, or a value has the wrong
+        type; the message names the file.
     """
     try:
         loaded = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise UserError(f"{path} is damaged, it is no whole JSON file: {error}") from None
+        raise UserError(f"{path} is damaged, it is not a complete JSON file: {error}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: the configuration must be an object in braces, not {loaded!r:.40}")
+    found = loaded.pop("format", 1)
+    if found != FORMAT:
+        raise UserError(
+            f"{path} has format {found}, and this version of ddpm_jax reads format {FORMAT}: train the run again, or "
+            "use the version that wrote it"
+        )
     try:
         return _from_json(Config, loaded, "")
     except UserError as error:
@@ -55,7 +65,7 @@ def read_config(path: str | Path) -> Config:
 
 def _from_json(kind: type, loaded: Any, section: str) -> Any:
     if not isinstance(loaded, dict):
-        raise UserError(f"{section.rstrip('.') or 'the configuration'} must be an object in braces, not {loaded!r:.40}")
+        raise UserError(f"{section.rstrip('.')} must be an object in braces, not {loaded!r:.40}")
     hints = typing.get_type_hints(kind)
     values = {}
     for key, value in loaded.items():
@@ -72,37 +82,41 @@ def _from_json(kind: type, loaded: Any, section: str) -> Any:
     return kind(**values)
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """Lists the fields that keep one run from being continued as the other.
+def differences(saved: Config, requested: Config) -> list[str]:
+    """Lists the fields that keep a run from being resumed with another configuration.
 
     Args:
-      old: the configuration found.
-      new: the configuration asked for.
+      saved: the configuration of the run.
+      requested: the configuration to resume it with.
 
     Returns:
-      one line a field; fields that change no number of a step (how many steps, how often to save) are left out.
+      one line per field; fields that change no number of a step (how many steps, how often to save) are left out.
 
     >>> from ddpm_jax.config import TrainConfig
     >>> differences(Config(), Config(train=TrainConfig(batch_size=64, steps=10)))
-    ['train.batch_size: 128 there, 64 here']
+    ['train.batch_size: 128 saved, 64 requested']
     """
-    pairs = {name: (value_of(old, name), value_of(new, name)) for name, leaf in leaves(Config).items() if not leaf.free}
-    return [f"{name}: {there!r} there, {here!r} here" for name, (there, here) in pairs.items() if there != here]
+    pairs = {
+        name: (value_of(saved, name), value_of(requested, name))
+        for name, leaf in leaves(Config).items()
+        if not leaf.free
+    }
+    return [f"{name}: {old!r} saved, {new!r} requested" for name, (old, new) in pairs.items() if old != new]
 
 
 def check_same_run(file: Path, config: Config) -> None:
-    """Holds a configuration against the one in a run's folder, if there is one.
+    """Checks that the run in a folder, if there is one, can be resumed with a configuration.
 
     Args:
-      file: what `save_config` wrote there, or would.
-      config: the configuration asked for.
+      file: the record of the run.
+      config: the requested configuration.
 
     Raises:
-      UserError: the folder holds a run that cannot be continued as this one, and in what they differ.
+      UserError: it cannot; the message lists the differences.
     """
     different = differences(read_config(file), config) if file.exists() else []
     if different:
         raise UserError(
-            f"{file.parent} holds a run of another configuration ({'; '.join(different)}): "
-            "use its configuration, or another --workdir"
+            f"{file.parent} contains a run with a different configuration ({'; '.join(different)}): use the saved one "
+            "or another --workdir"
         )

@@ -13,9 +13,9 @@ from ddpm_jax.system.hosts import LOST, are_joined, end_all, is_loss_of_a_host
 
 
 def exit_at_once(status: int) -> NoReturn:
-    """Ends the process as `sys.exit` does, but waits for no thread.
+    """Ends the process like `sys.exit`, but without waiting for threads.
 
-    For a script that trains: threads of Orbax whose save has failed were seen to keep the interpreter from ending.
+    For a script that trains: threads of Orbax can keep the interpreter from exiting after a failed save.
     """
     with contextlib.suppress(OSError):
         sys.stdout.flush()
@@ -27,23 +27,23 @@ def run_script(main: Callable[[], int | None], *, give_up: Callable[[int], NoRet
     """Runs a script's `main` and ends the process.
 
     ========================  ======================================================  ================
-    `main`                    what is written                                         status
+    `main`                    output                                                  status
     ========================  ======================================================  ================
     returns a status or None  nothing                                                 it, or 0
     raises `UserError`        one line on stderr: `NAME: error: LINE`                 2
-    may not read or write     one line on stderr, which names the file                2
+    has no permission         one line on stderr that names the file                  2
     raises `Stopped`          one line on stderr                                      128 + the signal
-    is stopped by Ctrl-C      one line on stderr                                      130
-    writes to a closed pipe   nothing (the reader has gone: `train.py --help | head`) 141
-    raises another exception  its traceback: that is a defect of this program         1
+    is interrupted by Ctrl-C  one line on stderr                                      130
+    writes to a closed pipe   nothing (as in `train.py --help | head`)                141
+    raises another exception  its traceback: a bug in this program                    1
     ========================  ======================================================  ================
 
     Args:
       main: the whole script; it reads `sys.argv` itself.
-      give_up: ends the process after an error of the user's (status 2); `sys.exit` or `exit_at_once`.
+      give_up: ends the process after a user error (status 2): `sys.exit` or `exit_at_once`.
 
     Raises:
-      SystemExit: always, where `give_up` is `sys.exit`.
+      SystemExit: always, unless `give_up` ends the process.
     """
     program = Path(sys.argv[0]).name
     status: Any
@@ -68,7 +68,7 @@ def run_script(main: Callable[[], int | None], *, give_up: Callable[[int], NoRet
         print(f"{program}: interrupted", file=sys.stderr)
         status = 130
     except BrokenPipeError:
-        # The interpreter flushes stdout once more on its way out, and would complain.
+        # The interpreter flushes stdout once more at exit, and would report the error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except Exception as error:

@@ -372,14 +372,14 @@ def test_the_script_draws_and_judges(run, run_script):
     samples = file.with_name("samples.npz")
     status, _, error = run_script("evaluate.py", "quality", samples, *few)
     assert status == 2
-    assert error.endswith("drawn already: a sampler goes with the folder of a run\n")
+    assert error.endswith("already contains the images: sampler options need the folder of a run\n")
 
 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         (["likelihod", "x"], "there is no command 'likelihod': did you mean likelihood?"),
-        (["likelihood"], "RUN is missing: see --help"),
+        (["likelihood"], "missing RUN: see --help"),
         (["likelihood", "nowhere"], "there is no folder nowhere: give the folder of a run, such as runs/digits"),
         (
             ["likelihood", "x", "--sigma", "best"],

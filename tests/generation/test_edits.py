@@ -311,11 +311,11 @@ def test_options_reach_the_chains(runs, job, tmp_path, monkeypatch, run_script):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["inpaint", "x", "--image", "a.png"], "--mask is missing: see --help"),
+        (["inpaint", "x", "--image", "a.png"], "missing --mask: see --help"),
         (["interpolat", "x"], "there is no command 'interpolat': did you mean interpolate?"),
         (["reconstruct", "x", "--image", "a.png", "--t", "far"], "--t needs an integer, not 'far'"),
         (["share", "x", "--sampler", "unipc"], "--sampler needs one of ancestral, ddim, not 'unipc'"),
-        (["progressive"], "RUN is missing: see --help"),
+        (["progressive"], "missing RUN: see --help"),
         (["x", "progressive"], "the command comes first: sample.py progressive x"),
         (["inpaint", "x", "--sampler", "ddim"], "unknown option --sampler: see --help"),
         (

@@ -315,7 +315,7 @@ def test_the_script_draws_from_the_newest_average_and_says_where(run, job, expec
         (["{run}", "--num", "many"], "--num needs an integer, not 'many'"),
         (["{run}", "--format", "gird"], "--format needs .*grid.*, not 'gird'"),
         (["{run}", "--nums", "3"], "unknown option --nums: did you mean --num"),
-        ([], "RUN is missing"),
+        ([], "missing RUN"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )

@@ -1,4 +1,4 @@
-"""The experiments in configs/: each loads, can be trained, and has the numbers of the paper."""
+"""Experiment files: those in configs/ have the numbers of the paper, and a faulty one is one line."""
 
 import ast
 import dataclasses
@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ddpm_jax.config import Config
+from ddpm_jax.config import Config, TrainConfig
 from ddpm_jax.run.build import build_schedule, build_unet
 from ddpm_jax.run.experiments import load_config
 from ddpm_jax.run.fields import value_of
 from ddpm_jax.run.validation import validate, warnings_of
+from ddpm_jax.system.errors import UserError
 
 FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 
@@ -92,3 +93,62 @@ def test_the_numbers_of_the_paper(name):
     schedule = build_schedule(config)
     assert schedule.num_steps == 1000
     assert float(schedule.alphas_bar[-1]) == pytest.approx(4.0358298e-05, rel=1e-6)
+
+
+# Other files
+
+
+def refused(path, match):
+    with pytest.raises(UserError, match=match) as error:
+        load_config(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_file_is_run(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from ddpm_jax.config import Config, TrainConfig\nconfig = Config(name='mine', train=TrainConfig(steps=7))\n"
+    )
+    for path in (file, str(file.with_suffix(""))):
+        assert load_config(path) == Config(name="mine", train=TrainConfig(steps=7))
+
+
+def test_a_bare_name_is_one_of_configs_from_any_folder(tmp_path, monkeypatch):
+    by_path = load_config("configs/cifar10.py")
+    monkeypatch.chdir(tmp_path)
+    assert load_config("cifar10") == load_config("configs/cifar10.py") == by_path
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "cifar10.py").write_text(
+        "from ddpm_jax.config import Config\nconfig = Config(name='own')\n"
+    )
+    assert load_config("cifar10").name == "own"
+
+
+def test_a_missing_file_names_the_nearest_or_all():
+    refused("cifra10", r"did you mean configs/cifar10\.py\?")
+    refused("configs/cifar_10.py", r"did you mean configs/cifar10\.py\?")
+    refused("qqqqqqqqqqqqqq", "choose one of .*digits.*, or give a file")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("x = 1\n", r"does not set a configuration: it must contain `config = Config\(...\)`"),
+        ("config = {'steps': 1}\n", "does not set a configuration"),
+        ("config = Config(\n", r"mine\.py, line 2: "),
+        ("\nconfig = 1 / 0\n", r"mine\.py, line 3: ZeroDivisionError: division by zero"),
+        (
+            "config = Config(train=TrainConfig(batchsize=64))\n",
+            r"line 2: TrainConfig has no batchsize: did you mean batch_size\?",
+        ),
+        ("config = Config(trian=TrainConfig())\n", r"line 2: Config has no trian: did you mean train\?"),
+        ("config = Config(train=TrainConfig(steps='many'))\n", "train.steps needs an integer, not 'many'"),
+        ("config = Config(train=5)\n", "train must be a TrainConfig, not 5"),
+        ("raise ValueError('two\\nlines')\n", "ValueError: two lines"),
+    ],
+)
+def test_a_faulty_config_file_is_one_line(tmp_path, text, line):
+    file = tmp_path / "mine.py"
+    file.write_text("from ddpm_jax.config import Config, TrainConfig\n" + text)
+    refused(file, line)

@@ -108,7 +108,7 @@ def test_another_run_is_refused_in_the_words_of_training(run):
                 start(config, run)
             lines[section, start] = str(error.value)
         assert lines[section, find_not_finite] == lines[section, train]
-        assert f"{run} holds a run of another configuration ({section}." in lines[section, train]
+        assert f"{run} contains a run with a different configuration ({section}." in lines[section, train]
 
 
 def test_other_images_are_refused_and_nothing_is_written(run, tmp_path):

@@ -96,7 +96,7 @@ def contents(run):
 @pytest.mark.parametrize(
     ("choices", "line"),
     [
-        (dict(seed=1, steps=8), "train.seed: 0 there, 1 here"),
+        (dict(seed=1, steps=8), "train.seed: 0 saved, 1 requested"),
         (dict(steps=8, fsdp=3), "train.fsdp=3 does not divide"),
         (dict(steps=8, grad_accum_steps=3), "cannot be shared out"),
     ],
@@ -223,7 +223,9 @@ def test_hooks_run_every_n_steps_and_after_the_last_and_may_log(trained, tmp_pat
 
 class TestRefused:
     def test_another_configuration(self, trained):
-        with pytest.raises(UserError, match=r"another configuration \(train.learning_rate: 0.001 there, 0.1 here\)"):
+        with pytest.raises(
+            UserError, match=r"different configuration \(train.learning_rate: 0.001 saved, 0.1 requested\)"
+        ):
             train(with_train(learning_rate=0.1, steps=9), trained)
         assert read_config(trained / "config.json") == TINY
 

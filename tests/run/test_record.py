@@ -1,0 +1,157 @@
+"""The record of a run: written whole, read back as it was, and held against another configuration."""
+
+import dataclasses
+import json
+import typing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ddpm_jax.config import Config
+from ddpm_jax.run.fields import leaves, members, value_of
+from ddpm_jax.run.record import check_same_run, differences, read_config, save_config
+from ddpm_jax.system.errors import UserError
+
+_OF_TYPE = {
+    int: st.integers(-(2**40), 2**40),
+    float: st.floats(allow_nan=False, allow_infinity=False),
+    bool: st.booleans(),
+    str: st.text(),
+    type(None): st.none(),
+}
+
+
+def values_of(kind):
+    if typing.get_origin(kind) is typing.Literal:
+        return st.sampled_from(typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return st.lists(values_of(typing.get_args(kind)[0]), max_size=5).map(tuple)
+    return st.one_of([_OF_TYPE[member] for member in members(kind)])
+
+
+def refused(path, match):
+    with pytest.raises(UserError, match=match) as error:
+        read_config(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@given(data=st.data())
+def test_every_configuration_is_read_back(tmp_path_factory, with_value, data):
+    config = Config()
+    for name, leaf in leaves(Config).items():
+        config = with_value(config, name, data.draw(values_of(leaf.kind)))
+    path = tmp_path_factory.mktemp("record") / "config.json"
+    save_config(config, path)
+    assert read_config(path) == config
+    assert [file.name for file in path.parent.iterdir()] == ["config.json"]
+
+
+def test_the_file_is_indented_and_readable_by_all(small, tmp_path):
+    save_config(small, tmp_path / "config.json")
+    text = (tmp_path / "config.json").read_text()
+    assert text.startswith('{\n  "format": 2,\n')
+    assert '\n  "train": {\n    "steps": 1000,\n' in text
+    assert (tmp_path / "config.json").stat().st_mode & 0o444 == 0o444
+
+
+def test_a_run_older_than_a_field_takes_its_default(small, tmp_path):
+    saved = {"format": 2, **dataclasses.asdict(small)}
+    del saved["train"]["precision"], saved["checkpoints"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert read_config(tmp_path / "config.json") == small
+
+
+@pytest.mark.parametrize("saved", [{"model": {"multipliers": [1, 2]}}, {"format": 1}, {"format": 3, "new": 1}])
+def test_another_format_is_refused(tmp_path, saved):
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    number = saved.get("format", 1)
+    refused(
+        tmp_path / "config.json", f"has format {number}, and .* reads format 2: train the run again, or use the ver"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"train": {"batchsize": 64}}, r"unknown key train\.batchsize: did you mean train\.batch_size\?"),
+        ({"trian": {}}, "unknown key trian"),
+        ({"train": {"steps": True}}, r"train\.steps needs an integer, not True"),
+        ({"model": {"channel_mult": [1, "x"]}}, r"model\.channel_mult needs an integer, not 'x'"),
+        ({"diffusion": {"schedule": "lin"}}, r"diffusion\.schedule needs one of linear, "),
+        ({"train": 3}, "train must be an object in braces, not 3"),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_line(tmp_path, change, line):
+    (tmp_path / "config.json").write_text(json.dumps({"format": 2, **change}))
+    refused(tmp_path / "config.json", line)
+
+
+def test_what_is_not_a_record_is_one_line(small, tmp_path):
+    path = tmp_path / "config.json"
+    refused(path, "cannot read .*No such file")
+    save_config(small, path)
+    whole = path.read_text().rstrip()
+    for cut in (0, 1, 100, len(whole) - 1):
+        path.write_text(whole[:cut])
+        refused(path, "is damaged, it is not a complete JSON file")
+    path.write_bytes(b"\xff\xfe\x00{")
+    refused(path, "is damaged")
+    path.write_text("[]")
+    refused(path, "the configuration must be an object in braces")
+
+
+def test_a_failed_write_leaves_what_was_there(small, tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    save_config(small, path)
+    with pytest.raises(UserError, match="cannot write .*(File exists|Not a directory)"):
+        save_config(small, path / "config.json")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match="cannot write .*: No space left on device"):
+        save_config(Config(), path)
+    assert read_config(path) == small
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_field_that_differs_is_named_unless_it_is_free(small, with_value):
+    saved = with_value(small, "data.path", "images")
+    for name, leaf in leaves(Config).items():
+        value = value_of(saved, name)
+        other = not value if isinstance(value, bool) else (*value, 1) if isinstance(value, tuple) else (value or 7) * 2
+        lines = differences(saved, with_value(saved, name, other))
+        assert lines == ([] if leaf.free else [f"{name}: {value!r} saved, {other!r} requested"])
+
+
+def test_what_does_not_change_the_numbers_of_a_step_is_free():
+    free = {name for name, leaf in leaves(Config).items() if leaf.free}
+    always = {name for name in leaves(Config) if name.startswith(("checkpoints.", "eval.", "log."))}
+    always.remove("checkpoints.best_by")  # the losses that it compares are saved with the checkpoints
+    assert always <= free
+    assert free - always == {
+        "name",
+        "data.path",
+        "data.memory_gib",
+        "data.device_gib",
+        "data.workers",
+        "train.steps",
+        "train.parallel",
+        "train.fsdp",
+        "train.grad_accum_steps",
+        "train.remat",
+    }
+
+
+def test_a_run_is_resumed_with_its_configuration_alone(small, with_value, tmp_path):
+    path = tmp_path / "config.json"
+    check_same_run(path, small)
+    save_config(small, path)
+    check_same_run(path, with_value(small, "train.steps", 2000))
+    with pytest.raises(
+        UserError, match=r"contains a run with a different .*\(train\.seed: 0 saved, 5 requested\): use"
+    ):
+        check_same_run(path, with_value(small, "train.seed", 5))
