@@ -27,7 +27,7 @@ from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source, resolve
 from ddpm_jax.evaluation import plots
 from ddpm_jax.generation.batches import Driver, Program, cut
-from ddpm_jax.generation.store import Range, missing_ranges
+from ddpm_jax.generation.store import Range, job_folder, missing_ranges, part_file, part_files
 from ddpm_jax.keys import image_keys
 from ddpm_jax.likelihood import Bound, bound_at, draw_timesteps, estimated_log_variances, rate_distortion, strata
 from ddpm_jax.networks import Network, Params, predict_with
@@ -37,8 +37,7 @@ from ddpm_jax.run.build import build_schedule
 from ddpm_jax.run.trained import TrainedRun, describe_run
 from ddpm_jax.schedules import Schedule
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import check_same_job, claimed, write_json, write_whole
-from ddpm_jax.system.progress import say
+from ddpm_jax.system.files import write_json, write_whole
 
 Sigma = typing.Literal["model", "fixed_small", "fixed_large", "optimal"]
 """Variance of the reverse steps: the model's own, a fixed one, or the one that minimizes the bound."""
@@ -193,11 +192,7 @@ def sums_of(bound: Bound, edges: np.ndarray) -> Sums:
 def read_sums(folder: Path, num_steps: int) -> dict[Range, Sums]:
     """Reads the saved batches of a job; a damaged one counts as not done."""
     found = {}
-    for path in sorted(folder.glob("*.npz")):
-        name = re.fullmatch(r"(\d+)-(\d+)\.npz", path.name)
-        if name is None:
-            continue
-        first, stop = int(name[1]), int(name[2])
+    for (first, stop), path in part_files(folder, ".npz"):
         size, moments = (stop - first,), (4, num_steps)
         try:
             with np.load(path) as arrays:
@@ -211,7 +206,7 @@ def read_sums(folder: Path, num_steps: int) -> dict[Range, Sums]:
 
 def save_sums(folder: Path, first: int, sums: Sums) -> None:
     """Saves a batch of a job, whose first image has index `first`."""
-    path = folder / f"{first:08d}-{first + len(sums.total):08d}.npz"
+    path = part_file(folder, first, first + len(sums.total), ".npz")
     write_whole(path, lambda file: np.savez(file, **sums._asdict()))
 
 
@@ -339,8 +334,6 @@ def run_job(trained: TrainedRun, out: Path, request: Request, *, batch_size: int
         raise UserError(f"--seed must be in [0, 2^32), not {request.seed}")
     if batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {batch_size}")
-    if out.exists() and not (out / "job.json").exists() and (not out.is_dir() or {*out.iterdir()} - {out / ".lock"}):
-        raise UserError(f"{out} is not empty and contains no likelihood job: use another --out")
     num_steps = config.diffusion.num_steps
     if request.num_strata and not min(2, num_steps) <= request.num_strata <= num_steps:
         raise UserError(
@@ -348,30 +341,24 @@ def run_job(trained: TrainedRun, out: Path, request: Request, *, batch_size: int
             f"{request.num_strata}"
         )
     estimated, images = _choose(config, request)
-    with claimed(out):
-        description = _describe(trained, request, images, estimated)
-        check_same_job(out / "job.json", description)
-        schedule, number = build_schedule(config), len(images.indices)
-        bounds = bound_program(
-            config, trained.network, batch_size=batch_size, num_strata=request.num_strata, cdf=request.cdf
+    description = _describe(trained, request, images, estimated)
+    schedule, number = build_schedule(config), len(images.indices)
+    bounds = bound_program(
+        config, trained.network, batch_size=batch_size, num_strata=request.num_strata, cdf=request.cdf
+    )
+    done = lambda: read_sums(out / "batches", num_steps)
+    with job_folder(out, description, kind="likelihood", number=number, done=done):
+        log_variances = _log_variances(trained, request, schedule, bounds, estimated, out)
+        sums = _evaluate(
+            trained,
+            jax.random.fold_in(jax.random.key(request.seed), _EVALUATION),
+            bounds,
+            images,
+            out / "batches",
+            log_variances=log_variances,
+            description=f"bits/dim of {number} images",
         )
-        try:
-            log_variances = _log_variances(trained, request, schedule, bounds, estimated, out)
-            done = _evaluate(
-                trained,
-                jax.random.fold_in(jax.random.key(request.seed), _EVALUATION),
-                bounds,
-                images,
-                out / "batches",
-                log_variances=log_variances,
-                description=f"bits/dim of {number} images",
-            )
-        except KeyboardInterrupt:
-            saved = read_sums(out / "batches", num_steps)
-            left = sum(stop - first for first, stop in missing_ranges(saved, number, longest=number))
-            say(f"{number - left} of {number} images are done; run the same command to resume")
-            raise
-        likelihood, per_timestep = conclude(done, dimensions=math.prod(images.source.image_shape))
+        likelihood, per_timestep = conclude(sums, dimensions=math.prod(images.source.image_shape))
         if log_variances is None and config.diffusion.variance not in LEARNED_VARIANCES:
             log_variances = _fixed(schedule, config.diffusion.variance)
         _write(out, description, likelihood, per_timestep, log_variances)
@@ -486,7 +473,7 @@ def _evaluate(
 
 
 def _describe(trained: TrainedRun, request: Request, images: Images, estimated: Images | None) -> dict[str, Any]:
-    """Returns all that the results of a job depend on, as JSON values."""
+    """Returns all that the results of a job depend on."""
     config = trained.config
     return {
         "seed": request.seed,

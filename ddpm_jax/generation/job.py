@@ -6,7 +6,6 @@ the 64 of a job of 64, and no image depends on the batch size, the devices or an
 
 import dataclasses
 import functools
-import json
 import math
 import typing
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from PIL import Image
 from ddpm_jax.config import Config
 from ddpm_jax.generation.batches import STEPS_PER_CALL, Driver, Program, Watch, cut
 from ddpm_jax.generation.sampler_config import SamplerConfig, labels_of, make_chain
-from ddpm_jax.generation.store import Parts, StoredImages, missing_ranges
+from ddpm_jax.generation.store import Parts, StoredImages, job_folder, missing_ranges
 from ddpm_jax.keys import image_keys
 from ddpm_jax.networks import Network
 from ddpm_jax.pixels import to_uint8
@@ -31,7 +30,6 @@ from ddpm_jax.run.trained import TrainedRun, describe_run, load_run
 from ddpm_jax.samplers.chain import Chain, initial_noise
 from ddpm_jax.system import pictures
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import check_same_job, claimed
 from ddpm_jax.system.progress import Progress, say
 
 Format = typing.Literal["grid", "png", "npz", "gif"]
@@ -78,9 +76,8 @@ def load_job(folder: Path, *, seed: int, step: int | None = None, sampler: Sampl
 
 
 def describe_job(job: SamplingJob) -> dict[str, Any]:
-    """Returns all that the images of a job depend on, as JSON values: two jobs are the same if these are."""
-    sampler = json.loads(json.dumps(dataclasses.asdict(job.sampler)))
-    return {"seed": job.seed, **describe_run(job.trained), **sampler}
+    """Returns all that the images of a job depend on: two jobs are the same if these are."""
+    return {"seed": job.seed, **describe_run(job.trained), **dataclasses.asdict(job.sampler)}
 
 
 def default_folder(job: SamplingJob) -> Path:
@@ -149,24 +146,16 @@ def run_job(
       UserError: the folder contains another job, the request is invalid, or the disk is full; no saved image is lost.
     """
     check_request(job, number=number, batch_size=batch_size, format=format, columns=columns)
-    if out.exists() and not (out / "job.json").exists() and (not out.is_dir() or {*out.iterdir()} - {out / ".lock"}):
-        raise UserError(f"{out} is not empty and contains no sampling job: use another --out")
     columns = default_columns(job, number) if columns is None else columns
     # Not cut to what is missing: the same batches give the same bits, also after an interruption.
     sampling = _sampling(job.trained.config, job.trained.network, job.sampler, min(batch_size, number))
-    with claimed(out):
-        check_same_job(out / "job.json", describe_job(job))
-        stored = StoredImages(out, image_shape(job.trained.config))
-        try:
-            if format == "gif":
-                return _show_gif(job, sampling, out, stored, number=number, columns=columns)
-            missing = missing_ranges(stored.done(), number, longest=sampling[0].batch_size)
-            for first, _, images in _draw(job, sampling, missing):
-                stored.save(first, images)
-        except KeyboardInterrupt:
-            left = sum(stop - first for first, stop in missing_ranges(stored.done(), number, longest=number))
-            say(f"{number - left} of {number} images are in {out}; run the same command to resume")
-            raise
+    stored = StoredImages(out, image_shape(job.trained.config))
+    with job_folder(out, describe_job(job), kind="sampling", number=number, done=stored.done):
+        if format == "gif":
+            return _show_gif(job, sampling, out, stored, number=number, columns=columns)
+        missing = missing_ranges(stored.done(), number, longest=sampling[0].batch_size)
+        for first, _, images in _draw(job, sampling, missing):
+            stored.save(first, images)
         packed = stored.pack()
         if not missing:
             say(f"all {number} images already exist")

@@ -1,21 +1,23 @@
-"""The images of a sampling job on disk: written as they are drawn, and packed into one file in the end.
+"""Results of jobs on disk: saved batch by batch, so that a job can be resumed, and images packed into one file.
 
-The folder holds `samples.npz`, the images 0 .. N-1 as public evaluators read them (`arr_0`, uint8, NHWC), and
-`parts/FIRST-STOP.npy`, ranges of images that are not in it yet. Each file is there whole or not at all, and none is
-removed before its images are in another.
+The folder of a sampling job contains `samples.npz`, the images 0 .. N-1 in the format of public evaluators (`arr_0`,
+uint8, NHWC), and `parts/FIRST-STOP.npy`, ranges of images that are not packed yet. Files are written atomically, and
+none is removed before its images are in another.
 """
 
 import contextlib
+import json
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import write_whole
+from ddpm_jax.system.files import check_same_job, claimed, write_whole
+from ddpm_jax.system.progress import say
 
 _ARRAY = "arr_0.npy"
 _READ_AT_ONCE = 256
@@ -25,12 +27,12 @@ Range = tuple[int, int]
 
 
 def missing_ranges(done: Iterable[Range], number: int, *, longest: int) -> list[Range]:
-    """Lists what is left to do of 0 .. number-1, cut into ranges that are not too long.
+    """Lists the missing ranges of 0 .. number-1, cut to a length.
 
     Args:
-      done: the ranges that are done, in any order; they may overlap.
-      number: how many there shall be.
-      longest: how long a range may be, >= 1.
+      done: ranges that are done, in any order; they may overlap.
+      number: of images in total.
+      longest: most images of a range, >= 1.
 
     Returns:
       ranges in rising order.
@@ -46,43 +48,80 @@ def missing_ranges(done: Iterable[Range], number: int, *, longest: int) -> list[
     return missing
 
 
+@contextlib.contextmanager
+def job_folder(
+    out: Path, description: dict[str, Any], *, kind: str, number: int, done: Callable[[], Iterable[Range]]
+) -> Iterator[None]:
+    """Claims the folder of a job that can be resumed; if it is interrupted, reports how much is done.
+
+    Args:
+      out: the folder; created if missing.
+      description: all that the results depend on, as JSON values.
+      kind: of the job, for messages.
+      number: of images of the job.
+      done: returns the ranges of images that are saved.
+
+    Raises:
+      UserError: the folder contains something else, or another process is writing to it.
+    """
+    if out.exists() and not (out / "job.json").exists() and (not out.is_dir() or {*out.iterdir()} - {out / ".lock"}):
+        raise UserError(f"{out} is not empty and contains no {kind} job: use another --out")
+    with claimed(out):
+        check_same_job(out / "job.json", json.loads(json.dumps(description)))
+        try:
+            yield
+        except KeyboardInterrupt:
+            left = sum(stop - first for first, stop in missing_ranges(done(), number, longest=number))
+            say(f"{number - left} of {number} images are done; run the same command to resume")
+            raise
+
+
+def part_file(folder: Path, first: int, stop: int, suffix: str) -> Path:
+    """Returns the file of a range of images in a folder."""
+    return folder / f"{first:08d}-{stop:08d}{suffix}"
+
+
+def part_files(folder: Path, suffix: str) -> Iterator[tuple[Range, Path]]:
+    """Lists the files of ranges in a folder, in rising order."""
+    for path in sorted(folder.glob(f"*{suffix}")):
+        name = re.fullmatch(r"(\d+)-(\d+)", path.stem)
+        if name is not None:
+            yield (int(name[1]), int(name[2])), path
+
+
 class Parts:
     """Ranges of arrays in a folder, one `.npy` file each."""
 
     def __init__(self, folder: Path, shape: Sequence[int]):
-        """Looks at a folder that need not be there yet; `shape` is that of one image's array."""
+        """Reads a folder, which need not exist; `shape` is that of one image's array."""
         self.folder, self.shape = folder, tuple(shape)
 
     def files(self) -> dict[Range, Path]:
-        """Finds the whole parts of this shape, in rising order; what else is there counts as not drawn."""
+        """Returns the intact parts of this shape, in rising order; anything else counts as missing."""
         found = {}
-        for path in self.folder.glob("*.npy"):
-            name = re.fullmatch(r"(\d+)-(\d+)\.npy", path.name)
-            if name is None:
-                continue
-            first, stop = int(name[1]), int(name[2])
+        for (first, stop), path in part_files(self.folder, ".npy"):
             with contextlib.suppress(ValueError, OSError):
                 array = np.load(path, mmap_mode="r")
                 if array.shape == (stop - first, *self.shape) and array.dtype == np.uint8:
                     found[first, stop] = path
-        return dict(sorted(found.items()))
+        return found
 
     def save(self, first: int, arrays: np.ndarray) -> None:
         """Saves a range: (B, ...) uint8, the first of index `first`."""
-        path = self.folder / f"{first:08d}-{first + len(arrays):08d}.npy"
+        path = part_file(self.folder, first, first + len(arrays), ".npy")
         write_whole(path, lambda file: np.save(file, arrays))
 
     def read(self, first: int, stop: int) -> Iterator[np.ndarray]:
-        """Reads a range, which must be there, in (B, ...) arrays that follow one another."""
+        """Reads a saved range as consecutive (B, ...) arrays."""
         for (begin, end), path in self.files().items():
             if begin <= first < min(end, stop):
                 yield np.load(path, mmap_mode="r")[first - begin : stop - begin]
                 first = min(end, stop)
         if first < stop:
-            raise UserError(f"images {first} to {stop - 1} have gone from {self.folder}: start the same command again")
+            raise UserError(f"images {first} to {stop - 1} are missing in {self.folder}: run the same command again")
 
     def remove(self, files: Iterable[Path] | None = None) -> None:
-        """Removes some of the parts, or all; also the folder once it is empty."""
+        """Removes some of the parts, or all, and the folder once it is empty."""
         for path in self.folder.glob("*.npy") if files is None else files:
             path.unlink(missing_ok=True)
         if not any(self.folder.glob("*.npy")):
@@ -96,20 +135,20 @@ class StoredImages:
     """The images of one job."""
 
     def __init__(self, folder: Path, image_shape: Sequence[int]):
-        """Looks at a folder that need not be there yet; `image_shape` is (H, W, C)."""
+        """Reads the folder of a job, which need not exist; `image_shape` is (H, W, C)."""
         self.file = folder / "samples.npz"
         self._parts = Parts(folder / "parts", image_shape)
 
     def done(self) -> list[Range]:
-        """Lists the ranges that are drawn, packed or not; they may overlap."""
+        """Returns the ranges of saved images, packed or not; they may overlap."""
         return [(0, self._packed()), *self._parts.files()]
 
     def save(self, first: int, images: np.ndarray) -> None:
-        """Keeps a range: (B, H, W, C) uint8, the first of index `first`."""
+        """Saves a range: (B, H, W, C) uint8, the first of index `first`."""
         self._parts.save(first, images)
 
     def pack(self) -> int:
-        """Packs what is drawn, from image 0 to the first that is missing, into `samples.npz`, and says how many."""
+        """Packs the images from 0 to the first missing one into `samples.npz`, and returns their number."""
         packed = self._packed()
         number = packed
         for first, stop in self._parts.files():
@@ -122,7 +161,7 @@ class StoredImages:
         return number
 
     def read(self, number: int) -> Iterator[np.ndarray]:
-        """Reads the packed images 0 .. number-1 in (B, H, W, C) arrays that follow one another."""
+        """Reads the packed images 0 .. number-1 as consecutive (B, H, W, C) arrays."""
         with self._open() as member:
             shape = _read_shape(member)
             size = int(np.prod(shape[1:]))
@@ -141,7 +180,7 @@ class StoredImages:
         with self._open() as member:
             shape = _read_shape(member)
         if shape[1:] != self._parts.shape:
-            raise UserError(f"{self.file} holds images of {shape[1:]}, not {self._parts.shape}: move it away")
+            raise UserError(f"{self.file} contains images of {shape[1:]}, not {self._parts.shape}: move it away")
         return shape[0]
 
     @contextlib.contextmanager
@@ -150,11 +189,11 @@ class StoredImages:
             with zipfile.ZipFile(self.file) as archive, archive.open(_ARRAY) as member:
                 yield member  # type: ignore[misc]
         except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
-            raise UserError(f"{self.file} is damaged ({error}): move it away, and its images are drawn anew") from error
+            raise UserError(f"{self.file} is damaged ({error}): move it away to draw its images again") from error
 
 
 def _write_npz(file: BinaryIO, shape: tuple[int, ...], arrays: Iterable[np.ndarray]) -> None:
-    """Writes what `np.savez` would, without all of it in memory, and with no date: the same images, the same bytes."""
+    """Writes what `np.savez` would, but not from memory and without a date: equal images give equal bytes."""
     member = zipfile.ZipInfo(_ARRAY)
     with zipfile.ZipFile(file, "w") as archive, archive.open(member, "w", force_zip64=True) as array:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}

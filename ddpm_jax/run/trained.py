@@ -1,7 +1,6 @@
 """A trained run: its configuration, its network, and its EMA weights."""
 
 import dataclasses
-import json
 import typing
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,7 @@ def load_run(folder: Path, *, step: int | None = None) -> TrainedRun:
 
 
 def describe_run(trained: TrainedRun) -> dict[str, Any]:
-    """Returns all of a run that its images and likelihoods depend on, as JSON values under names.
+    """Returns all of a run that its images and likelihoods depend on, under names.
 
     A checksum of the weights distinguishes two runs of the same configuration.
     """
@@ -79,7 +78,7 @@ def describe_run(trained: TrainedRun) -> dict[str, Any]:
         for section, values in sections.items()
         for name, value in dataclasses.asdict(values).items()
     }
-    description = {
+    return {
         "checkpoint": trained.step,
         "weights": f"{checksum(trained.params):08x}",
         "image": (config.data.height, config.data.width, config.data.channels),
@@ -87,4 +86,3 @@ def describe_run(trained: TrainedRun) -> dict[str, Any]:
         "train.precision": config.train.precision,
         "train.matmul_precision": config.train.matmul_precision,
     }
-    return json.loads(json.dumps(description))

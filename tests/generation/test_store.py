@@ -7,7 +7,6 @@ from hypothesis import given
 
 from ddpm_jax.generation.store import Parts, StoredImages, missing_ranges
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import claimed
 
 SHAPE = (3, 2, 1)
 
@@ -43,7 +42,7 @@ def test_images_are_packed_as_public_evaluators_read_them(tmp_path):
     np.testing.assert_array_equal(np.concatenate(list(stored.read(3))), images(0, 3))
 
 
-def test_packing_goes_on_where_it_ended_and_keeps_what_lies_beyond_a_gap(tmp_path):
+def test_packing_resumes_and_keeps_images_beyond_a_gap(tmp_path):
     stored = StoredImages(tmp_path, SHAPE)
     stored.save(0, images(0, 300))  # more than is read at once
     assert stored.pack() == 300
@@ -76,7 +75,7 @@ def test_damaged_and_foreign_parts_count_as_not_drawn(tmp_path):
     np.save(tmp_path / "00000004-00000006.npy", np.zeros((2, 9, 9, 1), np.uint8))
     np.save(tmp_path / "mine.npy", images(0, 2))
     assert list(parts.files()) == [(0, 2)]
-    with pytest.raises(UserError, match="^images 2 to 3 have gone"):
+    with pytest.raises(UserError, match="^images 2 to 3 are missing in"):
         list(parts.read(0, 4))
 
 
@@ -107,7 +106,7 @@ def test_a_flipped_bit_is_found(tmp_path):
 
 def test_an_npz_of_other_images_is_one_line(tmp_path):
     np.savez(tmp_path / "samples.npz", np.zeros((2, 9, 9, 1), np.uint8))
-    with pytest.raises(UserError, match=r"holds images of \(9, 9, 1\), not \(3, 2, 1\)"):
+    with pytest.raises(UserError, match=r"contains images of \(9, 9, 1\), not \(3, 2, 1\)"):
         StoredImages(tmp_path, SHAPE).done()
 
 
@@ -136,13 +135,3 @@ def test_a_full_disk_while_packing_loses_nothing(tmp_path, monkeypatch):
             stored.pack()
     assert stored.done() == [(0, 2), (2, 4)]
     assert stored.pack() == 4
-
-
-def test_a_folder_is_written_by_one_at_a_time(tmp_path):
-    def claim():
-        with claimed(tmp_path / "job"):
-            pass
-
-    with claimed(tmp_path / "job"), pytest.raises(UserError, match="another process is writing to"):
-        claim()
-    claim()
