@@ -1,4 +1,4 @@
-"""The Frechet distance between two sets of features, the number behind FID."""
+"""The Frechet distance between two sets of features, on which FID is based."""
 
 import numpy as np
 
@@ -9,18 +9,18 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     .. math::
       \|\mu_a - \mu_b\|^2 + \mathrm{tr}\,(\Sigma_a + \Sigma_b - 2 (\Sigma_a^{1/2} \Sigma_b \Sigma_a^{1/2})^{1/2})
 
-    The root is taken in its symmetric form, in float64: it stays real where a covariance has no full rank. The
-    distance falls as a set grows, also where nothing differs, so that only sets of like sizes can be compared.
+    The square root is taken in its symmetric form, in float64: it stays real if a covariance is singular. The distance
+    falls as sets grow, even between samples of one distribution, so only sets of equal sizes are comparable.
 
     Args:
-      features_a: (N, D), N >= 2, one row an image.
+      features_a: (N, D), N >= 2, one row per image.
       features_b: (M, D), M >= 2.
 
     Returns:
       the distance, >= 0 up to rounding, in squared units of the features.
 
     Raises:
-      ValueError: a set is no matrix, has fewer than two rows, or the two have unequal widths.
+      ValueError: a set is not a matrix or has fewer than two rows, or the widths differ.
 
     Heusel et al. 2017, eq. 6; covariances with the divisor N - 1.
 
@@ -34,7 +34,7 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     covariance_a, covariance_b = np.atleast_2d(np.cov(a, rowvar=False)), np.atleast_2d(np.cov(b, rowvar=False))
     values, vectors = np.linalg.eigh(covariance_a)
     root_a = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    # Rounding makes eigenvalues that are 0 slightly negative.
+    # Rounding makes zero eigenvalues slightly negative.
     trace_of_root = np.sqrt(np.maximum(np.linalg.eigvalsh(root_a @ covariance_b @ root_a), 0)).sum()
     difference = a.mean(axis=0) - b.mean(axis=0)
     return float(difference @ difference + np.trace(covariance_a) + np.trace(covariance_b) - 2 * trace_of_root)

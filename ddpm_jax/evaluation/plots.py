@@ -8,12 +8,12 @@ from ddpm_jax.system.files import write_whole
 
 
 def plot_terms(path: Path, terms: np.ndarray, standard_errors: np.ndarray) -> None:
-    """Plots the terms of the bound over the times, both axes logarithmic.
+    """Plots the terms of the bound over the timesteps, on logarithmic axes.
 
     Args:
-      path: where to, a PNG; its folder is made if it is not there.
+      path: of the PNG; its folder is created if missing.
       terms: (T,) bits/dim; those not above 0 are left out.
-      standard_errors: (T,), nan where they are not known.
+      standard_errors: (T,), nan if unknown.
 
     Raises:
       UserError: the file cannot be written.
@@ -45,7 +45,7 @@ def plot_rate_distortion(path: Path, reverse_time: np.ndarray, rate: np.ndarray,
     """Plots distortion over reverse time, rate over reverse time, and distortion over rate.
 
     Args:
-      path: where to, a PNG; its folder is made if it is not there.
+      path: of the PNG; its folder is created if missing.
       reverse_time: (T,) 1..T.
       rate: (T,) bits/dim.
       distortion: (T,) root mean squared error in levels of 255.

@@ -155,15 +155,15 @@ def test_batch_size_and_devices_change_no_number(trained, test_set):
 def test_sums_of_batches_are_those_of_one(trained, test_set):
     bound = jax.tree.map(np.asarray, plain_bound(trained, test_set, np.arange(7)))
     cut = lambda first, stop: sums_of(Bound(*(numbers[..., first:stop] for numbers in bound)), EVERY_TIMESTEP)
-    together, per_time = conclude([cut(0, 7)], dimensions=64)
-    parts, per_time_of_parts = conclude([cut(0, 3), cut(3, 4), cut(4, 7)], dimensions=64)
+    together, per_timestep = conclude([cut(0, 7)], dimensions=64)
+    parts, per_timestep_of_parts = conclude([cut(0, 3), cut(3, 4), cut(4, 7)], dimensions=64)
     for name, value in dataclasses.asdict(together).items():
         assert value == pytest.approx(getattr(parts, name), rel=1e-10)
-    np.testing.assert_allclose(per_time.means, per_time_of_parts.means, rtol=1e-10)
-    np.testing.assert_allclose(per_time.errors, per_time_of_parts.errors, rtol=1e-6)
-    alone, per_time_alone = conclude([cut(2, 3)], dimensions=64)
+    np.testing.assert_allclose(per_timestep.means, per_timestep_of_parts.means, rtol=1e-10)
+    np.testing.assert_allclose(per_timestep.errors, per_timestep_of_parts.errors, rtol=1e-6)
+    alone, per_timestep_alone = conclude([cut(2, 3)], dimensions=64)
     assert alone.standard_error is None
-    assert np.isnan(per_time_alone.errors).all()
+    assert np.isnan(per_timestep_alone.errors).all()
 
 
 def stop_after(monkeypatch, batches):
