@@ -1,7 +1,6 @@
 """A folder of pictures, with the classes that its sub-folders name."""
 
 import dataclasses
-import logging
 import os
 import pathlib
 import typing
@@ -15,11 +14,10 @@ from ddpm_jax.config import DataConfig
 from ddpm_jax.data.decode import Unreadable, channels_of, decode, look_over, to_array
 from ddpm_jax.data.source import Source, fits_memory, in_memory, in_threads, no_split, shape_of
 from ddpm_jax.system.errors import NoSuchSplit, UserError
+from ddpm_jax.system.progress import say
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _NAMES_SHOWN = 3
-
-_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,4 +185,4 @@ def _report_unreadable(config: DataConfig, unreadable: Mapping[str, str], num_fi
         raise UnreadableFiles(f"data.path: {count}", unreadable)
     if config.on_unreadable == "refuse":
         raise UnreadableFiles(f"data.path: {count}; mend or remove them, or set data.on_unreadable=skip", unreadable)
-    _log.warning("skipped: %s", count)
+    say(f"skipped: {count}")

@@ -1,6 +1,6 @@
 """Many hosts: how their processes find each other, agree, and end together.
 
-`jax.distributed` does the work. Every host runs the same program; the first one, host 0, writes and prints.
+Built on `jax.distributed`. Every host runs the same program; the primary one, host 0, writes and prints.
 """
 
 import atexit
@@ -11,12 +11,14 @@ import functools
 import importlib.util
 import os
 import re
+import secrets
+import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -27,35 +29,30 @@ from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.mesh import batch_sharding, make_mesh, replicated
 from ddpm_jax.system.progress import be_silent
 
-# Where a host says why it ends, and how often the others look.
-_LAST_WORDS = "ddpm_jax/last_words"
-_SIGNS_OF_LIFE = "ddpm_jax/alive"
 _LONGEST_LINE = 1000
-_LISTENING_MS = 1000
-_SECONDS_TO_BE_READ = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
-    """Which of many hosts this is; on TPU pods, under srun and under mpirun it is found out, with nothing given."""
+    """Training on many hosts; on TPU pods, under srun and under mpirun these are detected automatically."""
 
     coordinator: str = ""
     """HOST:PORT of host 0, the same on every host; any free port."""
     count: int = 0
-    """How many hosts; 1: this one alone, also where more are found."""
+    """Number of hosts; 1: this host alone, even where more are detected."""
     index: int | None = None
-    """Which of them this one is, 0 to count - 1."""
+    """Index of this host, 0 to count - 1."""
     timeout: int = 300
-    """Seconds to wait for all hosts to come together."""
+    """Seconds to wait until all hosts have joined."""
     silence: int = 60
-    """Seconds without a sign of life after which a host counts as gone, and the others end."""
+    """If a host is silent for this many seconds, the others exit with an error."""
 
 
 def check(hosts: Hosts) -> None:
-    """Checks that what is given of the hosts goes together.
+    """Checks that the options for hosts are consistent.
 
     Raises:
-      UserError: it does not.
+      UserError: they are not.
     """
     if hosts.timeout < 1:
         raise UserError(f"--hosts.timeout must be at least 1 second, not {hosts.timeout}")
@@ -79,7 +76,7 @@ def check(hosts: Hosts) -> None:
 
 
 def launcher() -> str:
-    """Says what started this process as one of several: slurm, ompi, tpu, or nothing."""
+    """Returns what started this process as one of several: "slurm", "ompi", "tpu" or ""."""
     if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
         return "slurm"
     if int(os.environ.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
@@ -90,14 +87,15 @@ def launcher() -> str:
 
 
 def join(hosts: Hosts) -> None:
-    """Joins the hosts; to be called before anything touches a device. After it, hosts but the first say nothing.
+    """Joins the hosts, before anything touches a device; from then on only the primary host prints.
+
+    The process exits with status 2 if not all hosts join in time.
 
     Args:
       hosts: as given on the command line.
 
     Raises:
-      UserError: what is given does not go together, or the hosts cannot be joined.
-      SystemExit: with status 2, not all hosts came within the time.
+      UserError: the options are inconsistent, or the hosts cannot be joined.
     """
     check(hosts)
     found = "" if hosts.count else launcher()
@@ -107,12 +105,12 @@ def join(hosts: Hosts) -> None:
     number = hosts.count or "all"
 
     def give_up() -> None:
-        _leave(f"not all of {number} hosts came to {where} within {hosts.timeout} s: start each with its own index", 2)
+        _leave(f"not all of {number} hosts joined {where} within {hosts.timeout} s: start each with its own index", 2)
 
     watch = threading.Timer(hosts.timeout, give_up)
     watch.daemon = True
     watch.start()
-    # Later than we do the library ends a process as well, with a page of addresses.
+    # The library ends a process too, with a page of addresses: later than we do.
     initialize = functools.partial(
         jax.distributed.initialize,
         initialization_timeout=hosts.timeout + 60,
@@ -120,10 +118,10 @@ def join(hosts: Hosts) -> None:
     )
     try:
         if hosts.coordinator:
-            # What is given counts, not what a launcher says.
+            # The options take precedence over a launcher.
             initialize(hosts.coordinator, hosts.count, hosts.index, cluster_detection_method="deactivate")
         elif found == "tpu":
-            with contextlib.suppress(ValueError):  # a single host with TPUs, of no cluster
+            with contextlib.suppress(ValueError):  # a single host with TPUs
                 initialize()
         else:
             initialize(cluster_detection_method=found)
@@ -134,39 +132,33 @@ def join(hosts: Hosts) -> None:
     if jax.process_count() > 1:
         if not is_primary_host():
             be_silent()
-        listener = threading.Thread(target=_listen, args=(hosts.silence,), daemon=True)
-        listener.start()
-
-        @atexit.register
-        def stop_listening() -> None:
-            _ended.set()
-            listener.join()  # a thread that is still in the library when the interpreter goes would crash it
+        _connect(hosts)
 
 
 def are_joined() -> bool:
-    """Says whether this process is one of several; touches no device."""
-    return _client() is not None
+    """Returns whether this process is one of several; touches no device."""
+    return jax.distributed.is_initialized()
 
 
 def is_primary_host() -> bool:
-    """Says whether this host is the one that writes and prints."""
+    """Returns whether this host is the one that writes and prints."""
     return jax.process_index() == 0
 
 
 def barrier(where: str) -> None:
-    """Waits until all hosts are at the same place of the program."""
+    """Waits until all hosts reach the same place in the program."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
 
 
 def first_line(line: str) -> str:
-    """Gives all hosts what the first host that says anything says.
+    """Returns the same line on all hosts: that of the first host that has one.
 
     Args:
-      line: what this host says; "" for nothing.
+      line: this host's line, or "".
 
     Returns:
-      the line of the first host with one, "" if none has.
+      the line; "" if no host has one.
     """
     if jax.process_count() == 1:
         return line
@@ -180,17 +172,17 @@ def first_line(line: str) -> str:
 
 
 class Agreement:
-    """Small numbers that each host says at every step, and the largest of which all learn alike a few steps later.
+    """The maximum over hosts of small numbers that each gives at every step, known to all `lag` steps later.
 
-    It costs no waiting: what is learnt at a step was sent `lag` steps before.
+    Because of the lag nothing waits for it.
     """
 
     def __init__(self, numbers: int, *, lag: int):
-        """Makes the program.
+        """Compiles the program.
 
         Args:
-          numbers: how many are said.
-          lag: how many steps later they are learnt; none on a single host.
+          numbers: how many numbers there are.
+          lag: the number of steps until they are known; on a single host there is no lag.
         """
         self._lag, self._nothing = lag, (0,) * numbers
         self._pending: collections.deque[jax.Array] = collections.deque()
@@ -201,7 +193,7 @@ class Agreement:
             self._largest = jax.jit(lambda said: jnp.max(said, axis=0), out_shardings=replicated(mesh))
 
     def __call__(self, said: Sequence[int]) -> tuple[int, ...]:
-        """Says numbers >= 0; gives the largest that any host said of each, `lag` calls ago."""
+        """Takes numbers >= 0; returns the maximum over hosts of each, as of `lag` calls ago."""
         if self._alone:
             return tuple(said)
         mine = np.broadcast_to(np.asarray(said, np.int32), self._shape)
@@ -211,48 +203,104 @@ class Agreement:
         return tuple(np.asarray(self._pending.popleft()).tolist())
 
 
-# How hosts end
+# How hosts end: each keeps a connection to the primary host, which passes on why one of them ends.
 
 
 def end_all(line: str, status: int) -> NoReturn:
-    """Ends this process and all others: they would wait for this one for ever.
+    """Ends this process and those of all other hosts, which would wait for this one forever.
 
     Args:
-      line: why, for the others to say.
-      status: of the process, not 0.
+      line: the reason, printed by the others.
+      status: of all processes, not 0.
     """
-    with contextlib.suppress(Exception):  # another host was faster
-        _client().key_value_set(_LAST_WORDS, f"{status} host {jax.process_index()}: {line}")
-    # The first host carries the words: it stays until they are heard.
+    _tell(f"{status} host {jax.process_index()}: {line}")
     _leave("", status, after=_SECONDS_TO_BE_READ)
 
 
-def _listen(silence: int) -> None:
-    """Gives signs of life, and ends this process when another host has said its last words, or nothing for long."""
-    here = jax.process_index()
-    heard = {each: ("", time.monotonic()) for each in range(jax.process_count()) if each != here}
-    while not _ended.is_set():
-        with contextlib.suppress(Exception):  # host 0, which answers, may be gone
-            _client().key_value_increment(f"{_SIGNS_OF_LIFE}/{here}", 1)
-        for each, (sign, _) in heard.items():
-            with contextlib.suppress(Exception):  # none was given yet
-                if (new := _client().key_value_try_get(f"{_SIGNS_OF_LIFE}/{each}")) != sign:
-                    heard[each] = new, time.monotonic()
+def _connect(hosts: Hosts) -> None:
+    """Connects this host with the primary one, by TCP."""
+    said = ""
+    if is_primary_host():
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        server = socket.create_server(("", 0), family=family, dualstack_ipv6=dual)
+        name = hosts.coordinator.rpartition(":")[0].strip("[]") or socket.gethostname()
+        said = f"{name} {server.getsockname()[1]} {secrets.token_hex(8)}"
+    name, port, key = first_line(said).split()
+    if is_primary_host():
+        _start(_accept, server, key, hosts.silence)
+    else:
         try:
-            status, _, line = _client().blocking_key_value_get(_LAST_WORDS, _LISTENING_MS).partition(" ")
-        except Exception:  # nothing was said yet
-            gone = [each for each, (_, last) in heard.items() if time.monotonic() - last > silence]
-            if gone:
-                _leave(f"nothing was heard of host {gone[0]} for {silence} s: {_GO_ON}", 2)
-            _ended.wait(0.1)
-            continue
-        if not line.startswith(f"host {here}:"):
-            _leave(line, int(status), after=_SECONDS_TO_BE_READ if is_primary_host() else 0.0)
-        return
+            link = socket.create_connection((name, int(port)), timeout=hosts.silence)
+            link.sendall(f"{key} {jax.process_index()}\n".encode())
+        except OSError as error:
+            print(
+                f"warning: host {jax.process_index()} cannot connect to {name}:{port} ({error}): the failure of a host "
+                "will be noticed late",
+                file=sys.stderr,
+            )
+            return
+        _links.append(link)
+        _start(_listen, link.makefile(errors="replace"), 0, hosts.silence)
+    _start(_give_signs_of_life)
+    atexit.register(_tell, _GOODBYE)
+
+
+def _start(function: Callable[..., None], *arguments: Any) -> None:
+    threading.Thread(target=function, args=arguments, daemon=True).start()
+
+
+def _accept(server: socket.socket, key: str, silence: int) -> None:
+    """Accepts the connections of the other hosts."""
+
+    def greet(link: socket.socket) -> None:
+        lines = link.makefile(errors="replace")
+        with contextlib.suppress(OSError):  # a stranger, such as a port scanner
+            greeting, _, host = lines.readline(100).strip().partition(" ")
+            if greeting == key:
+                _links.append(link)
+                _listen(lines, int(host), silence)
+
+    while True:
+        link, _ = server.accept()
+        link.settimeout(silence)
+        _start(greet, link)
+
+
+def _tell(words: str) -> None:
+    """Sends words to the hosts that this one is connected with."""
+    for link in _links:
+        with contextlib.suppress(OSError):  # it is gone
+            link.sendall(f"{words}\n".encode())
+
+
+def _give_signs_of_life() -> None:
+    while True:
+        time.sleep(1)
+        _tell("")
+
+
+def _listen(lines: Iterable[str], host: int, silence: int) -> None:
+    """Ends this process when a host sends its last words, is gone, or is silent for too long."""
+    words = f"2 {LOST}"
+    try:
+        for line in lines:
+            if line.strip() == _GOODBYE:
+                return
+            if line.strip():
+                words = line.strip()
+                break
+    except TimeoutError:
+        words = f"2 no sign of life from host {host} for {silence} s: {_RESUME}"
+    except OSError:
+        pass
+    _tell(words)
+    status, _, line = words.partition(" ")
+    _leave(line, int(status), after=_SECONDS_TO_BE_READ if is_primary_host() else 0.0)
 
 
 def is_loss_of_a_host(error: BaseException | None) -> bool:
-    """Says whether an error, or what caused it, is that another host cannot be reached any more."""
+    """Returns whether an error, or its cause, is that another host is no longer reachable."""
     while error is not None:
         if re.search(r"Gloo .*(closed|reset|timed out)|UNAVAILABLE|coordination service", str(error), re.IGNORECASE):
             return True
@@ -260,28 +308,23 @@ def is_loss_of_a_host(error: BaseException | None) -> bool:
     return False
 
 
-_GO_ON = "start all hosts again, they go on from the last checkpoint"
-LOST = f"another host is gone: {_GO_ON}"
-"""What is said where `is_loss_of_a_host`."""
+_RESUME = "start all hosts again; they resume from the last checkpoint"
+LOST = f"another host is gone: {_RESUME}"
+"""The error message where `is_loss_of_a_host`."""
 
-_ended = threading.Event()
+_GOODBYE = "goodbye"
+_SECONDS_TO_BE_READ = 2.0
+_links: list[socket.socket] = []
 _leaving = threading.Lock()
 
 
 def _leave(line: str, status: int, *, after: float = 0.0) -> NoReturn:
-    """Ends this process at once: what jax does at an ordinary end waits for the other hosts."""
-    _leaving.acquire()  # never given back: one line is said
+    """Ends this process at once: at an ordinary exit jax would wait for the other hosts."""
+    _leaving.acquire()  # never released: one line is printed
     if line:
         print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     if after:
-        threading.Event().wait(after)
+        time.sleep(after)
     os._exit(status)
-
-
-def _client():
-    """The connection to the coordinator; None for a process alone."""
-    from jax._src import distributed  # has no public name
-
-    return distributed.global_state.client

@@ -1,4 +1,4 @@
-"""Pictures to look at: grids, PNG, GIF, the curves of the loss and of the bound. Pixels are uint8 NumPy arrays."""
+"""Image files: grids, PNG and GIF. Pixels are uint8 NumPy arrays."""
 
 import math
 from collections.abc import Sequence
@@ -18,15 +18,15 @@ def grid(images: np.ndarray, *, columns: int | None = None, padding: int = 1, ba
 
     Args:
       images: (N, H, W, C) uint8, N >= 1.
-      columns: how many images a row; about as many as rows if not given.
-      padding: the width of the lines in pixels, >= 0.
-      background: the level of the lines and of the places left over, in [0, 255].
+      columns: images per row; about as many as rows if None.
+      padding: width of the lines in pixels, >= 0.
+      background: level of the lines and of empty cells, in [0, 255].
 
     Returns:
       (R (H + padding) + padding, columns (W + padding) + padding, C) uint8, with R = ceil(N / columns) rows.
 
     Raises:
-      ValueError: there is no image, or the images are not uint8 of four axes.
+      ValueError: there is no image, or the images are not uint8 with four axes.
 
     >>> grid(np.zeros((3, 8, 8, 1), np.uint8)).shape
     (19, 19, 1)
@@ -46,14 +46,14 @@ def grid(images: np.ndarray, *, columns: int | None = None, padding: int = 1, ba
 
 
 def enlarge(images: np.ndarray, *, side: int = 768) -> np.ndarray:
-    """Repeats every pixel in both directions, so that small images can be looked at; whole pixels stay whole.
+    """Enlarges small images by a whole factor, repeating every pixel.
 
     Args:
       images: (..., H, W, C).
-      side: what the longer side may grow to, in pixels.
+      side: the largest size of the longer side, in pixels.
 
     Returns:
-      (..., k H, k W, C) with the largest whole k >= 1 for which k max(H, W) <= side, else k = 1.
+      (..., k H, k W, C) with the largest integer k for which k max(H, W) <= side, at least 1.
 
     >>> enlarge(np.zeros((10, 20, 1), np.uint8), side=65).shape
     (30, 60, 1)
@@ -63,12 +63,12 @@ def enlarge(images: np.ndarray, *, side: int = 768) -> np.ndarray:
 
 
 def can_show(channels: int) -> bool:
-    """Says whether images of so many channels are something to look at: gray, color, or color with alpha."""
+    """Returns whether images with this many channels can be shown: as gray, color, or color with alpha."""
     return channels in _MODES
 
 
 def check_channels(channels: int) -> None:
-    """Checks that images of so many channels are something to look at.
+    """Checks that images with this many channels can be shown.
 
     Raises:
       UserError: they are not gray, color, or color with alpha.
@@ -80,33 +80,33 @@ def check_channels(channels: int) -> None:
 
 
 def save_png(path: Path, image: np.ndarray) -> None:
-    """Saves one image as PNG, whole or not at all.
+    """Saves one image as PNG, atomically.
 
     Args:
-      path: where to; its folder is made if it is not there.
+      path: where to; its folder is created if missing.
       image: (H, W, C) uint8: gray, color, or color with alpha.
 
     Raises:
-      UserError: the number of channels is another, or the file cannot be written.
+      UserError: it has another number of channels, or the file cannot be written.
     """
     picture = _picture(image)
     write_whole(path, lambda file: picture.save(file, "PNG"))
 
 
 def save_gif(path: Path, frames: np.ndarray, seconds: float | Sequence[float], *, comment: str = "") -> None:
-    """Saves frames as a GIF that plays for ever, whole or not at all.
+    """Saves frames as a GIF that loops forever, atomically.
 
-    A GIF has 256 colors a frame and no half-transparent pixels: color is reduced to the best 256, and alpha shown
-    over white. Equal frames that follow each other are stored as one that lasts longer.
+    A GIF has 256 colors per frame and no partial transparency: colors are reduced to the best 256, and alpha is shown
+    over white. Consecutive equal frames are stored as one longer frame.
 
     Args:
-      path: where to; its folder is made if it is not there.
+      path: where to; its folder is created if missing.
       frames: (F, H, W, C) uint8, F >= 1: gray, color, or color with alpha.
-      seconds: how long each frame is shown, one number for all or one for each; the format counts in 1/100.
-      comment: a text to put into the file.
+      seconds: duration of each frame, one number for all or one for each, in steps of 1/100.
+      comment: a text stored in the file.
 
     Raises:
-      UserError: the number of channels is another, or the file cannot be written.
+      UserError: they have another number of channels, or the file cannot be written.
     """
     pictures = [_over_white(_picture(frame)) for frame in frames]
     each = [seconds] * len(pictures) if isinstance(seconds, int | float) else list(seconds)

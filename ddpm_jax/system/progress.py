@@ -1,4 +1,4 @@
-"""What long work shows of itself: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere."""
 
 import sys
 import time
@@ -10,15 +10,15 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Counts towards a total and shows how far it is, how fast it goes and how long it has left.
+    """Counts towards a total and shows the count, the speed and the time left.
 
-    On a terminal it is a bar. Elsewhere (a log file, a pipe) it is a line now and then, and one at the end, which is
-    written however the work ends. Use it in a `with` block.
+    On a terminal it is a bar. Elsewhere (a log file, a pipe) it is a line now and then, and one at the end, however the
+    work ends. Use it in a `with` block.
 
     >>> with Progress(3, unit="image", file=sys.stdout) as progress:
     ...     for loss in (0.3, 0.2, 0.1):
     ...         progress.update(1, loss=loss)
-    image: 3/3 images, 100 %, 00:00 gone, 00:00 left, ... images/s, loss 0.1
+    image: 3/3 images, 100%, elapsed 00:00, ETA 00:00, ... images/s, loss 0.1
     """
 
     def __init__(
@@ -32,16 +32,16 @@ class Progress:
         seconds_between_lines: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """Begins to count.
+        """Starts to count.
 
         Args:
-          total: how many units there are in all.
-          initial: how many of them were done before; they do not count as speed.
+          total: the number of units in all.
+          initial: the number done before; they do not count as speed.
           unit: what is counted, in the singular.
           description: what is being done; the unit if empty.
-          file: where to; stderr if not given.
+          file: where to write; stderr if None.
           seconds_between_lines: the least time between two lines where there is no terminal.
-          clock: the time in seconds, for those lines.
+          clock: returns the time in seconds, for those lines.
         """
         self._file = sys.stderr if file is None else file
         self._total, self._initial, self._done = total, initial, initial
@@ -66,8 +66,8 @@ class Progress:
         """Counts `n` more units.
 
         Args:
-          n: how many.
-          numbers: what else to show, such as the loss; shown until it is given anew.
+          n: the number of units.
+          numbers: what else to show, such as the loss; each is shown until its next value.
         """
         self._done += n
         self._numbers |= {name: f"{float(number):.4g}" for name, number in numbers.items()}
@@ -99,14 +99,14 @@ class Progress:
         if _silent:
             return
         now = self._clock()
-        # The speed of late: that of the whole would long remember the compilation. The last line has the whole's.
+        # The recent speed: the overall one would include the compilation for long. The last line has the overall one.
         since, at = (self._initial, self._start) if self._closed else (self._line_done, self._line_time)
         speed = (self._done - since) / (now - at) if now > at else 0.0
         left = tqdm.format_interval((self._total - self._done) / speed) if speed > 0 else "?"
-        share = f", {100 * self._done / self._total:.0f} %" if self._total else ""
+        share = f", {100 * self._done / self._total:.0f}%" if self._total else ""
         line = (
             f"{self._description}: {self._done}/{self._total} {self._unit}s{share}, "
-            f"{tqdm.format_interval(now - self._start)} gone, {left} left, {speed:.3g} {self._unit}s/s"
+            f"elapsed {tqdm.format_interval(now - self._start)}, ETA {left}, {speed:.3g} {self._unit}s/s"
         )
         self._line_time, self._line_done = now, self._done
         print(
@@ -120,12 +120,12 @@ _silent = False
 
 
 def be_silent() -> None:
-    """Makes `say` and `Progress` of this process say nothing from now on: of many hosts only the first one speaks."""
+    """Silences `say` and `Progress` in this process: of many hosts only the primary one prints."""
     global _silent
     _silent = True
 
 
 def say(line: str) -> None:
-    """Writes a line to stderr for the person who is watching, above the bar if there is one."""
+    """Prints a line to stderr, above the progress bar if there is one."""
     if not _silent:
         tqdm.write(line, file=sys.stderr)

@@ -160,7 +160,7 @@ def test_a_host_that_is_killed_ends_the_other_and_both_go_on(two, cache, tmp_pat
     statuses, lines = finish(processes)
     assert statuses == [2, -signal.SIGKILL]
     (line,) = lines[0]
-    assert line.endswith("start all hosts again, they go on from the last checkpoint")
+    assert line.endswith("start all hosts again; they resume from the last checkpoint")
 
     processes = start(run, cache)
     wait_for(20, run, processes)

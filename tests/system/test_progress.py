@@ -38,8 +38,8 @@ def run(clock, *, total=100, initial=0, seconds_a_step=1.0, **settings):
 def test_a_line_every_ten_seconds_and_one_at_the_end(clock):
     lines = run(clock, total=25, description="digits")
     assert [int(re.match(r"digits: (\d+)/25 steps", line)[1]) for line in lines] == [10, 20, 25]
-    assert lines[0] == "digits: 10/25 steps, 40 %, 00:10 gone, 00:15 left, 1 steps/s, loss 0.1"
-    assert lines[-1] == "digits: 25/25 steps, 100 %, 00:25 gone, 00:00 left, 1 steps/s, loss 0.04"
+    assert lines[0] == "digits: 10/25 steps, 40%, elapsed 00:10, ETA 00:15, 1 steps/s, loss 0.1"
+    assert lines[-1] == "digits: 25/25 steps, 100%, elapsed 00:25, ETA 00:00, 1 steps/s, loss 0.04"
 
 
 def test_slow_steps_give_no_more_than_a_line_each(clock):
@@ -48,7 +48,7 @@ def test_slow_steps_give_no_more_than_a_line_each(clock):
 
 def test_what_was_done_before_is_not_counted_as_speed(clock):
     lines = run(clock, total=1000, initial=980, seconds_a_step=2.0)
-    assert lines[0].startswith("step: 985/1000 steps, 98 %, 00:10 gone, 00:30 left, 0.5 steps/s")
+    assert lines[0].startswith("step: 985/1000 steps, 98%, elapsed 00:10, ETA 00:30, 0.5 steps/s")
 
 
 def test_speed_is_that_of_late_and_in_the_end_that_of_the_whole(clock):
@@ -73,7 +73,7 @@ def test_the_last_line_is_written_when_the_work_is_broken_off(clock):
 
     with pytest.raises(KeyboardInterrupt):
         work()
-    assert file.getvalue().startswith("image: 3/10 images, 30 %")
+    assert file.getvalue().startswith("image: 3/10 images, 30%")
     assert file.getvalue().count("\n") == 1
 
 
