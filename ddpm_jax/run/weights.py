@@ -1,7 +1,7 @@
-"""Weights alone, in one file or of another run: written for others, and what a new run starts from.
+"""Weights alone: exported to one file, or what a new run starts from.
 
-A file is safetensors' format: flat names with dots between the parts, the run's configuration as JSON and the
-checksums of the arrays in its header.
+A file has the format of safetensors: names of arrays with dots between the parts; the run's configuration and the
+arrays' checksums, as JSON, in its metadata.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from ddpm_jax.system.files import crc32, write_json, write_whole
 from ddpm_jax.system.progress import say
 
 _SEPARATOR = "."
-# Lines of a table that name single arrays.
+# Arrays listed by name in a table, at most.
 _NAMED = 20
 
 
@@ -35,7 +35,7 @@ def _flat(params: Params) -> dict[str, Any]:
 
 
 def checksum(params: Params) -> int:
-    """Counts one CRC-32 of all arrays and their names."""
+    """Computes one CRC-32 of all arrays and their names."""
     crc = 0
     for name, array in sorted(_flat(params).items()):
         crc = zlib.crc32(f"{name} {array.dtype} {array.shape} {crc32(array)}".encode(), crc)
@@ -43,13 +43,13 @@ def checksum(params: Params) -> int:
 
 
 def save_weights(file: Path, params: Params, *, config: Config, step: int) -> None:
-    """Writes weights into one file, whole or not at all.
+    """Writes weights to one .safetensors file, atomically.
 
     Args:
       file: where to.
       params: a nested dict of arrays.
-      config: of the run that they are from.
-      step: how many steps it had done.
+      config: the configuration of the run that they are from.
+      step: its number of training steps.
 
     Raises:
       UserError: the file cannot be written.
@@ -67,10 +67,10 @@ def save_weights(file: Path, params: Params, *, config: Config, step: int) -> No
 
 
 def _in_order(content: bytes) -> bytes:
-    """Sorts the header of a .safetensors file, which the library writes in another order each time."""
+    """Sorts the header of a .safetensors file, whose order the library changes each time."""
     size = int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the arrays begin at a multiple of 8
+    header += b" " * (-len(header) % 8)  # the arrays start at a multiple of 8
     return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
@@ -78,13 +78,13 @@ def load_weights(file: Path) -> tuple[Params, dict[str, str]]:
     """Reads the weights in a .safetensors file, ours or another program's.
 
     Args:
-      file: the file; the parts of its names are divided by dots.
+      file: the file; names in it are split at dots.
 
     Returns:
-      a nested dict of NumPy arrays, and the header's metadata: `config`, `step` and more in a file of ours.
+      a nested dict of NumPy arrays, and the metadata: `config`, `step` and more if `save_weights` wrote it.
 
     Raises:
-      UserError: there is no such file, it is none of weights, or an array's checksum differs.
+      UserError: there is no such file, it is not a file of weights, or an array's checksum differs.
     """
     try:
         with safetensors.safe_open(file, framework="numpy") as opened:
@@ -93,7 +93,7 @@ def load_weights(file: Path) -> tuple[Params, dict[str, str]]:
         crcs = json.loads(metadata.get("crc32", "{}"))
     except FileNotFoundError as error:
         raise UserError(f"there is no file {file}") from error
-    except Exception as error:  # those of safetensors have no common type
+    except Exception as error:  # safetensors' errors have no common type
         raise UserError(
             f"cannot read {file} as a .safetensors file of weights: {str(error).splitlines()[0]}"
         ) from error
@@ -104,17 +104,17 @@ def load_weights(file: Path) -> tuple[Params, dict[str, str]]:
 
 
 class Fitted(NamedTuple):
-    """How weights from elsewhere went into a network."""
+    """Which arrays of a network were replaced by given weights."""
 
     loaded: dict[str, Any]
-    """Arrays that both have, by their names."""
+    """Arrays that both have, by name."""
     new: dict[str, Any]
-    """Arrays of the network that are not there, or of another shape or type."""
+    """Arrays of the network that the weights lack, or have with another shape or type."""
     left_out: dict[str, Any]
-    """Arrays there that the network does not have, or has of another shape or type."""
+    """Arrays of the weights that the network lacks, or has with another shape or type."""
 
     def table(self) -> str:
-        """Lists how many arrays and parameters were loaded, are new and were left out, and which are not loaded."""
+        """Returns a table: how many arrays and parameters were loaded, are new, and were left out, the latter by name."""
         lines = []
         for what, arrays in (("loaded", self.loaded), ("new", self.new), ("left out", self.left_out)):
             parameters = sum(array.size for array in arrays.values())
@@ -130,14 +130,14 @@ def _kind(array: Any) -> str:
 
 
 def fit(params: Params, weights: Mapping[str, Any]) -> tuple[Params, Fitted]:
-    """Puts weights from elsewhere where a network has arrays of the same name, shape and type.
+    """Replaces a network's parameters by weights of the same name, shape and type.
 
     Args:
-      params: the network's parameters; those that find nothing stay as they are.
+      params: the network's parameters; those without a match are kept.
       weights: a nested dict of arrays.
 
     Returns:
-      the parameters, and what became of each array.
+      the parameters, and which arrays were replaced.
 
     Raises:
       UserError: nothing fits.
@@ -153,8 +153,8 @@ def fit(params: Params, weights: Mapping[str, Any]) -> tuple[Params, Fitted]:
         first, other = next(iter(here)), next(iter(there), None)
         found = f"{other} {_kind(there[other])}" if other else "no array at all"
         raise UserError(
-            f"none of the weights fit this network: it has arrays such as {first} {_kind(here[first])}, and there is "
-            f"{found}; use the configuration of the network that they are from"
+            f"none of the weights fit this network: it has arrays such as {first} {_kind(here[first])}; the weights "
+            f"have {found}; use the configuration of the network that they are from"
         )
     merged = {name: there[name] if name in fits else array for name, array in here.items()}
     return traverse_util.unflatten_dict(merged, sep=_SEPARATOR), fitted
@@ -181,9 +181,9 @@ def start_from(init_from: Path, params: Params, ema: Params, *, run: Path) -> tu
     step: int | None
     if init_from.is_dir():
         step, average = load_ema(init_from, warn=say)
-        weights = jax.tree.map(np.asarray, average)  # from the host they go wherever the state lies, on other hosts too
+        weights = jax.tree.map(np.asarray, average)  # from the host they can go to any devices
     elif not init_from.exists():
-        raise UserError(f"train.init_from={init_from}: there is no such folder of a run or .safetensors file")
+        raise UserError(f"train.init_from={init_from}: there is no such run folder or .safetensors file")
     else:
         weights, metadata = load_weights(init_from)
         step = int(metadata["step"]) if metadata.get("step", "").isdigit() else None
@@ -202,11 +202,11 @@ def _note(file: Path, found: dict[str, Any]) -> None:
         try:
             noted = dict(json.loads(file.read_text()))
         except (ValueError, TypeError) as error:
-            raise UserError(f"{file} is damaged: start again with another --workdir") from error
+            raise UserError(f"{file} is damaged: use another --workdir") from error
         if noted.get("crc32") != found["crc32"]:
             raise UserError(
                 f"the weights of {found['from']} are not those that {file.parent} started from (step "
-                f"{noted.get('step')} then, {found['step']} now): put those back, or start with another --workdir"
+                f"{noted.get('step')} then, {found['step']} now): restore those, or use another --workdir"
             )
         return
     if jax.process_index() == 0:
