@@ -114,7 +114,7 @@ class Fitted(NamedTuple):
     """Arrays of the weights that the network lacks, or has with another shape or type."""
 
     def table(self) -> str:
-        """Returns a table: how many arrays and parameters were loaded, are new, and were left out, the latter by name."""
+        """Returns a table: how many arrays and parameters were loaded, are new, and were left out, these by name."""
         lines = []
         for what, arrays in (("loaded", self.loaded), ("new", self.new), ("left out", self.left_out)):
             parameters = sum(array.size for array in arrays.values())
