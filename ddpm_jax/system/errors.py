@@ -1,4 +1,4 @@
-"""The failures that a user can cause and mend."""
+"""Errors that a user can cause and fix."""
 
 
 class UserError(Exception):
@@ -6,11 +6,11 @@ class UserError(Exception):
 
 
 class NoSuchSplit(UserError):
-    """A set of images has no part of that name."""
+    """A data set has no split of that name."""
 
 
 class Stopped(Exception):
-    """A run that was asked to stop by a signal and did so in order; the scripts end with status 128 + the signal."""
+    """A run stopped by a signal after saving a checkpoint; the scripts end with status 128 + the signal."""
 
     def __init__(self, signal_number: int, message: str):
         super().__init__(message)
