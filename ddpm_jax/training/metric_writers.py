@@ -7,6 +7,7 @@ the same numbers.
 import contextlib
 import dataclasses
 import secrets
+import socket
 import time
 import types
 import typing
@@ -101,13 +102,13 @@ def _missing(field: str, package: str) -> UserError:
 class _TensorBoard:
     """Writes each line of metrics to an event file at once: a full disk is an error where the run can report it.
 
-    By tensorboardX's `EventsWriter`, because its `SummaryWriter` writes in a thread, whose errors are lost.
+    By tensorboardX's `RecordWriter`, because its `SummaryWriter` writes in a thread, whose errors are lost.
     """
 
     def __init__(self, config: Config, run: Path, first: int):
         del config
         try:
-            from tensorboardX import event_file_writer, summary
+            from tensorboardX import record_writer, summary
             from tensorboardX.proto.event_pb2 import Event, SessionLog
         except ImportError:
             raise _missing("log.tensorboard", "tensorboardX") from None
@@ -117,9 +118,16 @@ class _TensorBoard:
             self._folder.mkdir(parents=True, exist_ok=True)
             # TensorBoard reads the files in the order of their names.
             number = len(list(self._folder.iterdir()))
-            self._file = event_file_writer.EventsWriter(str(self._folder / "events"), f".{number:06d}")
+            name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{number:06d}"
+            self._file = record_writer.RecordWriter(str(self._folder / name))
+        now, start = time.time(), SessionLog(status=SessionLog.START)
         # From here on TensorBoard drops what other files hold of this step and later ones.
-        self._write([Event(wall_time=time.time(), step=first + 1, session_log=SessionLog(status=SessionLog.START))])
+        self._write(
+            [
+                Event(wall_time=now, file_version="brain.Event:2"),
+                Event(wall_time=now, step=first + 1, session_log=start),
+            ]
+        )
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -131,7 +139,7 @@ class _TensorBoard:
     def _write(self, events: Iterable[Any]) -> None:
         with self._writing():
             for event in events:
-                self._file.write_event(event)
+                self._file.write(event.SerializeToString())
             self._file.flush()
 
     def _write_summaries(self, step: int, summaries: Iterable[Any]) -> None:

@@ -114,7 +114,7 @@ def test_what_a_refused_first_start_said_can_be_done(tmp_path):
     with pytest.raises(UserError, match="num-classes 10|num_classes=10|10"):
         train(classes, run)
     assert not (run / "config.json").exists()
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match="there is no such run folder"):
         train(with_train(init_from=str(tmp_path / "typo")), run)
     train(with_train(steps=1, seed=3), run)
     assert read_config(run / "config.json").train.seed == 3
