@@ -151,7 +151,7 @@ def verify(options: VerifyOptions) -> None:
         )
         (steps if verdict.damage is None else damaged).append(verdict.step)
     if damaged:
-        use = f"step {max(steps)} is the newest intact one" if steps else "restore the folder from a copy"
+        use = f"step {max(steps)} is the newest intact one" if steps else "restore the folder from a backup"
         raise UserError(f"{options.run}: {len(damaged)} of {len(damaged) + len(steps)} checkpoints are damaged; {use}")
 
 

@@ -319,7 +319,7 @@ class TestMisuse:
         *warnings, line = err.strip().splitlines()
         assert all("is damaged" in warning for warning in warnings)
         assert "sample.py: error: no checkpoint in" in line
-        assert "restore the folder from a copy" in line
+        assert "restore the folder from a backup" in line
         status, _, err = call("train", "--workdir", run, *TINY)
         assert status == 2
         assert "train.py: error: no checkpoint in" in err.strip().splitlines()[-1]
