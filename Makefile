@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow faults lint types clean
+.PHONY: demo test test-short test-slow faults lint types clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/installed: requirements.txt pyproject.toml
@@ -29,6 +29,10 @@ demo: $(VENV)/installed           ## train on scikit-learn's digits, then sample
 
 test: $(VENV)/installed-test      ## all tests and doctests
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+SHORT := tests/test_*.py tests/run tests/samplers tests/training/test_step.py ddpm_jax
+test-short: $(VENV)/installed-test ## the mathematics, the networks, a training step and what a run is: about 4 minutes
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(SHORT)
 
 test-slow: $(VENV)/installed-test ## the long tests
 	$(BIN)/python -m pytest -m slow

@@ -17,13 +17,13 @@ _MODULES = {
     "keys": ("image_keys",),
     "schedules": ("make_schedule", "make_betas", "schedule_from_betas", "Schedule"),
     "forward": ("q_sample", "q_posterior"),
-    "reverse": ("p_mean_variance", "predict_x0", "predict_eps"),
+    "reverse": ("p_mean_variance", "predict_x0"),
     "losses": ("l_simple", "l_vlb", "l_hybrid"),
     "time_sampling": ("uniform_times",),
     "likelihood": ("bound_terms", "total_bits"),
     "pixels": ("to_float", "to_uint8"),
     "guidance": ("guided",),
-    "unet": ("UNet",),
+    "unet": ("UNet", "time_embedding"),
     "networks": ("Network", "from_linen", "from_nnx", "predict_with"),
     "samplers.chain": ("sample", "sample_trajectory", "Sampler"),
     "samplers.ancestral": ("ancestral",),
@@ -34,6 +34,7 @@ _MODULES = {
     "config": ("Config",),
     "system.errors": ("UserError",),
     "run.experiments": ("load_config",),
+    "data.source": ("Source", "in_memory"),
     "run.trained": ("load_run", "TrainedRun"),
     "training.loop": ("train",),
 }
@@ -44,6 +45,8 @@ __all__ = sorted(_MODULE_OF)
 
 if typing.TYPE_CHECKING:
     from ddpm_jax.config import Config as Config
+    from ddpm_jax.data.source import Source as Source
+    from ddpm_jax.data.source import in_memory as in_memory
     from ddpm_jax.forward import q_posterior as q_posterior
     from ddpm_jax.forward import q_sample as q_sample
     from ddpm_jax.guidance import guided as guided
@@ -60,7 +63,6 @@ if typing.TYPE_CHECKING:
     from ddpm_jax.pixels import to_float as to_float
     from ddpm_jax.pixels import to_uint8 as to_uint8
     from ddpm_jax.reverse import p_mean_variance as p_mean_variance
-    from ddpm_jax.reverse import predict_eps as predict_eps
     from ddpm_jax.reverse import predict_x0 as predict_x0
     from ddpm_jax.run.experiments import load_config as load_config
     from ddpm_jax.run.trained import TrainedRun as TrainedRun
@@ -82,6 +84,7 @@ if typing.TYPE_CHECKING:
     from ddpm_jax.time_sampling import uniform_times as uniform_times
     from ddpm_jax.training.loop import train as train
     from ddpm_jax.unet import UNet as UNet
+    from ddpm_jax.unet import time_embedding as time_embedding
 
 
 def __getattr__(name: str) -> typing.Any:

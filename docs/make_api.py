@@ -19,7 +19,7 @@ SECTIONS = {
     "Likelihood": "likelihood",
     "Networks": "networks unet guidance",
     "Random keys and pixels": "keys pixels",
-    "Runs": "config run.experiments training.loop run.trained system.errors",
+    "Runs": "config run.experiments data.source training.loop run.trained system.errors",
 }
 """The sections of the page, each with its modules."""
 
@@ -28,9 +28,9 @@ HEAD = """\
 
 <!-- Written by `python docs/make_api.py` from signatures and docstrings: edit those. -->
 
-These names come with `import ddpm_jax`, each imported on first use, and are what is stable: before version 1.0 they
-change only with a line in the [changelog](../CHANGELOG.md); anything else in the package may change at any time.
-`pip install .` is enough for all but `train`, `load_run` and `TrainedRun`, which need `pip install ".[run]"`.
+These names come with `import ddpm_jax`, each imported on first use. They are stable within a minor version, and the
+[changelog](../CHANGELOG.md) lists what changed; anything else in the package may change. `pip install .` is enough for
+all but the last section, of which only `Config`, `load_config` and `UserError` work without `pip install ".[run]"`.
 
 Images are float32 in [-1, 1], `(B, H, W, C)`; timesteps are 0-based int32, `(B,)`. A network reaches the mathematics as
 a function `predict(x_t, t)`. Arguments, shapes, errors and sources are in the docstrings: `help(ddpm_jax.q_sample)`.

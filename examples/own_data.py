@@ -10,7 +10,7 @@ of this file.
 
 import numpy as np
 
-from ddpm_jax.data.source import Source, in_memory
+from ddpm_jax import Source, in_memory
 
 SIZES = {"train": 2000, "test": 400}
 

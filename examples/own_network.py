@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ddpm_jax.networks import Network, from_nnx
-from ddpm_jax.unet import time_embedding
+from ddpm_jax import Network, from_nnx, time_embedding
 
 
 class ConvNet(nn.Module):

@@ -17,7 +17,7 @@ import pytest
 import ddpm_jax
 
 # Available with the extra "run" alone.
-RUN = {"TrainedRun", "load_run", "train"}
+RUN = {"Source", "TrainedRun", "in_memory", "load_run", "train"}
 HAS_RUN = importlib.util.find_spec("tyro") is not None
 
 
