@@ -108,7 +108,7 @@ class ModelConfig:
 
     network: str = ""
     """Your own network, as my_net.py:function: the function takes the whole Config and returns a Linen module or a
-    ddpm_jax.networks.Network. If empty, the paper's U-Net, which the fields below describe."""
+    ddpm_jax.Network. If empty, the paper's U-Net, which the fields below describe."""
     # The timestep embedding needs two frequencies, each with its sine and cosine.
     width: Annotated[int, Range(at_least=4)] = 128
     """Channels of the first level."""

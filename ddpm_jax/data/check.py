@@ -39,26 +39,29 @@ def histogram(source: Source) -> np.ndarray:
     return counts
 
 
-def check_classes(config: Config, source: Source) -> None:
-    """Checks that a conditional network is told of as many classes as the images have.
+def check_classes(config: Config, source: Source, *, training: bool = True) -> None:
+    """Checks that images have the class labels that a class-conditional network needs.
 
     Args:
       config: the whole configuration.
       source: the images.
+      training: whether every class of the network must be one of the images'; of a held-out set some may be missing.
 
     Raises:
       UserError: the images have no labels, or other classes.
     """
-    classes = config.model.num_classes
-    if classes and source.read_labels is None:
+    num_classes, found = config.model.num_classes, len(source.class_names)
+    if not num_classes:
+        return
+    if source.read_labels is None:
         raise UserError(
-            f"model.num_classes={classes}, but the images have no labels ({source.describe()}): give them labels, or "
-            "train an unconditional network with --model.num-classes 0"
+            f"model.num_classes={num_classes}, but the images have no labels ({source.describe()}): use labeled images"
+            + (", or train an unconditional network with --model.num-classes 0" if training else "")
         )
-    if classes and classes != len(source.class_names):
+    if found > num_classes or (training and found < num_classes):
         raise UserError(
-            f"model.num_classes={classes}, but the images have {len(source.class_names)} classes: "
-            f"use --model.num-classes {len(source.class_names)}"
+            f"model.num_classes={num_classes}, but the images have {found} classes ({source.name})"
+            + (f": use --model.num-classes {found}" if training else "")
         )
 
 

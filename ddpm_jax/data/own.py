@@ -72,11 +72,10 @@ def _fault(source: Source) -> str | None:
         fault = _array_fault("read_images of 2 indices", source.read(ends), (2, *shape))
     if fault or source.read_labels is None:
         return fault
-    labels = source.read_labels(np.arange(number) if source.images is not None else ends)
-    if not isinstance(labels, np.ndarray) or labels.dtype != np.int32 or labels.ndim != 1:
+    indices = np.arange(number) if source.images is not None else ends
+    labels = source.read_labels(indices)
+    if not isinstance(labels, np.ndarray) or labels.dtype != np.int32 or labels.shape != indices.shape:
         return f"labels must be a NumPy array of int32, one per image, not {_described(labels)}"
-    if len(labels) != (number if source.images is not None else 2):
-        return f"there are {number} images, but another number of labels ({len(labels)})"
     if not source.class_names:
         return "class_names must name each class, in the order of the labels"
     if labels.min() < 0 or labels.max() >= len(source.class_names):

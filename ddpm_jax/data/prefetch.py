@@ -82,8 +82,8 @@ class Prefetch(typing.Generic[Item]):
         self.close()
 
 
-class Batch(typing.NamedTuple):
-    """The examples of one step."""
+class Examples(typing.NamedTuple):
+    """The examples of one step, on the host."""
 
     step: int
     """The step that they belong to."""
@@ -93,8 +93,8 @@ class Batch(typing.NamedTuple):
     """(B,) int32, or None where the source has none, or they were not asked for."""
 
 
-def _as_it_is(batch: Batch) -> typing.Any:
-    return batch
+def _as_it_is(examples: Examples) -> typing.Any:
+    return examples
 
 
 def batches(
@@ -108,11 +108,11 @@ def batches(
     labeled: bool = True,
     workers: int = 0,
     ahead: int = _AHEAD,
-    then: Callable[[Batch], Item] = _as_it_is,
+    then: Callable[[Examples], Item] = _as_it_is,
 ) -> Prefetch[Item]:
     """Reads the batches of a range of steps, `ahead` of them in advance in the background.
 
-    Batch s is a function of (seed, s) alone, so a run that goes on at step s asks for `first_step=s`, and there is no
+    Batch s is a function of (seed, s) alone, so a run that resumes from step s asks for `first_step=s`, and there is no
     state to save. A set that is held in memory is indexed there, one that is not is streamed.
 
     Args:
@@ -128,7 +128,7 @@ def batches(
       then: what is done to each batch in the background; nothing by default.
 
     Returns:
-      An iterator over `then(Batch(step, images, labels))`, to be used in a `with` block; it has `close()` and
+      An iterator over `then(Examples(step, images, labels))`, to be used in a `with` block; it has `close()` and
       `seconds_waited`.
 
     Raises:
@@ -141,7 +141,7 @@ def batches(
     def index(step: int) -> Item:
         indices = batch_indices(seed, step, batch_size=batch_size, num_examples=source.num_examples)[rows]
         labels = source.read_labels(indices) if labeled and source.read_labels is not None else None
-        return then(Batch(step, source.read(indices), labels))
+        return then(Examples(step, source.read(indices), labels))
 
     if source.images is not None or not steps:
         return Prefetch(index, steps, ahead=ahead)
@@ -151,6 +151,6 @@ def batches(
 
     def take(step: int) -> Item:
         images, *labels = next(streamed)
-        return then(Batch(step, images, labels[0] if labels else None))
+        return then(Examples(step, images, labels[0] if labels else None))
 
     return Prefetch(take, steps, ahead=ahead, finish=streamed.close)  # type: ignore[attr-defined]

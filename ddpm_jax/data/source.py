@@ -97,8 +97,13 @@ def in_memory(
       class_names: names of the classes; "0", "1", .. up to the largest label if not given.
       name: see `Source`.
       unreadable: see `Source`.
+
+    Raises:
+      ValueError: there is another number of labels than of images.
     """
     numbers = None if labels is None else np.asarray(labels, np.int32)
+    if numbers is not None and numbers.shape != (len(images),):
+        raise ValueError(f"{len(images)} images need labels of shape ({len(images)},), not {numbers.shape}")
     if numbers is not None and not class_names:
         class_names = [str(i) for i in range(int(numbers.max()) + 1)]
     return Source(

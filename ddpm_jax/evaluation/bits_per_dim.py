@@ -23,6 +23,7 @@ from jax import Array
 
 from ddpm_jax.bound import Cdf
 from ddpm_jax.config import Config
+from ddpm_jax.data.check import check_classes
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source, resolve
 from ddpm_jax.evaluation import plots
@@ -395,24 +396,8 @@ def _evenly(indices: np.ndarray, number: int) -> np.ndarray:
 
 def _load(config: Config, split: str) -> Source:
     source = load_source(resolve(dataclasses.replace(config.data, split=split)))
-    check_labels(config, source)
+    check_classes(config, source, training=False)
     return source
-
-
-def check_labels(config: Config, source: Source) -> None:
-    """Checks that the images have the class labels that a class-conditional network needs.
-
-    Raises:
-      UserError: they have no labels, or labels out of the network's range.
-    """
-    if not config.model.num_classes:
-        return
-    if source.labels is None:
-        raise UserError(f"the run is class-conditional, but {source.name} has no labels")
-    if int(source.labels.max()) >= config.model.num_classes:
-        raise UserError(
-            f"the run has {config.model.num_classes} classes, but {source.name} has a label {source.labels.max()}"
-        )
 
 
 def _fixed(schedule: Schedule, name: str) -> Array:

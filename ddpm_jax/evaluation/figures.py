@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddpm_jax.data.check import check_classes
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_held_out, load_source
 from ddpm_jax.evaluation import plots
-from ddpm_jax.evaluation.bits_per_dim import Images, bound_program, check_labels, compute_bounds, conclude, sums_of
+from ddpm_jax.evaluation.bits_per_dim import Images, bound_program, compute_bounds, conclude, sums_of
 from ddpm_jax.evaluation.neighbors import nearest
 from ddpm_jax.generation import edits
 from ddpm_jax.generation.editor import Editor
@@ -93,7 +94,7 @@ def draw_figures(job: SamplingJob, out: Path, *, num: int = 8, batch_size: int =
             drawn.append(_copied_curve(finished, out))
         try:
             held_out, own = load_held_out(trained.config.data), load_source(trained.config.data)
-            check_labels(trained.config, held_out)
+            check_classes(trained.config, held_out, training=False)
         except UserError as error:
             say(f"figures of real images are left out: {error}")
             files = "Figures of real images (Figs. 8 and 9), nearest neighbors (Figs. 12 and 15)"

@@ -17,7 +17,7 @@ from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source, resolve
 from ddpm_jax.evaluation.frechet import frechet_distance
 from ddpm_jax.run.experiments import load_config
-from ddpm_jax.run.record import read_config
+from ddpm_jax.run.record import read_run
 from ddpm_jax.system.errors import NoSuchSplit, UserError
 from ddpm_jax.system.files import write_json
 
@@ -245,7 +245,7 @@ def config_of(file: Path, experiment: str | None) -> Config:
         return load_config(experiment)
     for folder in file.absolute().parents:
         if (folder / "config.json").is_file():
-            return read_config(folder / "config.json")
+            return read_run(folder)
     raise UserError(f"{file} is not in the folder of a run: name the real images with --config")
 
 

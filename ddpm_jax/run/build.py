@@ -70,9 +70,7 @@ def _users_network(config: Config, make: Callable[[Config], Any]) -> Network:
         if isinstance(made, nn.Module):
             made = from_linen(made, shape, num_classes=num_classes)
     if not isinstance(made, Network):
-        raise UserError(
-            f"{what} must return a flax.linen.Module or a ddpm_jax.networks.Network, not {type(made).__name__}"
-        )
+        raise UserError(f"{what} must return a flax.linen.Module or a ddpm_jax.Network, not {type(made).__name__}")
     if made.num_classes != num_classes:
         raise UserError(f"{what} returned a network of {made.num_classes} classes, but model.num_classes={num_classes}")
     with user_code.clear_errors(what, file):

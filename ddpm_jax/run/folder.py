@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ddpm_jax.config import Config
 from ddpm_jax.run.checkpoints import has_saved
+from ddpm_jax.run.code import keep_copies
 from ddpm_jax.run.fields import leaves, value_of
 from ddpm_jax.run.record import check_same_run, read_config, save_config
 from ddpm_jax.system.errors import UserError
@@ -48,7 +49,12 @@ def adopted(config: Config, run: Path) -> Iterator[Callable[[], None]]:
         save_config(config, file)
         begun: list[bool] = []
         try:
-            yield lambda: begun.append(True)
+
+            def begin() -> None:
+                keep_copies(config, run)
+                begun.append(True)
+
+            yield begin
         finally:
             if not begun and before is None:
                 file.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_jax.config import Config
+from ddpm_jax.run import code
 from ddpm_jax.run.fields import cast, leaves, nearest, value_of
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import write_json
@@ -18,6 +19,8 @@ FORMAT = 2
 def save_config(config: Config, path: str | Path) -> None:
     """Writes the record of a run, whole or not at all: its sections beside `"format"`, as JSON.
 
+    If the configuration names the user's own files, their checksums are beside them as `"code"`.
+
     Args:
       config: any configuration.
       path: the file; its folder is made if missing.
@@ -25,7 +28,27 @@ def save_config(config: Config, path: str | Path) -> None:
     Raises:
       UserError: the file cannot be written; the message gives the reason.
     """
-    write_json(Path(path), {"format": FORMAT, **dataclasses.asdict(config)})
+    checksums = code.checksums(config)
+    write_json(
+        Path(path),
+        {"format": FORMAT, **dataclasses.asdict(config), **({"code": checksums} if checksums else {})},
+    )
+
+
+def read_run(folder: Path) -> Config:
+    """Reads the configuration of a run, with the copies in its folder in place of the user's own files.
+
+    Args:
+      folder: the run's folder.
+
+    Returns:
+      the `Config`.
+
+    Raises:
+      UserError: as `read_config`; also if a copy is missing or has changed.
+    """
+    config, checksums = _read(folder / "config.json")
+    return code.use_copies(checksums, config, folder)
 
 
 def read_config(path: str | Path) -> Config:
@@ -43,6 +66,11 @@ def read_config(path: str | Path) -> Config:
       UserError: the file is missing, is not JSON or has another format, a key is unknown, or a value has the wrong
         type; the message names the file.
     """
+    return _read(path)[0]
+
+
+def _read(path: str | Path) -> tuple[Config, dict[str, str]]:
+    """Returns the configuration in a record, and the checksums of the user's files that it names."""
     try:
         loaded = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -57,8 +85,9 @@ def read_config(path: str | Path) -> Config:
             f"{path} has format {found}, and this version of ddpm_jax reads format {FORMAT}: train the run again, or "
             "use the version that wrote it"
         )
+    checksums = loaded.pop("code", {})
     try:
-        return _from_json(Config, loaded, "")
+        return _from_json(Config, loaded, ""), checksums
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -114,9 +143,13 @@ def check_same_run(file: Path, config: Config) -> None:
     Raises:
       UserError: it cannot; the message lists the differences.
     """
-    different = differences(read_config(file), config) if file.exists() else []
+    if not file.exists():
+        return
+    saved, checksums = _read(file)
+    different = differences(saved, config)
     if different:
         raise UserError(
             f"{file.parent} contains a run with a different configuration ({'; '.join(different)}): use the saved one "
             "or another --workdir"
         )
+    code.check_same_code(checksums, config, file.parent)

@@ -11,7 +11,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.networks import Network, Params, parameter_shapes
 from ddpm_jax.run.build import build_network
 from ddpm_jax.run.checkpoints import load_ema
-from ddpm_jax.run.record import read_config
+from ddpm_jax.run.record import read_run
 from ddpm_jax.run.weights import checksum
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.progress import say
@@ -49,7 +49,7 @@ def load_run(folder: Path, *, step: int | None = None) -> TrainedRun:
         raise UserError(f"there is no folder {folder}: give the folder of a run, such as runs/digits")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not the folder of a run: it has no config.json")
-    config = read_config(folder / "config.json")
+    config = read_run(folder)
     network = build_network(config)
     step, params = load_ema(folder, step=step, warn=say)
     kinds = lambda tree: {
@@ -78,6 +78,7 @@ def describe_run(trained: TrainedRun) -> dict[str, Any]:
         for section, values in sections.items()
         for name, value in dataclasses.asdict(values).items()
     }
+    del fields["model.network"]  # where a copy of the file is, not what is in it: the weights tell
     return {
         "checkpoint": trained.step,
         "weights": f"{checksum(trained.params):08x}",

@@ -63,7 +63,7 @@ def find_not_finite(config: Config, run: Path) -> str:
             state, _ = first_state(parts, checkpoints, run)
         first = int(jax.device_get(layout.saved_state(state).step))
         train = config.train
-        feed: prefetch.Prefetch[prefetch.Batch] = prefetch.batches(
+        feed: prefetch.Prefetch[prefetch.Examples] = prefetch.batches(
             source, train.seed, first, train.steps, batch_size=train.batch_size
         )
         with (

@@ -88,7 +88,7 @@ def make_input_pipeline(
     if source.images is not None and layout.place_whole is not None and gib <= device_gib:
         return _resident(source, layout, seed=seed, batch_size=batch_size, labeled=labeled)
 
-    def send(batch: prefetch.Batch) -> StepInput:
+    def send(batch: prefetch.Examples) -> StepInput:
         return StepInput(batch.step, layout.place_batch(batch.images, batch.labels))
 
     def open_on_host(first: int, last: int) -> prefetch.Prefetch[StepInput]:

@@ -4,6 +4,7 @@ from PIL import Image
 
 from ddpm_jax.config import Config, DataConfig, ModelConfig
 from ddpm_jax.data.check import check_classes, check_data, histogram
+from ddpm_jax.data.source import in_memory
 from ddpm_jax.data.sources import load_source
 from ddpm_jax.system.errors import UserError
 
@@ -65,5 +66,14 @@ def test_all_files_unreadable_are_all_named(sets, tmp_path):
 def test_classes_that_do_not_go_with_the_network_are_refused_after_all_is_told(tmp_path):
     lines, error = looked_at(Config(model=ModelConfig(num_classes=7)), tmp_path / "data.png")
     assert len(lines) == 4
-    assert error == "model.num_classes=7, but the images have 10 classes: use --model.num-classes 10"
+    assert error == "model.num_classes=7, but the images have 10 classes (digits, train): use --model.num-classes 10"
     check_classes(Config(model=ModelConfig(num_classes=10)), load_source(DataConfig()))
+
+
+def test_a_held_out_set_may_lack_classes_but_not_have_others():
+    config = Config(model=ModelConfig(num_classes=3))
+    images = np.zeros((2, 4, 4, 1), np.uint8)
+    check_classes(config, in_memory(images, [0, 1]), training=False)
+    for source, message in ((in_memory(images, [0, 3]), "have 4 classes"), (in_memory(images), "have no labels")):
+        with pytest.raises(UserError, match=message):
+            check_classes(config, source, training=False)
