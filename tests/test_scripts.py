@@ -247,7 +247,7 @@ class TestCheckpoints:
         assert re.search(rf"^step {STEPS}: \d+ arrays, .* MB, damaged: ", out, re.MULTILINE)
         assert err == (
             f"evaluate.py: error: {run}: 1 of {len(steps)} checkpoints are damaged; step {steps[-2]} is the newest "
-            "that is whole\n"
+            "intact one\n"
         )
 
     def test_are_exported_and_started_from(self, call, never_stopped, environment, tmp_path):
