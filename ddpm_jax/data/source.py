@@ -124,8 +124,13 @@ def fits_memory(config: DataConfig, num_examples: int) -> bool:
 
 
 def shape_of(config: DataConfig) -> tuple[int, int, int]:
-    """Returns (H, W, C) of a configuration whose channels are known."""
-    assert config.channels is not None, "resolve the configuration first"
+    """Returns (H, W, C) of a configuration whose `channels` is known.
+
+    Raises:
+      ValueError: `channels` is None.
+    """
+    if config.channels is None:
+        raise ValueError("data.channels is None: take it from the images before the network is made")
     return config.height, config.width, config.channels
 
 

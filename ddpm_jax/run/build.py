@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.config import Config
+from ddpm_jax.data.source import shape_of
 from ddpm_jax.networks import Network, check_network, from_linen
 from ddpm_jax.reverse import LEARNED_VARIANCES
 from ddpm_jax.schedules import Schedule, make_betas, schedule_from_betas
@@ -38,9 +39,7 @@ def image_shape(config: Config) -> tuple[int, int, int]:
     Raises:
       ValueError: `data.channels` is None.
     """
-    if config.data.channels is None:
-        raise ValueError("data.channels is None: take it from the images before the network is made")
-    return config.data.height, config.data.width, config.data.channels
+    return shape_of(config.data)
 
 
 def build_network(config: Config) -> Network:
