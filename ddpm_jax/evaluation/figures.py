@@ -189,15 +189,15 @@ def _of_images(editor: Editor, out: Path, real: Real) -> typing.Iterator[Figure]
     key = jax.random.fold_in(jax.random.key(editor.job.seed), _FIGURES - 1)
     reconstruction_key, pair_key, level_key, inpainting_key = jax.random.split(key, 4)
     a, b = real.images[:num], real.images[num:]
-    labels = editor.labels(real.labels[:num])
+    labels = np.array(real.labels[:num], object)
     pairs = "first and last the images, between them lambda = 0, 0.1, .., 1"
 
     levels = np.array([0, *editor.levels(8)[::-1]])
     t = ", ".join(str(editor.paper_t(level)) for level in levels)
-    each = None if labels is None else np.repeat(labels, len(levels) - 1)
+    each = len(levels) - 1
     reconstructed = editor.reconstruct(
-        reconstruction_key, a.repeat(len(levels) - 1, axis=0), each, np.tile(levels[1:], num)
-    ).reshape(num, len(levels) - 1, *editor.shape)
+        reconstruction_key, a.repeat(each, axis=0), np.repeat(labels, each), np.tile(levels[1:], num)
+    ).reshape(num, each, *editor.shape)
     _save(out / "reconstruction.png", np.concatenate([a[:, None], reconstructed], axis=1))
     yield Figure(
         "reconstruction.png",
@@ -235,8 +235,7 @@ def _of_images(editor: Editor, out: Path, real: Real) -> typing.Iterator[Figure]
     masks = _masks(editor.shape)
     known = np.tile(masks, (num, 1, 1))
     twice = a.repeat(len(masks), axis=0)
-    each = None if labels is None else np.repeat(labels, len(masks))
-    filled = editor.inpaint(inpainting_key, twice, known, each, draws=4)
+    filled = editor.inpaint(inpainting_key, twice, known, np.repeat(labels, len(masks)), draws=4)
     hidden = edits.hide(twice, known)
     _save(out / "inpainting.png", np.concatenate([twice[:, None], hidden[:, None], filled], axis=1))
     yield Figure(

@@ -44,8 +44,8 @@ _mix, _mix_latents, _image_keys = jax.jit(mix), jax.jit(mix_latents), jax.jit(im
 _initial_noise = jax.jit(initial_noise, static_argnums=1)
 _to_float, _to_uint8 = jax.jit(to_float), jax.jit(to_uint8)
 
-Labels = np.ndarray | None
-"""(N,) int32 class labels, num_classes for "no label"; None for an unconditional run."""
+Labels = Sequence[int | None] | np.ndarray | None
+"""Class labels of N images, None for no label; None instead of all if no image has one."""
 
 # Arrays of the host before a program, traced in it.
 _Array = typing.Any
@@ -171,7 +171,7 @@ class Editor:
             return repaint(schedule, chain, known.x0, known.mask, jump=self.jump, resamples=_RESAMPLES)
 
         one = np.zeros((1, *self.shape), np.float32)
-        return self._program(fill(None, _Known(self.labels([None]), one, one[..., :1])).num_steps, fill)
+        return self._program(fill(None, _Known(self._labels(None, 1), one, one[..., :1])).num_steps, fill)
 
     @property
     def num_steps(self) -> int:
@@ -197,15 +197,18 @@ class Editor:
         """Returns the levels at which equal parts of the chain start, noisiest first; fewer in a shorter chain."""
         return sorted({math.ceil(self.num_steps * part / parts) for part in range(1, parts + 1)}, reverse=True)
 
-    def labels(self, labels: Sequence[int | None]) -> Labels:
-        """Returns an array of labels, in which None stands for "no label"; None for an unconditional run."""
-        classes = self._config.model.num_classes
-        return np.array([classes if label is None else label for label in labels], np.int32) if classes else None
-
-    def job_labels(self, number: int) -> Labels:
+    def job_labels(self, number: int) -> list[int] | None:
         """Returns the labels of the images 0 .. number-1 of the sampling job; None for an unconditional run."""
         labels = labels_of(self._config, self.job.sampler, jnp.arange(number))
-        return None if labels is None else np.asarray(labels)
+        return None if labels is None else labels.tolist()
+
+    def _labels(self, labels: Labels, number: int, each: int = 1) -> np.ndarray | None:
+        """Returns the labels of N images as the network takes them, each repeated; None for an unconditional run."""
+        classes = self._config.model.num_classes
+        if not classes:
+            return None
+        labels = [None] * number if labels is None else labels
+        return np.repeat(np.array([classes if label is None else label for label in labels], np.int32), each)
 
     def _run(
         self,
@@ -233,7 +236,9 @@ class Editor:
         )
         return np.concatenate([np.asarray(state.x)[: stop - first] for first, stop, state in results])
 
-    def _decode(self, start: ChainStart, labels: Labels, level: np.ndarray, *, description: str) -> np.ndarray:
+    def _decode(
+        self, start: ChainStart, labels: np.ndarray | None, level: np.ndarray, *, description: str
+    ) -> np.ndarray:
         """Runs the reverse chain of each image from its own level to the clean image."""
         levels = _Levels(labels, level, np.zeros_like(level))
         steps = (self.num_steps - int(level.max()), self.num_steps)
@@ -294,7 +299,9 @@ class Editor:
         """Returns the noise of the images 0 .. number-1 of the sampling job, and the levels of all steps."""
         keys = _image_keys(jax.random.key(self.job.seed), np.arange(number))
         level = np.full(number, self.num_steps, np.int32)
-        return ChainStart(keys, _initial_noise(keys, self.shape)), _Levels(labels, level, np.zeros_like(level))
+        return ChainStart(keys, _initial_noise(keys, self.shape)), _Levels(
+            self._labels(labels, number), level, np.zeros_like(level)
+        )
 
     def share_latents(
         self, key: Array, labels: Labels, *, levels: Sequence[int], draws: int
@@ -303,7 +310,7 @@ class Editor:
 
         Args:
           key: of the figure.
-          labels: (1,), of all images.
+          labels: (1,) of all images.
           levels: L of them, each in [0, N].
           draws: images per level.
 
@@ -314,14 +321,12 @@ class Editor:
         latent_key, chain_key = jax.random.split(key)
         keys = _image_keys(latent_key, np.zeros(number, int))
         level, whole = np.asarray(levels, np.int32), np.full(number, self.num_steps, np.int32)
-        start, conditioning = ChainStart(keys, _initial_noise(keys, self.shape)), _Levels(labels, whole, level)
-        x_t = self._run(
-            self._reverse, start, conditioning._replace(labels=_repeat(labels, number)), description="drawing latents"
-        )
+        start = ChainStart(keys, _initial_noise(keys, self.shape))
+        conditioning = _Levels(self._labels(labels, 1, number), whole, level)
+        x_t = self._run(self._reverse, start, conditioning, description="drawing latents")
         start = _branch(_image_keys(chain_key, np.arange(number)), x_t, draws=draws)
-        images = self._decode(
-            start, _repeat(labels, number * draws), np.repeat(level, draws), description="sharing latents"
-        )
+        all_labels = self._labels(labels, 1, number * draws)
+        images = self._decode(start, all_labels, np.repeat(level, draws), description="sharing latents")
         return np.asarray(_to_uint8(x_t)), self._pixels(images, number, draws)
 
     def reconstruct(
@@ -341,7 +346,8 @@ class Editor:
         """
         level = np.asarray(level, np.int32)
         start = _encode(key, self.schedule, _to_float(images), level, draws=draws)
-        decoded = self._decode(start, _repeat(labels, draws), np.repeat(level, draws), description="reconstructing")
+        all_labels = self._labels(labels, len(images), draws)
+        decoded = self._decode(start, all_labels, np.repeat(level, draws), description="reconstructing")
         return self._pixels(decoded, len(images), draws)
 
     def interpolate(
@@ -363,7 +369,7 @@ class Editor:
           images_b: likewise.
           lambdas: (L,).
           level: (B,) integers.
-          labels: (B,) of both images of each pair; no labels if not given.
+          labels: (B,) of both images of each pair.
           indices: (B,) indices of the pairs' noises; 0..B-1 if not given.
 
         Returns:
@@ -371,8 +377,8 @@ class Editor:
         """
         number, level, lambdas = len(images_a), np.asarray(level, np.int32), np.asarray(lambdas, np.float32)
         start = _mix(key, self.schedule, _to_float(images_a), _to_float(images_b), lambdas, level, indices=indices)
-        labels = _repeat(self._or_no_labels(labels, number), len(lambdas))
-        decoded = self._decode(start, labels, np.repeat(level, len(lambdas)), description="interpolating")
+        all_labels = self._labels(labels, number, len(lambdas))
+        decoded = self._decode(start, all_labels, np.repeat(level, len(lambdas)), description="interpolating")
         return self._pixels(decoded, number, len(lambdas))
 
     def ddim_interpolate(
@@ -384,13 +390,13 @@ class Editor:
           images_a: (B, H, W, C) uint8.
           images_b: likewise.
           lambdas: (L,).
-          labels: (B,) of both images of each pair; no labels if not given.
+          labels: (B,) of both images of each pair.
 
         Returns:
           (B, L, H, W, C) uint8.
         """
-        x0, labels = _to_float(np.concatenate([images_a, images_b])), self._or_no_labels(labels, len(images_a))
-        both = None if labels is None else np.tile(labels, 2)
+        x0 = _to_float(np.concatenate([images_a, images_b]))
+        both = self._labels(None if labels is None else [*labels, *labels], len(x0))
         noises = self._run(self._invert, ChainStart(unused_keys(len(x0)), x0), both, description="inverting")
         x_a, x_b = np.split(noises, 2)
         return self.ddim_between(x_a, x_b, lambdas, labels=labels)
@@ -399,9 +405,9 @@ class Editor:
         self, x_a: Array | np.ndarray, x_b: Array | np.ndarray, lambdas: np.ndarray, *, labels: Labels = None
     ) -> np.ndarray:
         """Draws the images of points on the great circle between pairs of noises, (B, H, W, C), by DDIM."""
-        x, labels = _mix_latents(x_a, x_b, np.asarray(lambdas, np.float32)), self._or_no_labels(labels, len(x_a))
-        start = ChainStart(unused_keys(len(x)), x)
-        decoded = self._run(self._ddim, start, _repeat(labels, len(lambdas)), description="interpolating by DDIM")
+        x = _mix_latents(x_a, x_b, np.asarray(lambdas, np.float32))
+        start, all_labels = ChainStart(unused_keys(len(x)), x), self._labels(labels, len(x_a), len(lambdas))
+        decoded = self._run(self._ddim, start, all_labels, description="interpolating by DDIM")
         return self._pixels(decoded, len(x_a), len(lambdas))
 
     def inpaint(
@@ -422,18 +428,12 @@ class Editor:
         x0, mask = (np.repeat(each, draws, axis=0) for each in (_to_float(images), known[..., None]))
         keys = _branch(_image_keys(key, np.arange(len(images))), _to_float(images), draws=draws).keys
         start = ChainStart(keys, _initial_noise(keys, self.shape))
-        filled = self._run(self._repaint, start, _Known(_repeat(labels, draws), x0, mask), description="inpainting")
+        conditioning = _Known(self._labels(labels, len(images), draws), x0, mask)
+        filled = self._run(self._repaint, start, conditioning, description="inpainting")
         return self._pixels(filled, len(images), draws)
-
-    def _or_no_labels(self, labels: Labels, number: int) -> Labels:
-        return self.labels([None] * number) if labels is None else labels
 
     def _pixels(self, images: np.ndarray, number: int, each: int) -> np.ndarray:
         return np.asarray(_to_uint8(images)).reshape(number, each, *self.shape)
-
-
-def _repeat(labels: Labels, each: int) -> Labels:
-    return None if labels is None else np.repeat(labels, each)
 
 
 def read_mask(file: str, shape: tuple[int, int, int], *, size: tuple[int, int]) -> np.ndarray:

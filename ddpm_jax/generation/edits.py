@@ -78,9 +78,7 @@ def draw_progressive(job: SamplingJob, out: Path, *, num: int, columns: int) -> 
         shown = {
             f"{name}.png": lay_out(over_time(over, images)) for name, over in (("x_t", frames.x_t), ("x0", frames.x0))
         }
-        options = dict(
-            t=[editor.paper_t(level) for level in levels], num=num, labels=None if labels is None else labels.tolist()
-        )
+        options = dict(t=[editor.paper_t(level) for level in levels], num=num, labels=labels)
         _save(out, _describe("progressive", job, editor.num_steps, **options), shown)
     return out / "x0.png"
 
@@ -257,7 +255,7 @@ def _read(job: SamplingJob, given: str) -> tuple[np.ndarray, tuple[int, int]]:
     return source.read(np.array([int(given)]))[0], source.image_shape[:2]
 
 
-def _labels(editor: Editor, label: int | None) -> np.ndarray | None:
+def _labels(editor: Editor, label: int | None) -> list[int | None]:
     classes = editor.job.trained.config.model.num_classes
     if label is not None and not 0 <= label < classes:
         reason = f"the run's classes are 0 to {classes - 1}" if classes else "the run is unconditional"
@@ -266,7 +264,7 @@ def _labels(editor: Editor, label: int | None) -> np.ndarray | None:
         raise UserError(
             "--guidance-scale needs --label: guidance moves from the unconditional prediction to that of a class"
         )
-    return editor.labels([label])
+    return [label]
 
 
 def _in_a_row(made: np.ndarray, before: list[np.ndarray], after: list[np.ndarray]) -> dict[str, np.ndarray]:

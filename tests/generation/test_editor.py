@@ -42,7 +42,7 @@ def assert_close(images, expected):
 
 
 def test_samples_are_those_of_the_sampling_job(runs, job, whole, tmp_path):
-    images, frames = whole.sample(5, whole.labels([0, 1, 2, 3, 4]), watched=3)
+    images, frames = whole.sample(5, [0, 1, 2, 3, 4], watched=3)
     run_job(job, tmp_path / "job", number=5, batch_size=8, format="npz")
     with np.load(tmp_path / "job" / "samples.npz") as file:
         assert_close(images, file["arr_0"])
@@ -93,13 +93,13 @@ def test_with_fsdp_weights_are_sharded_and_images_the_same(runs, real):
         kernels = [array for array in jax.live_arrays() if array.shape == shape and len(array.sharding.device_set) == 8]
         sharded = [kernel for kernel in kernels if not kernel.is_fully_replicated]
         assert [kernel.sharding.shard_shape(shape)[-1] for kernel in sharded] == [shape[-1] // 2] * (fsdp - 1)
-        made.append(editor.reconstruct(jax.random.key(5), real.images, editor.labels(real.labels), np.full(6, 2)))
+        made.append(editor.reconstruct(jax.random.key(5), real.images, real.labels, np.full(6, 2)))
     np.testing.assert_array_equal(*made)
 
 
 def test_no_image_depends_on_the_batch(job, whole, real):
     key, level = jax.random.key(5), np.array([12, 3, 0, 7, 7, 1])
-    labels = whole.labels(real.labels)
+    labels = real.labels
     few = Editor(job, batch_size=8).reconstruct(key, real.images, labels, level, draws=3)
     many = whole.reconstruct(key, real.images, labels, level, draws=3)
     assert few.shape == (6, 3, 8, 8, 1)
@@ -111,7 +111,7 @@ def test_no_image_depends_on_the_batch(job, whole, real):
 def test_images_depend_on_their_labels(whole, real):
     key, level = jax.random.key(5), np.full(6, 6)
     own, other, none = (
-        whole.reconstruct(key, real.images, whole.labels(labels), level)
+        whole.reconstruct(key, real.images, labels, level)
         for labels in (real.labels, [(label + 1) % 10 for label in real.labels], [None] * 6)
     )
     assert min(abs(own.astype(int) - each).max() for each in (other, none)) > 5
@@ -124,7 +124,6 @@ def test_t_and_levels_of_a_shorter_chain(runs):
     assert [few.level_at(time) for time in (0, 1, 5, 8, 12)] == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="skips t = 4"):
         few.level_at(4)
-    assert few.labels([None, None]) is None
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
@@ -181,8 +180,8 @@ def test_both_pictures_of_an_interpolation_have_the_label(whole, real):
     key, level = jax.random.key(5), np.full(1, 6)
     by_label = [
         (
-            whole.interpolate(key, a, b, lambdas, level, labels=whole.labels([label])),
-            whole.ddim_interpolate(a, b, lambdas, labels=whole.labels([label])),
+            whole.interpolate(key, a, b, lambdas, level, labels=[label]),
+            whole.ddim_interpolate(a, b, lambdas, labels=[label]),
         )
         for label in (3, 8, None)
     ]
