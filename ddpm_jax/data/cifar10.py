@@ -35,7 +35,7 @@ def load(config: DataConfig) -> Source:
       the source, with the classes' names.
 
     Raises:
-      UserError: there is none (it says where to get it), it is damaged, or other images are asked for.
+      UserError: it is missing (the message says where to get it) or damaged, or other images are requested.
     """
     if shape_of(config) != (32, 32, 3):
         raise UserError(

@@ -1,6 +1,6 @@
-"""Pictures of any kind and size, as arrays: cropped in the middle to the aspect ratio asked for, and resized.
+"""Pictures of any kind and size, as arrays: center-cropped to the requested aspect ratio and resized.
 
-Resizing is antialiased and bicubic; gray, color and alpha are converted to the channels asked for.
+Resizing is antialiased and bicubic; gray, color and alpha are converted to the requested channels.
 """
 
 import io

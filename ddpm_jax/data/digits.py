@@ -17,7 +17,7 @@ def load(config: DataConfig) -> Source:
       the source.
 
     Raises:
-      UserError: they are not of the shape asked for, or have no such split.
+      UserError: another shape or split is requested than they have.
     """
     from sklearn.datasets import load_digits
 

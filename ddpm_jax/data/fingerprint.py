@@ -22,7 +22,7 @@ _DIFFERENT = {
 
 
 def fingerprint(source: Source) -> dict[str, typing.Any]:
-    """Tells sets apart by what they hold: two that differ in where they lie alone have the same.
+    """Returns what identifies a set by its content: two copies of a set in different places have the same.
 
     Args:
       source: the images.

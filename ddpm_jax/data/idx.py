@@ -17,7 +17,7 @@ _PARTS = {"train": ("train",), "test": ("t10k",), "all": ("train", "t10k")}
 
 
 def load(config: DataConfig) -> Source:
-    """Reads idx files; images smaller than asked for are padded with black.
+    """Reads idx files; images smaller than requested are padded with black.
 
     Args:
       config: which images; its `channels` is known.

@@ -17,7 +17,7 @@ _LARGEST_KEY = 2**64 - 1
 
 @functools.lru_cache(maxsize=4)
 def epoch_permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    r"""Gives the order of the examples in one epoch.
+    r"""Returns the order of the examples in one epoch.
 
     .. math:: \pi = \mathrm{argsort}(u_0, \dots, u_{N-1}), \quad u = \mathrm{Philox}_{(seed, epoch)}
 

@@ -90,7 +90,7 @@ class Examples(typing.NamedTuple):
     images: np.ndarray
     """(B, H, W, C) uint8."""
     labels: np.ndarray | None
-    """(B,) int32, or None where the source has none, or they were not asked for."""
+    """(B,) int32, or None if the source has none or they were not requested."""
 
 
 def _as_it_is(examples: Examples) -> typing.Any:

@@ -77,7 +77,7 @@ def load(config: DataConfig) -> Source:
 
 
 def probe(config: DataConfig) -> int:
-    """Gives the number of channels that the set declares."""
+    """Returns the number of channels that the set declares."""
     channels = _open_set(config).features["image"].shape[-1]
     if channels not in (1, 3, 4):
         raise UserError(f"data.channels: {config.source} does not say how many channels it has; set it to 1, 3 or 4")
@@ -139,11 +139,11 @@ def _open_set(config: DataConfig) -> _Prepared:
 
 def _by_hand(builder: typing.Any, config: DataConfig) -> str:
     """What must be downloaded by hand before a set can be prepared, and where to put it."""
-    told = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
-    if not told:
+    instructions = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
+    if not instructions:
         return ""
     where = pathlib.Path(config.path or "~/tensorflow_datasets", "downloads", "manual")
-    return f"; its files are to be downloaded by hand, into {where}: {textwrap.shorten(told, 400)}"
+    return f"; its files are to be downloaded by hand, into {where}: {textwrap.shorten(instructions, 400)}"
 
 
 def _unknown(name: str, error: Exception) -> UserError:
@@ -164,7 +164,7 @@ def _unknown(name: str, error: Exception) -> UserError:
 
 @contextlib.contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Holds back the warnings of a library's logger, where our own line says it better."""
+    """Silences the warnings of a library's logger where our own message is clearer."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

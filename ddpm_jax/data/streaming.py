@@ -1,6 +1,6 @@
 """Batches of a set that fits no memory: read by Grain, decoded in threads or in worker processes, ahead of need.
 
-Grain is asked for the examples of a range of steps and nothing else, so where a run goes on is told by its step alone.
+Grain reads the examples of a range of steps, so the step alone determines where a run resumes.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from ddpm_jax.system.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-    """From the number of an image in this host's line of examples to the image, and its label where asked for."""
+    """Reads an image, and its label if requested, by its number among this host's examples."""
 
     source: Source
     seed: int
@@ -51,7 +51,7 @@ def stream(
     workers: int,
     ahead: int,
 ) -> Iterator[tuple[np.ndarray, ...]]:
-    """Reads the images, and labels where asked for, of a range of steps.
+    """Reads the images, and labels if requested, of a range of steps.
 
     Args:
       source: the images.

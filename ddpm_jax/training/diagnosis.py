@@ -63,14 +63,14 @@ def find_not_finite(config: Config, run: Path) -> str:
             state, _ = first_state(parts, checkpoints, run)
         first = int(jax.device_get(layout.saved_state(state).step))
         train = config.train
-        feed: prefetch.Prefetch[prefetch.Examples] = prefetch.batches(
+        batches: prefetch.Prefetch[prefetch.Examples] = prefetch.batches(
             source, train.seed, first, train.steps, batch_size=train.batch_size
         )
         with (
-            feed,
+            batches,
             Progress(train.steps, initial=first, unit="step", description="looking") as progress,
         ):
-            for batch in feed:
+            for batch in batches:
                 before = jax.tree.map(jnp.copy, layout.saved_state(state))  # the step gives the state away
                 state, info = step(keys.run, state, layout.place_batch(batch.images, batch.labels))
                 numbers = StepNumbers(*(value.tolist() for value in jax.device_get(info)))
@@ -93,7 +93,7 @@ class _Seen(typing.NamedTuple):
 
 
 def first_not_finite(parts: Setup, state: TrainState, batch: Batch) -> str:
-    """Says where a step first leaves the finite numbers: forward through the layers, then back.
+    """Returns where a step first has numbers that are not finite: forward through the layers, then back.
 
     Args:
       parts: of the run.

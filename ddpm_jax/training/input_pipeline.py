@@ -1,8 +1,8 @@
 """How the examples of a step come to the devices: the same ones, in the same order, wherever the set is kept.
 
 A set that fits is put on every device once, and the compiled step gathers its batch there; another is read on the host,
-from memory or from disk, and each batch is sent ahead of need. The loop does not know which: it hands what a feed
-gives for a step to the compiled step, and the feed's `take`, compiled into it, makes a batch of that.
+from memory or from disk, and each batch is sent ahead of need. The loop does not know which: it
+passes the input of a step to the compiled step, where the pipeline's `take` makes a batch of it.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from ddpm_jax.training.step import Batch, StepInfo, TrainingStep
 
 
 class StepInput(typing.NamedTuple):
-    """What a feed gives for one step."""
+    """The input of one compiled step."""
 
     step: int
     """The step that it belongs to."""
@@ -40,9 +40,9 @@ class InputPipeline:
     kept: str
     """Where the set is kept, in words."""
     take: Callable[[Array, typing.Any], Batch]
-    """From a step's number and what was with_inputs for it to its batch; pure, for the compiled step."""
+    """Maps (step, data of its `StepInput`) to its batch; pure, part of the compiled step."""
     open: Callable[[int, int], prefetch.Prefetch[StepInput]]
-    """From a first step and the one after the last to what is with_inputs for each, in a `with` block."""
+    """Iterates over the inputs of the steps from the first to before the last; use it in a `with` block."""
 
 
 class Resident(typing.NamedTuple):
@@ -70,14 +70,14 @@ def make_input_pipeline(
     device_gib: float,
     workers: int = 0,
 ) -> InputPipeline:
-    """Makes the feed of a run.
+    """Makes the input pipeline of a run.
 
     Args:
       source: the images.
       layout: of the devices.
       seed: of the run.
       batch_size: B, images a step, over all devices and hosts.
-      labeled: whether the network is told the labels.
+      labeled: whether the batches have labels.
       device_gib: sets up to this size are kept on the devices.
       workers: processes that decode a set which is streamed; with 0, threads do.
 
@@ -144,24 +144,24 @@ def _resident(source: Source, layout: Layout, *, seed: int, batch_size: int, lab
     return InputPipeline("kept on the device", take, open_on_devices)
 
 
-def with_inputs(make_step: Callable[..., TrainingStep], feed: InputPipeline) -> Callable[..., TrainingStep]:
-    """Makes steps that take what the feed gives in place of a batch.
+def with_inputs(make_step: Callable[..., TrainingStep], pipeline: InputPipeline) -> Callable[..., TrainingStep]:
+    """Makes steps that take their input from a pipeline.
 
     Args:
-      make_step: from what a step is told of its devices to the step.
-      feed: the feed.
+      make_step: makes the step from its keywords about devices.
+      pipeline: the input pipeline.
 
     Returns:
-      The same, of steps `(key, state, data) -> (state, info)`; to be lifted by the layout.
+      the same for steps `(key, state, data) -> (state, info)`, to be lifted by the layout.
     """
 
-    def make_fed(**over_devices: typing.Any) -> TrainingStep:
+    def make_with_input(**over_devices: typing.Any) -> TrainingStep:
         step = make_step(**over_devices)
 
-        def fed_step(key: Array, state: TrainState, data: typing.Any) -> tuple[TrainState, StepInfo]:
-            # A barrier, so that the rest of the program is the same, and rounds the same, for every feed.
-            return step(key, state, jax.lax.optimization_barrier(feed.take(state.step, data)))
+        def step_with_input(key: Array, state: TrainState, data: typing.Any) -> tuple[TrainState, StepInfo]:
+            # A barrier, so that the rest of the program is the same, and rounds the same, for every pipeline.
+            return step(key, state, jax.lax.optimization_barrier(pipeline.take(state.step, data)))
 
-        return fed_step
+        return step_with_input
 
-    return make_fed
+    return make_with_input

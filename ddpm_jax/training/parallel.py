@@ -35,7 +35,7 @@ class Layout:
     place_whole: Callable[[typing.Any], typing.Any] | None
     """From arrays on the host to the same, whole on every device; None where a step takes its own share alone."""
     share_out: Callable[[Array], Array]
-    """Tells a compiled function that each device computes its rows of an array."""
+    """Constrains an array in a compiled function to lie in rows over the devices."""
     place_state: Callable[[TrainState], TrainState]
     """From a state as it is saved to the state on the devices."""
     saved_state: Callable[[TrainState], TrainState]

@@ -55,7 +55,7 @@ def from_items(step: int, items: Mapping[str, Any], sharding: jax.sharding.Shard
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
-    r"""Gives the learning rate of update k = 0, 1, ..
+    r"""Returns the learning rate of update k = 0, 1, ..
 
     .. math:: \mathrm{lr}_k = \mathrm{lr} \cdot \min(k / \mathrm{warmup}, 1)
 

@@ -107,7 +107,7 @@ def update_ema(ema: Params, params: Params, step: Array, *, decay: float) -> Par
 
 
 def hide_labels(keys: Array, labels: Array, *, rate: float, num_classes: int) -> Array:
-    """Replaces each label by "not told" (num_classes) with probability `rate`, by its image's own key.
+    """Replaces each label by "no label" (num_classes) with probability `rate`, from the key of its image.
 
     Ho & Salimans 2022 (classifier-free guidance), Algorithm 1.
     """
@@ -163,7 +163,7 @@ def make_training_step(
       num_steps: T, for the losses by quarter of the chain.
       ema_decay: decay of the average of the parameters, a step.
       random_flip: whether each image is mirrored left to right with probability 0.5.
-      label_dropout: the probability that a conditional network is not told an image's label.
+      label_dropout: the probability that the label of an image is hidden from a class-conditional network.
       parts: in how many parts the gradient is computed; it changes no more than the rounding of sums.
       unroll: whether these are written out one after the other, instead of as a loop (see `accumulation`).
       gather: brings parameters together that are shared out over devices; the identity where each has a copy.
