@@ -23,6 +23,9 @@ Parallel = typing.Literal["jit", "pmap"]
 BestBy = typing.Literal["loss", "eval_loss"]
 OnUnreadable = typing.Literal["refuse", "skip"]
 
+FROM_PYTHON = "<python>"
+"""Value of `model.network` or `data.source` in the record of a run whose network or images were given in Python."""
+
 _FREE: dict[str, bool] = {"free": True}
 # A field marked so may change when a run is resumed: it changes how far or how fast the run goes and what it logs, but
 # none of its numbers at a given step.

@@ -41,6 +41,13 @@ def probe(config: DataConfig) -> int:
     return _make(config).image_shape[2]
 
 
+def check_source(source: Source, what: str) -> Source:
+    """Checks a source that was given in Python; raises `UserError`, which begins with `what`, if it is none."""
+    if fault := _fault(source):
+        raise UserError(f"{what}: {fault}")
+    return dataclasses.replace(source, name=source.name or f"the {what} given in Python")
+
+
 def _make(config: DataConfig) -> Source:
     make = user_code.load("data.source", config.source)
     with user_code.clear_errors(f"data.source: {config.source}", user_code.file_of(config.source)):

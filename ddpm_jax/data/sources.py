@@ -12,7 +12,7 @@ import difflib
 import pathlib
 import types
 
-from ddpm_jax.config import DataConfig
+from ddpm_jax.config import FROM_PYTHON, DataConfig
 from ddpm_jax.data import arrays, cifar10, digits, folder, idx, own, prepared
 from ddpm_jax.data.source import Source
 from ddpm_jax.system import user_code
@@ -97,6 +97,10 @@ def probe_channels(config: DataConfig) -> int:
 
 
 def _kind(config: DataConfig) -> types.ModuleType:
+    if config.source == FROM_PYTHON:
+        raise UserError(
+            "data.source: the images of this run were given to train() in Python, and its folder does not have them"
+        )
     if user_code.is_named(config.source):
         return own
     kind, _, name = config.source.partition(":")

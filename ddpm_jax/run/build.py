@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.config import Config
+from ddpm_jax.config import FROM_PYTHON, Config
 from ddpm_jax.data.source import shape_of
 from ddpm_jax.networks import Network, check_network, from_linen
 from ddpm_jax.reverse import LEARNED_VARIANCES
@@ -57,6 +57,11 @@ def build_network(config: Config) -> Network:
     """
     if not config.model.network:
         return from_linen(build_unet(config), image_shape(config))
+    if config.model.network == FROM_PYTHON:
+        raise UserError(
+            "model.network: the network of this run was given to train() in Python, and its folder cannot tell what it "
+            "is: give it again, to train() or load_run()"
+        )
     return _users_network(config, user_code.load("model.network", config.model.network))
 
 
@@ -73,8 +78,14 @@ def _users_network(config: Config, make: Callable[[Config], Any]) -> Network:
     if made.num_classes != num_classes:
         raise UserError(f"{what} returned a network of {made.num_classes} classes, but model.num_classes={num_classes}")
     with user_code.clear_errors(what, file):
-        check_network(made, (*shape[:2], _out_channels(config)), in_channels=shape[2])
+        check_fits(made, config)
     return made
+
+
+def check_fits(network: Network, config: Config) -> None:
+    """Checks that a network fits the images and the variance of a configuration; raises as `check_network`."""
+    shape = image_shape(config)
+    check_network(network, (*shape[:2], _out_channels(config)), in_channels=shape[2])
 
 
 def build_unet(config: Config) -> UNet:

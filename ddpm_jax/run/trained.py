@@ -32,12 +32,13 @@ class TrainedRun(typing.NamedTuple):
     """The run's folder."""
 
 
-def load_run(folder: Path, *, step: int | None = None) -> TrainedRun:
+def load_run(folder: Path, *, step: int | None = None, network: Network | None = None) -> TrainedRun:
     """Loads a run from its folder, and checks the weights against the configuration.
 
     Args:
       folder: as `train.py` wrote it.
       step: of which checkpoint; the newest undamaged one if None.
+      network: the network, if it was given to `train` in Python.
 
     Returns:
       the run, with its EMA weights.
@@ -50,7 +51,7 @@ def load_run(folder: Path, *, step: int | None = None) -> TrainedRun:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not the folder of a run: it has no config.json")
     config = read_run(folder)
-    network = build_network(config)
+    network = build_network(config) if network is None else network
     step, params = load_ema(folder, step=step, warn=say)
     kinds = lambda tree: {
         jax.tree_util.keystr(path): f"{leaf.shape} {leaf.dtype}"

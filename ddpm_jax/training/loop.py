@@ -1,6 +1,7 @@
 """The training loop: Algorithm 1, the hooks around it, and how a run starts, stops and resumes."""
 
 import contextlib
+import dataclasses
 import functools
 import operator
 import signal
@@ -10,13 +11,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ddpm_jax.config import Config
+from ddpm_jax.config import FROM_PYTHON, Config
 from ddpm_jax.data.check import check_classes
 from ddpm_jax.data.fingerprint import check_same_set
+from ddpm_jax.data.own import check_source
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source
 from ddpm_jax.generation.batches import grid_drawer
-from ddpm_jax.run.build import image_shape, matmul_precision
+from ddpm_jax.networks import Network, Params
+from ddpm_jax.run.build import check_fits, image_shape, matmul_precision
 from ddpm_jax.run.checkpoints import Checkpoints
 from ddpm_jax.run.folder import adopted, check_shared
 from ddpm_jax.system import pictures
@@ -33,13 +36,21 @@ from ddpm_jax.training.metrics import Diagnostics, StepNumbers, read_lines, rewi
 from ddpm_jax.training.setup import Setup, make_setup
 from ddpm_jax.training.speed import SpeedMeter, forward_flops, peak_tflops
 from ddpm_jax.training.start import first_state
-from ddpm_jax.training.state import Params, learning_rate
+from ddpm_jax.training.state import learning_rate
 
 # Steps dispatched before the first of them is waited for: the device never waits for the host, nor runs far ahead.
 _IN_FLIGHT = 2
 
 
-def train(config: Config, run: Path, *, hooks: Sequence[Periodic] = ()) -> None:
+def train(
+    config: Config,
+    run: Path,
+    *,
+    network: Network | None = None,
+    source: Source | None = None,
+    held_out: Source | None = None,
+    hooks: Sequence[Periodic] = (),
+) -> None:
     """Trains a run to `config.train.steps`, from its own newest checkpoint, `train.init_from`, or scratch.
 
     What the run becomes is a function of its configuration alone: killed at any moment and started again, it is the
@@ -48,6 +59,10 @@ def train(config: Config, run: Path, *, hooks: Sequence[Periodic] = ()) -> None:
     Args:
       config: the whole configuration, valid.
       run: the run's folder; made if it does not exist.
+      network: the network to train; if None, the one that `config` describes. One that is given has to be given again
+        when the run is resumed.
+      source: the images to train on; if None, those that `config` names. Their shape replaces that of `config.data`.
+      held_out: the images of `config.eval`; if None, the test split.
       hooks: what else to do every N steps, in this order: after logging, evaluation and grids, before the checkpoint.
 
     Raises:
@@ -55,6 +70,11 @@ def train(config: Config, run: Path, *, hooks: Sequence[Periodic] = ()) -> None:
         devices, a checkpoint cannot be read or written, or the loss is not finite.
       Stopped: SIGINT or SIGTERM was received; a checkpoint is saved.
     """
+    source = source and check_source(source, "source")
+    held_out = held_out and check_source(held_out, "held_out")
+    config = _with_given(config, network, source)
+    if config.eval.every and source is not None and held_out is None:
+        raise UserError("eval.every needs held-out images: give them to train() as held_out, or use eval.every=0")
     with contextlib.ExitStack() as held:
         received = held.enter_context(
             stop_signals("stopping after this step and saving a checkpoint; press Ctrl-C again to quit without saving")
@@ -64,7 +84,7 @@ def train(config: Config, run: Path, *, hooks: Sequence[Periodic] = ()) -> None:
         barrier("the run's folder is adopted")
         if not is_primary_host():
             check_shared(config, run)
-        source = load_source(config.data)
+        source = load_source(config.data) if source is None else source
         say(source.describe())
         if is_primary_host():
             check_same_set(run / "data.json", source)
@@ -72,12 +92,31 @@ def train(config: Config, run: Path, *, hooks: Sequence[Periodic] = ()) -> None:
         if not is_primary_host():
             check_same_set(run / "data.json", source, write=False)
         check_classes(config, source)
-        held_out = load_test_split(config) if config.eval.every else None
-        _train(config, run, source, held_out, hooks, received, begun)
+        if config.eval.every and held_out is None:
+            held_out = load_test_split(config)
+        _train(make_setup(config, network=network), run, source, held_out, hooks, received, begun)
+
+
+def _with_given(config: Config, network: Network | None, source: Source | None) -> Config:
+    """Returns the configuration that records a network and a source given from Python."""
+    if source is not None:
+        height, width, channels = source.image_shape
+        data = dataclasses.replace(
+            config.data, source=FROM_PYTHON, path="", height=height, width=width, channels=channels
+        )
+        config = dataclasses.replace(config, data=data)
+    if network is not None:
+        model = dataclasses.replace(config.model, network=FROM_PYTHON, num_classes=network.num_classes)
+        config = dataclasses.replace(config, model=model)
+        try:
+            check_fits(network, config)
+        except ValueError as error:
+            raise UserError(f"network: {error}") from error
+    return config
 
 
 def _train(
-    config: Config,
+    parts: Setup,
     run: Path,
     source: Source,
     held_out: Source | None,
@@ -85,8 +124,7 @@ def _train(
     received: Sequence[int],
     begun: Callable[[], None],
 ) -> None:
-    parts = make_setup(config)
-    layout, rules, num_steps = parts.layout, config.checkpoints, config.train.steps
+    config, layout, rules, num_steps = parts.config, parts.layout, parts.config.checkpoints, parts.config.train.steps
     pipeline = make_input_pipeline(
         source,
         layout,

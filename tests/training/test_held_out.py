@@ -67,17 +67,17 @@ def test_a_known_error_by_quarter_is_the_loss():
     network = Network(lambda key: {"scale": jnp.float32(3.0)}, apply)
     parts = make_setup(CONFIG, network=network)
     state = dataclasses.replace(parts.init(parts.keys.init), ema={"scale": jnp.float32(0.5)})  # not the parameters
-    values = evaluate(parts, in_memory("black", np.zeros((1000, 8, 8, 1), np.uint8)), state)
+    values = evaluate(parts, in_memory(np.zeros((1000, 8, 8, 1), np.uint8), name="black"), state)
     np.testing.assert_allclose(values["eval_loss_quartiles"], [0.25, 1, 2.25, 4], rtol=1e-4)
     assert 1.5 < values["eval_loss"] < 2.3  # 100 timesteps, near 1.875
     few = dataclasses.replace(CONFIG, eval=EvalConfig(every=1, num=1))
-    values = evaluate(make_setup(few, network=network), in_memory("one", np.zeros((3, 8, 8, 1), np.uint8)), state)
+    values = evaluate(make_setup(few, network=network), in_memory(np.zeros((3, 8, 8, 1), np.uint8), name="one"), state)
     assert values["eval_loss_quartiles"].count(None) == 3
 
 
 def test_it_is_the_same_number_on_any_devices_and_its_images_are_spread_over_the_set(training):
     network = training.as_network(training.OneOfEach())
-    source = in_memory("a", np.random.default_rng(0).integers(0, 256, (307, 8, 8, 1), np.uint8))
+    source = in_memory(np.random.default_rng(0).integers(0, 256, (307, 8, 8, 1), np.uint8), name="a")
     read = []
     source = dataclasses.replace(source, read_images=lambda indices: read.append(indices) or source.images[indices])
     found = {}
