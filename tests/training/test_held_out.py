@@ -1,6 +1,7 @@
 """The loss on held-out images: a closed form, any layout, resuming, and the checkpoints that are best by it."""
 
 import dataclasses
+import functools
 import json
 import re
 
@@ -15,10 +16,9 @@ from ddpm_jax.networks import Network
 from ddpm_jax.run.build import build_schedule
 from ddpm_jax.run.validation import validate
 from ddpm_jax.system.errors import Stopped, UserError
-from ddpm_jax.training import setup
+from ddpm_jax.training import loop
 from ddpm_jax.training.held_out import evaluating, load_test_split
 from ddpm_jax.training.hooks import Event, Periodic
-from ddpm_jax.training.loop import train
 from ddpm_jax.training.setup import make_setup
 
 T = 20
@@ -67,17 +67,17 @@ def test_a_known_error_by_quarter_is_the_loss():
     network = Network(lambda key: {"scale": jnp.float32(3.0)}, apply)
     parts = make_setup(CONFIG, network=network)
     state = dataclasses.replace(parts.init(parts.keys.init), ema={"scale": jnp.float32(0.5)})  # not the parameters
-    values = evaluate(parts, in_memory(np.zeros((1000, 8, 8, 1), np.uint8), name="black"), state)
+    values = evaluate(parts, in_memory(np.zeros((1000, 8, 8, 1), np.uint8)), state)
     np.testing.assert_allclose(values["eval_loss_quartiles"], [0.25, 1, 2.25, 4], rtol=1e-4)
     assert 1.5 < values["eval_loss"] < 2.3  # 100 timesteps, near 1.875
     few = dataclasses.replace(CONFIG, eval=EvalConfig(every=1, num=1))
-    values = evaluate(make_setup(few, network=network), in_memory(np.zeros((3, 8, 8, 1), np.uint8), name="one"), state)
+    values = evaluate(make_setup(few, network=network), in_memory(np.zeros((3, 8, 8, 1), np.uint8)), state)
     assert values["eval_loss_quartiles"].count(None) == 3
 
 
 def test_it_is_the_same_number_on_any_devices_and_its_images_are_spread_over_the_set(training):
     network = training.as_network(training.OneOfEach())
-    source = in_memory(np.random.default_rng(0).integers(0, 256, (307, 8, 8, 1), np.uint8), name="a")
+    source = in_memory(np.random.default_rng(0).integers(0, 256, (307, 8, 8, 1), np.uint8))
     read = []
     source = dataclasses.replace(source, read_images=lambda indices: read.append(indices) or source.images[indices])
     found = {}
@@ -93,16 +93,16 @@ def test_it_is_the_same_number_on_any_devices_and_its_images_are_spread_over_the
 
 
 class TestInARun:
-    @pytest.fixture(autouse=True)
-    def _quickly(self, training, monkeypatch):
-        monkeypatch.setattr(setup, "build_network", training.linear_network)
+    @pytest.fixture
+    def train(self, training):
+        return functools.partial(loop.train, network=training.linear_network(CONFIG))
 
     @pytest.fixture
-    def whole(self, tmp_path):
+    def whole(self, train, tmp_path):
         train(CONFIG, tmp_path / "whole")
         return tmp_path / "whole"
 
-    def test_it_only_adds_lines(self, tmp_path, capsys):
+    def test_it_only_adds_lines(self, train, tmp_path, capsys):
         whole = tmp_path / "on"
         train(CONFIG, whole)
         assert re.search(r"8 steps done, loss 0\.\d+, eval loss 0\.\d+$", capsys.readouterr().err.strip())
@@ -115,7 +115,7 @@ class TestInARun:
         assert (whole / "loss.png").read_bytes() != (tmp_path / "off" / "loss.png").read_bytes()
 
     @pytest.mark.parametrize("step", [3, 4])
-    def test_interrupted_and_resumed_it_writes_the_same_bytes(self, whole, tmp_path, step):
+    def test_interrupted_and_resumed_it_writes_the_same_bytes(self, train, whole, tmp_path, step):
         def interrupt(event):
             if event.step == step:
                 raise Stopped(2, "a crash between the evaluation and the checkpoint")
@@ -126,7 +126,7 @@ class TestInARun:
         for name in ("metrics.jsonl", "loss.png"):
             assert (whole / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
-    def test_the_best_checkpoint_is_by_it(self, tmp_path):
+    def test_the_best_checkpoint_is_by_it(self, train, tmp_path):
         """With a learning rate that diverges, the first evaluation is the best."""
         rules = CheckpointConfig(every=2, keep=1, keep_best=1, best_by="eval_loss")
         config = dataclasses.replace(with_train(learning_rate=0.9, warmup_steps=0), checkpoints=rules)

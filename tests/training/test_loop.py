@@ -9,17 +9,32 @@ import shutil
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.config import CheckpointConfig, Config, DataConfig, DiffusionConfig, LogConfig, ModelConfig, TrainConfig
+from ddpm_jax.config import (
+    FROM_PYTHON,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    EvalConfig,
+    LogConfig,
+    ModelConfig,
+    TrainConfig,
+)
+from ddpm_jax.data.source import in_memory
+from ddpm_jax.data.sources import load_source
+from ddpm_jax.networks import Network
+from ddpm_jax.run.build import image_shape
 from ddpm_jax.run.checkpoints import load_ema
 from ddpm_jax.run.record import read_config
+from ddpm_jax.run.trained import load_run
 from ddpm_jax.run.validation import validate
 from ddpm_jax.system.errors import Stopped, UserError
-from ddpm_jax.training import setup
+from ddpm_jax.training import loop
 from ddpm_jax.training.hooks import Periodic
-from ddpm_jax.training.loop import train
 
 TINY = Config(
     name="tiny",
@@ -44,16 +59,27 @@ def lines_of(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def linear(params, x_t, t, labels=None, *, dropout_keys=None):
+    return params["scale"] * x_t + params["offset"]
+
+
+# It compiles in a second; the U-Net is trained by tests/test_scripts.py.
+NETWORK = Network(lambda key: {"scale": jnp.float32(0.3), "offset": jnp.float32(-0.1)}, linear)
+RECORDED = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, network=FROM_PYTHON))
+
+
+def train(config, run, **given):
+    loop.train(config, run, **{"network": NETWORK, **given})
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _quickly(training):
-    """A network that compiles in a second; the U-Net is trained by tests/test_scripts.py. Adam mixes types."""
-    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
-        patch.setattr(setup, "build_network", training.linear_network)
+def _lenient():
+    with jax.numpy_dtype_promotion("standard"):  # Adam mixes types
         yield
 
 
 @pytest.fixture(scope="module")
-def trained(_quickly, tmp_path_factory):
+def trained(_lenient, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "tiny"
     train(TINY, run)
     return run
@@ -62,7 +88,7 @@ def trained(_quickly, tmp_path_factory):
 def test_a_run_is_one_folder(trained):
     names = {path.name for path in trained.iterdir()} - {".lock"}
     assert names == {"config.json", "data.json", "metrics.jsonl", "timing.jsonl", "checkpoints", "loss.png"}
-    assert read_config(trained / "config.json") == TINY
+    assert read_config(trained / "config.json") == RECORDED
     assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["4", "6"]
     lines = lines_of(trained / "metrics.jsonl")
     assert [line["step"] for line in lines] == [2, 4, 6]
@@ -112,7 +138,7 @@ def test_what_a_refused_first_start_said_can_be_done(tmp_path):
     run = tmp_path / "run"
     classes = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, num_classes=5))
     with pytest.raises(UserError, match="num-classes 10|num_classes=10|10"):
-        train(classes, run)
+        train(classes, run, network=None)
     assert not (run / "config.json").exists()
     with pytest.raises(UserError, match="there is no such run folder"):
         train(with_train(init_from=str(tmp_path / "typo")), run)
@@ -221,13 +247,71 @@ def test_hooks_run_every_n_steps_and_after_the_last_and_may_log(trained, tmp_pat
     assert np.isfinite([json.loads(line)["norm"] for line in own]).all()
 
 
+SOURCE = in_memory(np.random.default_rng(0).integers(0, 256, (40, 4, 6, 3), np.uint8), [0, 1] * 20)
+
+
+@pytest.fixture(scope="module")
+def own_images(tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "own"
+    train(TINY, run, source=SOURCE)
+    return run
+
+
+class TestGivenInPython:
+    def test_the_record_says_so_with_the_shape_of_the_images(self, own_images):
+        config = read_config(own_images / "config.json")
+        assert (config.model.network, config.data.source) == (FROM_PYTHON, FROM_PYTHON)
+        assert image_shape(config) == (4, 6, 3)
+
+    def test_the_same_call_resumes(self, own_images, tmp_path):
+        with pytest.raises(Stopped):
+            train(TINY, tmp_path, source=SOURCE, hooks=[signal_at(2, signal.SIGINT)])
+        train(TINY, tmp_path, source=SOURCE)
+        assert (tmp_path / "metrics.jsonl").read_bytes() == (own_images / "metrics.jsonl").read_bytes()
+
+    def test_what_is_not_given_again_is_refused_in_one_line(self, own_images):
+        with pytest.raises(UserError, match=f"model.network: '{FROM_PYTHON}'"):
+            loop.train(TINY, own_images, source=SOURCE)
+        with pytest.raises(UserError, match=f"data.source: '{FROM_PYTHON}'"):
+            train(TINY, own_images)
+        other = in_memory(255 - SOURCE.images, SOURCE.labels)
+        with pytest.raises(UserError, match="pixels"):
+            train(with_train(steps=9), own_images, source=other)
+        with pytest.raises(UserError, match=r"given to train\(\) in Python.*give it again, to train\(\) or load_run"):
+            load_run(own_images)
+        with pytest.raises(UserError, match=r"images of this run were given to train\(\) in Python"):
+            load_source(read_config(own_images / "config.json").data)
+        assert load_run(own_images, network=NETWORK).step == 6
+
+    @pytest.mark.parametrize(
+        ("given", "line"),
+        [
+            (
+                dict(network=Network(NETWORK.init, lambda params, x_t, t, labels=None: x_t[:1])),
+                "^network: the output of",
+            ),
+            (dict(source=dataclasses.replace(SOURCE, image_shape=(8, 8, 3))), "^source: images must be a NumPy array"),
+            (dict(source=SOURCE), "eval.every needs held-out images: give them to train"),
+        ],
+    )
+    def test_what_does_not_fit_is_one_line(self, tmp_path, given, line):
+        with pytest.raises(UserError, match=line):
+            train(dataclasses.replace(TINY, eval=EvalConfig(every=1)), tmp_path / "run", **given)
+        assert not (tmp_path / "run").exists()
+
+    def test_held_out_images_are_evaluated(self, tmp_path):
+        config = dataclasses.replace(TINY, eval=EvalConfig(every=6))
+        train(config, tmp_path, source=SOURCE, held_out=SOURCE)
+        assert "eval_loss" in lines_of(tmp_path / "metrics.jsonl")[-1]
+
+
 class TestRefused:
     def test_another_configuration(self, trained):
         with pytest.raises(
             UserError, match=r"different configuration \(train.learning_rate: 0.001 saved, 0.1 requested\)"
         ):
             train(with_train(learning_rate=0.1, steps=9), trained)
-        assert read_config(trained / "config.json") == TINY
+        assert read_config(trained / "config.json") == RECORDED
 
     def test_a_folder_in_use(self, tmp_path):
         with (tmp_path / ".lock").open("w") as lock:
