@@ -41,7 +41,7 @@ def fingerprint(source: Source) -> dict[str, typing.Any]:
     return {
         "images": source.num_examples,
         "shape": list(source.image_shape),
-        "classes": list(source.class_names),
+        "class_names": list(source.class_names),
         "crc32": crc,
         **_of_every_image(source),
     }
@@ -58,6 +58,21 @@ def _of_every_image(source: Source) -> dict[str, int]:
     else:
         return {}
     return {name: crc if source.labels is None else _add_labels(crc, source.labels)}
+
+
+def read_class_names(run: Path) -> tuple[str, ...]:
+    """Returns the names of the classes that a run was trained on, in the order of their labels.
+
+    Args:
+      run: the run's folder.
+
+    Returns:
+      the names; none if the run is unconditional, or its folder has no readable `data.json`.
+    """
+    try:
+        return tuple(map(str, json.loads((run / "data.json").read_text(encoding="utf-8"))["class_names"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
 
 
 def _add_labels(crc: int, labels: np.ndarray) -> int:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax.data import fingerprint as module
-from ddpm_jax.data.fingerprint import check_same_set, fingerprint
+from ddpm_jax.data.fingerprint import check_same_set, fingerprint, read_class_names
 from ddpm_jax.data.sources import load_source
 from ddpm_jax.system.errors import UserError
 
@@ -31,9 +31,11 @@ def test_the_same_images_elsewhere_are_the_same_set(sets, folder, tmp_path):
     assert all(here[name] == streamed[name] for name in here.keys() & streamed.keys())
     assert here["images"] == 6
     assert here["shape"] == [4, 4, 1]
-    assert here["classes"] == ["a", "b"]
+    assert here["class_names"] == ["a", "b"]
     check_same_set(tmp_path / "data.json", loaded(sets, folder))
     check_same_set(tmp_path / "data.json", loaded(sets, tmp_path / "copy"))
+    assert read_class_names(tmp_path) == ("a", "b")
+    assert read_class_names(tmp_path / "set") == ()
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,7 @@ def test_the_same_images_elsewhere_are_the_same_set(sets, folder, tmp_path):
     [
         (lambda sets, folder: sets.save(folder / "a" / "7.png", sets.noise(4, 4, 1)), "images 6 there, 7 here"),
         (lambda sets, folder: sets.save(folder / "a" / "0.png", sets.noise(4, 4, 1, 9)), "other pixels or labels"),
-        (lambda sets, folder: (folder / "b").rename(folder / "c"), "classes ['a', 'b'] there, ['a', 'c'] here"),
+        (lambda sets, folder: (folder / "b").rename(folder / "c"), "class_names ['a', 'b'] there, ['a', 'c'] here"),
     ],
 )
 def test_another_set_is_refused_in_one_line(sets, folder, tmp_path, change, said):
