@@ -4,8 +4,6 @@ import ast
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ddpm_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -62,29 +60,33 @@ def path(file):
     return file.relative_to(PACKAGE).as_posix()
 
 
-@pytest.mark.parametrize("file", FILES, ids=path)
-def test_rooms_import_only_what_they_may(file):
-    if file == PACKAGE / "__init__.py":
-        return  # it names everything, and imports nothing before it is used
-    own = file.relative_to(PACKAGE).with_suffix("").parts[0]
+def own_room(file):
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def test_rooms_import_only_what_they_may():
     wrong = [
-        name
+        f"{path(file)} imports {name}"
+        for file in FILES
+        if file != PACKAGE / "__init__.py"  # it names everything, and imports nothing before it is used
         for name in imports(file)
         if name.startswith("ddpm_jax.")
-        and room(name) != own
-        and not any(f"{name}.".startswith(f"ddpm_jax.{allowed}.") for allowed in ALLOWED[own])
+        and room(name) != own_room(file)
+        and not any(f"{name}.".startswith(f"ddpm_jax.{allowed}.") for allowed in ALLOWED[own_room(file)])
     ]
-    assert not wrong, f"{path(file)}, of {own}, imports {', '.join(wrong)}"
+    assert not wrong
 
 
-@pytest.mark.parametrize("file", FILES, ids=path)
-def test_packages_are_imported_only_where_they_may_be(file):
-    found = {name.split(".")[0] for name in imports(file)} - {"ddpm_jax"}
-    wrong = [package for package in ONLY if package in found and not path(file).startswith(tuple(ONLY[package]))]
-    assert not wrong, f"{path(file)} imports {', '.join(wrong)}"
-    private = [name for name in imports(file) if any(part.startswith("_") for part in name.split("."))]
-    assert not private, f"{path(file)} imports {', '.join(private)}"
-    own = file.relative_to(PACKAGE).with_suffix("").parts[0]
-    if own in NETWORKS:
-        extras = found - sys.stdlib_module_names - CORE - ({"flax"} if own in NETWORKS - MATHEMATICS else set())
-        assert not extras, f"{path(file)} imports {', '.join(extras)}"
+def test_packages_are_imported_only_where_they_may_be():
+    wrong = []
+    for file in FILES:
+        found = {name.split(".")[0] for name in imports(file)} - {"ddpm_jax"}
+        misplaced = {package for package in ONLY if not path(file).startswith(tuple(ONLY[package]))}
+        if own_room(file) in NETWORKS:
+            misplaced |= found - sys.stdlib_module_names - CORE - {"flax"}
+        if own_room(file) in MATHEMATICS:
+            misplaced.add("flax")
+        wrong += [f"{path(file)} imports {package}" for package in found & misplaced]
+        private = [name for name in imports(file) if any(part.startswith("_") for part in name.split("."))]
+        wrong += [f"{path(file)} imports {name}" for name in private]
+    assert not wrong

@@ -56,7 +56,7 @@ def assert_tables_equal_reference(schedule, betas):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("num_steps", [1, 2, 10, 1000, 4000])
+@pytest.mark.parametrize("num_steps", [1, 2, 1000])
 def test_tables_equal_formulas(name, num_steps):
     if name == "cosine" and num_steps == 1:
         assert make_betas(name, 1)[0] == 0.999
@@ -91,9 +91,8 @@ def test_signal_to_noise_ratio_falls(betas):
     assert (np.diff(ratio)[large] < 0).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_schedule_is_a_pytree_of_float32_vectors(name):
-    schedule = make_schedule(name, 12)
+def test_schedule_is_a_pytree_of_float32_vectors():
+    schedule = make_schedule("linear", 12)
     for field in dataclasses.fields(Schedule):
         table = getattr(schedule, field.name)
         chex.assert_shape(table, (12,))

@@ -54,17 +54,15 @@ class TestBetas:
         np.testing.assert_allclose(np.cumprod(1 - respaced), alphas_bar[times], rtol=1e-12)
         np.testing.assert_allclose(respaced, 1 - alphas_bar[times] / np.append(1, alphas_bar[times[:-1]]), rtol=1e-9)
 
-    @pytest.mark.parametrize("name", SCHEDULES)
-    def test_of_all_times_are_the_schedule_itself(self, name):
-        expected, actual = make_schedule(name, 1000), respace(make_betas(name, 1000), np.arange(1000))
+    def test_of_all_times_are_the_schedule_itself(self):
+        expected, actual = make_schedule("cosine", 1000), respace(make_betas("cosine", 1000), np.arange(1000))
         for field, table in vars(expected).items():
             np.testing.assert_array_equal(vars(actual)[field], table, err_msg=field)
 
     @pytest.mark.parametrize("name", SCHEDULES)
-    @pytest.mark.parametrize("spacing", SPACINGS)
-    def test_every_schedule_can_be_respaced(self, name, spacing):
+    def test_every_schedule_can_be_respaced(self, name):
         betas = make_betas(name, 1000)
-        for num_steps in (1, 2, 3, 7, 50, 999):
+        for spacing, num_steps in itertools.product(SPACINGS, (1, 3, 50, 999)):
             schedule = respace(betas, choose_timesteps(betas, num_steps=num_steps, spacing=spacing))
             assert schedule.num_steps == num_steps
             assert np.isfinite(schedule.posterior_log_variance_clipped).all()
@@ -182,7 +180,10 @@ class TestTimes:
 
 
 class TestRefusals:
-    @pytest.mark.parametrize(("spacing", "num_steps"), list(itertools.product(SPACINGS, [0, -3, 1001])))
+    @pytest.mark.parametrize(
+        ("spacing", "num_steps"),
+        [("linspace", 0), ("leading", -3), ("trailing", 1001), ("quadratic", 0), ("log_snr", 1001)],
+    )
     def test_more_steps_than_times_or_none(self, spacing, num_steps):
         with pytest.raises(ValueError, match=f"1 to 1000 steps, not in {num_steps}"):
             choose_timesteps(BETAS, num_steps=num_steps, spacing=spacing)
