@@ -16,6 +16,7 @@ from ddpm_jax.run import checkpoints
 from ddpm_jax.run.command import Command, run_command
 from ddpm_jax.run.trained import load_run
 from ddpm_jax.run.weights import save_weights
+from ddpm_jax.system.environment import fix_options
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.exits import run_script
 
@@ -186,6 +187,7 @@ COMMANDS: dict[str, Command] = {
 
 def main() -> None:
     """Runs the command that the first word names."""
+    fix_options()
     checkpoints.silence_orbax()
     run_command(COMMANDS)
 

@@ -10,6 +10,7 @@ from ddpm_jax.generation.job import Format, SamplingJob, default_folder, load_jo
 from ddpm_jax.generation.sampler_config import SamplerConfig
 from ddpm_jax.run.checkpoints import silence_orbax
 from ddpm_jax.run.command import Command, run_command
+from ddpm_jax.system.environment import fix_options
 from ddpm_jax.system.exits import run_script
 
 
@@ -205,6 +206,7 @@ COMMANDS: dict[str, Command] = {
 
 def main() -> None:
     """Runs the command that the first word names, or draws samples."""
+    fix_options()
     silence_orbax()
     run_command(COMMANDS, default=draw)
 

@@ -12,6 +12,7 @@ from ddpm_jax.run.build import build_network, image_shape
 from ddpm_jax.run.checkpoints import silence_orbax
 from ddpm_jax.run.command import parse_run
 from ddpm_jax.run.validation import validate, warnings_of
+from ddpm_jax.system.environment import fix_options
 from ddpm_jax.system.exits import exit_at_once, run_script
 from ddpm_jax.system.hosts import Hosts, join
 from ddpm_jax.system.progress import say
@@ -37,6 +38,7 @@ class Options:
 
 def main() -> None:
     options, config = parse_run(Options, description=__doc__)
+    fix_options()
     silence_orbax()
     validate(config)
     config = dataclasses.replace(config, data=resolve(config.data))

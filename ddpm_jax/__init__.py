@@ -14,7 +14,7 @@ import typing
 __version__ = "0.1.0"
 
 _MODULES = {
-    "keys": ("image_keys",),
+    "keys": ("make_key", "image_keys"),
     "schedules": ("make_schedule", "make_betas", "schedule_from_betas", "Schedule"),
     "forward": ("q_sample", "q_posterior"),
     "reverse": ("p_mean_variance", "predict_x0"),
@@ -51,6 +51,7 @@ if typing.TYPE_CHECKING:
     from ddpm_jax.forward import q_sample as q_sample
     from ddpm_jax.guidance import guided as guided
     from ddpm_jax.keys import image_keys as image_keys
+    from ddpm_jax.keys import make_key as make_key
     from ddpm_jax.likelihood import bound_terms as bound_terms
     from ddpm_jax.likelihood import total_bits as total_bits
     from ddpm_jax.losses import l_hybrid as l_hybrid

@@ -346,7 +346,7 @@ def invert(inversion: Sampler, x0: Array) -> Array:
 
 def unused_keys(number: int) -> Array:
     """Returns (number,) keys for deterministic chains."""
-    return jax.random.split(jax.random.key(0), number)
+    return jax.random.split(per_image_keys.make_key(0), number)
 
 
 def mix_latents(x_a: Array, x_b: Array, lambdas: Array) -> Array:

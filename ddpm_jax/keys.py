@@ -8,6 +8,24 @@ from jax import Array
 from jax.typing import ArrayLike
 
 
+def make_key(seed: int) -> Array:
+    """Returns the key of a seed, of the one generator that all random numbers here come from.
+
+    `jax.random.key(seed)` alone would follow `JAX_DEFAULT_PRNG_IMPL`; with the generator `rbg`, the numbers of an image
+    would depend on its batch.
+
+    Args:
+      seed: an integer in [0, 2^32).
+
+    Returns:
+      a typed scalar key of the generator `threefry2x32`.
+
+    >>> make_key(0) == jax.random.key(0, impl="threefry2x32")
+    Array(True, dtype=bool)
+    """
+    return jax.random.key(seed, impl="threefry2x32")
+
+
 def image_keys(key: Array, indices: Array) -> Array:
     r"""Returns the key of each image: a function of `key` and of the image's index alone.
 

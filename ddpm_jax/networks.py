@@ -12,6 +12,7 @@ from flax import traverse_util
 from jax import Array
 
 from ddpm_jax.guidance import guided
+from ddpm_jax.keys import make_key
 from ddpm_jax.reverse import Predict, Variance
 
 if typing.TYPE_CHECKING:
@@ -149,7 +150,7 @@ def predict_with(
 
 def parameter_shapes(network: Network) -> Params:
     """Returns the shapes and types of a network's parameters, without computing any."""
-    return jax.eval_shape(network.init, jax.random.key(0))
+    return jax.eval_shape(network.init, make_key(0))
 
 
 def check_network(network: Network, output_shape: Sequence[int], *, in_channels: int) -> None:

@@ -104,8 +104,13 @@ def run_script(monkeypatch, capsys):
 
     def run(script, *words):
         monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
-        with pytest.raises(SystemExit) as ending:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+        # A script fixes the options of jax: the tests' own precision would be one that it has to name.
+        jax.config.update("jax_default_matmul_precision", None)
+        try:
+            with pytest.raises(SystemExit) as ending:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+        finally:
+            jax.config.update("jax_default_matmul_precision", "highest")
         return ending.value.code, *capsys.readouterr()
 
     return run

@@ -29,7 +29,7 @@ from ddpm_jax.data.sources import load_source, resolve
 from ddpm_jax.evaluation import plots
 from ddpm_jax.generation.batches import Driver, Program, cut
 from ddpm_jax.generation.store import Range, job_folder, missing_ranges, part_file, part_files
-from ddpm_jax.keys import image_keys
+from ddpm_jax.keys import image_keys, make_key
 from ddpm_jax.likelihood import Bound, bound_at, draw_timesteps, estimated_log_variances, rate_distortion, strata
 from ddpm_jax.networks import Network, Params, predict_with
 from ddpm_jax.pixels import to_float
@@ -352,7 +352,7 @@ def run_job(trained: TrainedRun, out: Path, request: Request, *, batch_size: int
         log_variances = _log_variances(trained, request, schedule, bounds, estimated, out)
         sums = _evaluate(
             trained,
-            jax.random.fold_in(jax.random.key(request.seed), _EVALUATION),
+            jax.random.fold_in(make_key(request.seed), _EVALUATION),
             bounds,
             images,
             out / "batches",
@@ -422,7 +422,7 @@ def _log_variances(
         return _fixed(schedule, request.sigma)
     done = _evaluate(
         trained,
-        jax.random.fold_in(jax.random.key(request.seed), _ESTIMATION),
+        jax.random.fold_in(make_key(request.seed), _ESTIMATION),
         bounds,
         estimated,
         out / "estimation",

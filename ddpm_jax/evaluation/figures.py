@@ -19,7 +19,7 @@ from ddpm_jax.generation import edits
 from ddpm_jax.generation.editor import Editor
 from ddpm_jax.generation.job import SamplingJob
 from ddpm_jax.generation.store import missing_ranges
-from ddpm_jax.keys import image_keys
+from ddpm_jax.keys import image_keys, make_key
 from ddpm_jax.likelihood import rate_distortion
 from ddpm_jax.run.trained import TrainedRun, describe_run
 from ddpm_jax.samplers.chain import initial_noise
@@ -163,7 +163,7 @@ def _of_noise(
         )
 
     levels = editor.levels(4)
-    key = jax.random.fold_in(jax.random.key(editor.job.seed), _FIGURES)
+    key = jax.random.fold_in(make_key(editor.job.seed), _FIGURES)
     latent_key, slerp_key = jax.random.split(key)
     latents, drawn = editor.share_latents(latent_key, editor.job_labels(1), levels=levels, draws=num)
     _save(out / "shared_latents.png", np.concatenate([latents[:, None], drawn], axis=1))
@@ -186,7 +186,7 @@ def _of_noise(
 def _of_images(editor: Editor, out: Path, real: Real) -> typing.Iterator[Figure]:
     """Draws the figures that start from real images, pairs of the first and the second half."""
     num = len(real.images) // 2
-    key = jax.random.fold_in(jax.random.key(editor.job.seed), _FIGURES - 1)
+    key = jax.random.fold_in(make_key(editor.job.seed), _FIGURES - 1)
     reconstruction_key, pair_key, level_key, inpainting_key = jax.random.split(key, 4)
     a, b = real.images[:num], real.images[num:]
     labels = np.array(real.labels[:num], object)
@@ -280,7 +280,7 @@ def _estimated_curve(job: SamplingJob, source: Source, out: Path, *, batch_size:
     computed = compute_bounds(
         bounds,
         trained.params,
-        jax.random.fold_in(jax.random.key(job.seed), _FIGURES - 2),
+        jax.random.fold_in(make_key(job.seed), _FIGURES - 2),
         Images(source, np.arange(number) * source.num_examples // number),
         missing_ranges([], number, longest=bounds.driver.batch_size),
         description=f"rate and distortion of {number} images",

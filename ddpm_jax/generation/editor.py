@@ -20,7 +20,7 @@ from ddpm_jax.generation.batches import STEPS_PER_CALL, Driver, Program, Watch, 
 from ddpm_jax.generation.job import SamplingJob
 from ddpm_jax.generation.sampler_config import SamplerConfig, labels_of, make_chain
 from ddpm_jax.generation.store import missing_ranges
-from ddpm_jax.keys import image_keys
+from ddpm_jax.keys import image_keys, make_key
 from ddpm_jax.networks import Params, predict_with
 from ddpm_jax.pixels import to_float, to_uint8
 from ddpm_jax.run.build import build_betas, image_shape
@@ -297,7 +297,7 @@ class Editor:
 
     def _whole_chain(self, number: int, labels: Labels) -> tuple[ChainStart, _Levels]:
         """Returns the noise of the images 0 .. number-1 of the sampling job, and the levels of all steps."""
-        keys = _image_keys(jax.random.key(self.job.seed), np.arange(number))
+        keys = _image_keys(make_key(self.job.seed), np.arange(number))
         level = np.full(number, self.num_steps, np.int32)
         return ChainStart(keys, _initial_noise(keys, self.shape)), _Levels(
             self._labels(labels, number), level, np.zeros_like(level)

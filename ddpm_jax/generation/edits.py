@@ -22,6 +22,7 @@ from ddpm_jax.data.decode import open_picture, to_array
 from ddpm_jax.data.sources import load_held_out
 from ddpm_jax.generation.editor import Editor, read_mask
 from ddpm_jax.generation.job import SamplingJob
+from ddpm_jax.keys import make_key
 from ddpm_jax.pixels import to_uint8
 from ddpm_jax.run.build import image_shape
 from ddpm_jax.system import pictures
@@ -107,7 +108,7 @@ def share_latents(job: SamplingJob, out: Path, *, t: Sequence[int], draws: int, 
     editor = _editor(job, draws, "--draws", extra_t=t)
     labels, levels = _labels(editor, label), [editor.level_at(each) for each in t]
     with _results("share", out):
-        latents, drawn = editor.share_latents(jax.random.key(job.seed), labels, levels=levels, draws=draws)
+        latents, drawn = editor.share_latents(make_key(job.seed), labels, levels=levels, draws=draws)
         shown = lay_out(np.concatenate([latents[:, None], drawn], axis=1))
         options = dict(t=list(t), draws=draws, label=label)
         _save(out, _describe("share", job, editor.num_steps, **options), {"share.png": shown})
@@ -136,7 +137,7 @@ def reconstruct_picture(
     editor = _editor(job, draws, "--draws", extra_t=[t])
     labels, (image, _), level = _labels(editor, label), _read(job, file), editor.level_at(t)
     with _results("reconstruct", out):
-        made = editor.reconstruct(jax.random.key(job.seed), image[None], labels, np.array([level]), draws=draws)[0]
+        made = editor.reconstruct(make_key(job.seed), image[None], labels, np.array([level]), draws=draws)[0]
         options = dict(t=t, pictures=[file], draws=draws, label=label)
         _save(out, _describe("reconstruct", job, editor.num_steps, **options), _in_a_row(made, [image], []))
     return out / "row.png"
@@ -191,7 +192,7 @@ def interpolate_pictures(
             description = _describe("interpolate", job, editor.ddim_steps, **options) | dict(sampler="ddim")
         else:
             level = np.array([editor.level_at(t)])
-            made = editor.interpolate(jax.random.key(job.seed), *pair, lambdas, level, labels=labels)[0]
+            made = editor.interpolate(make_key(job.seed), *pair, lambdas, level, labels=labels)[0]
             description = _describe("interpolate", job, editor.num_steps, t=t, **options)
         _save(out, description, _in_a_row(made, [a], [b]))
     return out / "row.png"
@@ -220,7 +221,7 @@ def inpaint_picture(job: SamplingJob, file: str, mask: str, out: Path, *, draws:
     labels, (image, size) = _labels(editor, label), _read(job, file)
     known = read_mask(mask, editor.shape, size=size)
     with _results("inpaint", out):
-        made = editor.inpaint(jax.random.key(job.seed), image[None], known[None], labels, draws=draws)[0]
+        made = editor.inpaint(make_key(job.seed), image[None], known[None], labels, draws=draws)[0]
         options = dict(pictures=[file], mask=mask, draws=draws, label=label)
         description = _describe("inpaint", job, editor.repaint_steps, **options)
         _save(out, description, _in_a_row(made, [image, hide(image, known)], []))

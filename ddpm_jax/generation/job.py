@@ -22,7 +22,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.generation.batches import STEPS_PER_CALL, Driver, Program, Watch, cut
 from ddpm_jax.generation.sampler_config import SamplerConfig, labels_of, make_chain
 from ddpm_jax.generation.store import Parts, StoredImages, job_folder, missing_ranges
-from ddpm_jax.keys import image_keys
+from ddpm_jax.keys import image_keys, make_key
 from ddpm_jax.networks import Network
 from ddpm_jax.pixels import to_uint8
 from ddpm_jax.run.build import image_shape
@@ -203,7 +203,7 @@ def _draw(
         job.trained.params,
         missing,
         lambda indices: indices,
-        shared=jax.random.key(job.seed),
+        shared=make_key(job.seed),
         ranges=cut(program.num_steps, longest=longest),
         watch=watch,
         description=f"sampling {number} images",

@@ -9,9 +9,10 @@ from ddpm_jax.config import Config
 from ddpm_jax.run.checkpoints import has_saved
 from ddpm_jax.run.code import keep_copies
 from ddpm_jax.run.fields import leaves, value_of
-from ddpm_jax.run.record import check_same_run, read_config, save_config
+from ddpm_jax.run.record import check_environment, check_same_run, read_config, save_config
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import claimed, write_whole
+from ddpm_jax.system.progress import say
 
 # A network file system may show a file to other hosts this much later.
 _SECONDS_TO_APPEAR = 60
@@ -40,6 +41,8 @@ def adopted(config: Config, run: Path) -> Iterator[Callable[[], None]]:
             (run / "data.json").unlink(missing_ok=True)
         elif file.exists():
             check_same_run(file, config)
+            if warning := check_environment(file):
+                say(f"warning: {warning}")
         else:
             raise UserError(
                 f"{run} has checkpoints but no config.json, which says what run they belong to: put it back, or use "
@@ -76,5 +79,6 @@ def check_shared(config: Config, run: Path) -> None:
         raise UserError(f"host 0's folder {run} is not visible from this host: it must be on a disk that all share")
     theirs = read_config(file)
     different = [name for name in leaves(Config) if value_of(theirs, name) != value_of(config, name)]
+    check_environment(file)
     if different:
         raise UserError(f"{', '.join(different)} differs from host 0's: start every host with the same command")

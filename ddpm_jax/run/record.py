@@ -9,6 +9,7 @@ from typing import Any
 from ddpm_jax.config import Config
 from ddpm_jax.run import code
 from ddpm_jax.run.fields import cast, leaves, nearest, value_of
+from ddpm_jax.system import environment
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import write_json
 
@@ -17,7 +18,7 @@ FORMAT = 2
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Writes the record of a run, whole or not at all: its sections beside `"format"`, as JSON.
+    """Writes the record of a run, whole or not at all: its sections beside `"format"` and `"environment"`, as JSON.
 
     If the configuration names the user's own files, their checksums are beside them as `"code"`.
 
@@ -28,11 +29,10 @@ def save_config(config: Config, path: str | Path) -> None:
     Raises:
       UserError: the file cannot be written; the message gives the reason.
     """
+    here = {**environment.platform(), **environment.settings()}
     checksums = code.checksums(config)
-    write_json(
-        Path(path),
-        {"format": FORMAT, **dataclasses.asdict(config), **({"code": checksums} if checksums else {})},
-    )
+    record = {"format": FORMAT, "environment": here, **dataclasses.asdict(config)}
+    write_json(Path(path), {**record, **({"code": checksums} if checksums else {})})
 
 
 def read_run(folder: Path) -> Config:
@@ -71,15 +71,9 @@ def read_config(path: str | Path) -> Config:
 
 def _read(path: str | Path) -> tuple[Config, dict[str, str]]:
     """Returns the configuration in a record, and the checksums of the user's files that it names."""
-    try:
-        loaded = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged, it is not a complete JSON file: {error}") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path}: the configuration must be an object in braces, not {loaded!r:.40}")
+    loaded = _load(path)
     found = loaded.pop("format", 1)
+    loaded.pop("environment", None)
     if found != FORMAT:
         raise UserError(
             f"{path} has format {found}, and this version of ddpm_jax reads format {FORMAT}: train the run again, or "
@@ -90,6 +84,47 @@ def _read(path: str | Path) -> tuple[Config, dict[str, str]]:
         return _from_json(Config, loaded, ""), checksums
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _load(path: str | Path) -> dict[str, Any]:
+    try:
+        loaded = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged, it is not a complete JSON file: {error}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: the configuration must be an object in braces, not {loaded!r:.40}")
+    return loaded
+
+
+def check_environment(path: str | Path) -> str:
+    """Checks that the settings of JAX and XLA that change numbers are those that a run was written with.
+
+    Args:
+      path: the run's record.
+
+    Returns:
+      a warning, if the run was on another kind of device or another version of JAX: it resumes, with other rounding; ""
+      if not, or if the record names no environment.
+
+    Raises:
+      UserError: a setting differs; the message names it, and both values.
+    """
+    saved = _load(path).get("environment")
+    if not isinstance(saved, dict):
+        return ""
+    platform, settings = environment.platform(), environment.settings()
+    saved_settings = {name: value for name, value in saved.items() if name not in platform}
+    for name in sorted({*settings, *saved_settings}):
+        old, new = (found.get(name, "not set") for found in (saved_settings, settings))
+        if old != new:
+            raise UserError(
+                f"{Path(path).parent} contains a run with a different {name} ({old} saved, {new} now), which changes "
+                "its numbers: set it as saved, or use another --workdir"
+            )
+    different = [f"{name} {saved.get(name)} saved, {new} now" for name, new in platform.items() if saved.get(name) != new]
+    return f"{Path(path).parent}: {'; '.join(different)}: the steps from here on differ by rounding" if different else ""
 
 
 def _from_json(kind: type, loaded: Any, section: str) -> Any:

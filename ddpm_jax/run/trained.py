@@ -13,6 +13,7 @@ from ddpm_jax.run.build import build_network
 from ddpm_jax.run.checkpoints import load_ema
 from ddpm_jax.run.record import read_run
 from ddpm_jax.run.weights import checksum
+from ddpm_jax.system import environment
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.progress import say
 
@@ -87,4 +88,5 @@ def describe_run(trained: TrainedRun) -> dict[str, Any]:
         **fields,
         "train.precision": config.train.precision,
         "train.matmul_precision": config.train.matmul_precision,
+        **environment.settings(),
     }

@@ -7,6 +7,7 @@ import optax
 from jax import Array
 
 from ddpm_jax.config import Config
+from ddpm_jax.keys import make_key
 from ddpm_jax.networks import Network
 from ddpm_jax.run.build import build_network, build_schedule
 from ddpm_jax.schedules import Schedule
@@ -74,7 +75,7 @@ def make_setup(config: Config, *, network: Network | None = None) -> Setup:
     Raises:
       UserError: the batch does not fit the devices.
     """
-    seed_key = jax.random.key(config.train.seed)
+    seed_key = make_key(config.train.seed)
     schedule = build_schedule(config)
     return Setup(
         config,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from ddpm_jax.keys import make_key
 from ddpm_jax.networks import Network, parameter_shapes
 from ddpm_jax.training.speed import forward_flops
 
@@ -27,7 +28,7 @@ def summary(network: Network, image_shape: Sequence[int]) -> str:
         table = "\n".join(["", *rows, ""])
     else:
         tabulate = nn.tabulate(
-            network.module, jax.random.key(0), depth=1, console_kwargs={"width": 120, "force_terminal": False}
+            network.module, make_key(0), depth=1, console_kwargs={"width": 120, "force_terminal": False}
         )
         table = tabulate(jnp.zeros((1, *image_shape)), jnp.zeros((1,), jnp.int32))
     flops = forward_flops(network, image_shape)
