@@ -22,8 +22,10 @@ from ddpm_jax.networks import Network, Params
 from ddpm_jax.pixels import to_uint8
 from ddpm_jax.run.build import image_shape, matmul_precision
 from ddpm_jax.samplers.chain import Chain, Sampler, run_chain, sample
+from ddpm_jax.system import environment
+from ddpm_jax.system.exits import advice_for_memory
 from ddpm_jax.system.mesh import batch_sharding, gather, replicated, shardings, widest_mesh
-from ddpm_jax.system.progress import Progress
+from ddpm_jax.system.progress import Progress, say
 
 STEPS_PER_CALL = 50
 """Most steps of one compiled call. Returning to the host this often costs about 1 % and shows progress."""
@@ -89,6 +91,7 @@ class Driver:
         self.mesh = widest_mesh(devices, fsdp=config.train.fsdp)
         self.batch_size = math.ceil(batch_size / len(devices)) * len(devices)
         self._config = config
+        self._compiled: set[Program] = set()
 
     def place(self, params: Params) -> Params:
         """Copies parameters to the devices, replicated or sharded."""
@@ -175,7 +178,14 @@ class Driver:
         ranges = cut(program.num_steps) if ranges is None else ranges
         params = self.place(params)
         shared = jax.device_put(shared, replicated(self.mesh))
-        with Progress(len(images) * sum(length for _, length in ranges), description=description) as progress:
+        if program not in self._compiled:
+            self._compiled.add(program)
+            size = sum(leaf.size for leaf in jax.tree.leaves(params))
+            say(f"{description} on {environment.devices()}, with {size:,} parameters; compiling")
+        advice = advice_for_memory(
+            f"a batch of {self.batch_size} images", "use a smaller --batch-size, or draw fewer images"
+        )
+        with advice, Progress(len(images) * sum(length for _, length in ranges), description=description) as progress:
             for first, stop in images:
                 indices = np.minimum(np.arange(first, first + self.batch_size, dtype=np.int32), stop - 1)
                 batch = jax.device_put(read(indices), batch_sharding(self.mesh))
@@ -214,4 +224,9 @@ def grid_drawer(config: Config, network: Network, key: Array, *, mesh: Mesh) -> 
         return to_uint8(sample(key, sampler, (drawn, *image_shape(config)), indices=indices))
 
     compiled = jax.jit(draw, out_shardings=replicated(mesh))
-    return lambda params: np.asarray(compiled(params, key))[:number]
+
+    def draw_images(params: Params) -> np.ndarray:
+        with advice_for_memory(f"a grid of {number} images", "use a smaller --log.num-samples"):
+            return np.asarray(compiled(params, key))[:number]
+
+    return draw_images

@@ -123,8 +123,12 @@ def check_environment(path: str | Path) -> str:
                 f"{Path(path).parent} contains a run with a different {name} ({old} saved, {new} now), which changes "
                 "its numbers: set it as saved, or use another --workdir"
             )
-    different = [f"{name} {saved.get(name)} saved, {new} now" for name, new in platform.items() if saved.get(name) != new]
-    return f"{Path(path).parent}: {'; '.join(different)}: the steps from here on differ by rounding" if different else ""
+    different = [
+        f"{name} {saved.get(name)} saved, {new} now" for name, new in platform.items() if saved.get(name) != new
+    ]
+    return (
+        f"{Path(path).parent}: {'; '.join(different)}: the steps from here on differ by rounding" if different else ""
+    )
 
 
 def _from_json(kind: type, loaded: Any, section: str) -> Any:

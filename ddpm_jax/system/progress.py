@@ -12,6 +12,8 @@ from tqdm import tqdm
 class Progress:
     """Counts towards a total and shows the count, the speed and the time left.
 
+    The first update counts for neither speed nor time left, because it may have had to wait for a compilation.
+
     On a terminal it is a bar. Elsewhere (a log file, a pipe) it is a line now and then, and one at the end, however the
     work ends. Use it in a `with` block.
 
@@ -48,8 +50,8 @@ class Progress:
         self._unit, self._description = unit, description or unit
         self._seconds_between_lines, self._clock = seconds_between_lines, clock
         self._numbers: dict[str, str] = {}
-        self._start = self._line_time = clock()
-        self._line_done = initial
+        self._start = self._line_time = self._speed_time = clock()
+        self._line_done = self._speed_done = initial
         self._closed = False
         self._bar = None
         if self._file.isatty() and not _silent:
@@ -69,12 +71,21 @@ class Progress:
           n: the number of units.
           numbers: what else to show, such as the loss; each is shown until its next value.
         """
+        is_first = self._done == self._initial
         self._done += n
         self._numbers |= {name: f"{float(number):.4g}" for name, number in numbers.items()}
         if self._bar is not None:
             self._bar.set_postfix(self._numbers, refresh=False)
-            self._bar.update(n)
-        elif self._clock() - self._line_time >= self._seconds_between_lines:
+            if is_first:
+                self._bar.n = self._bar.last_print_n = self._bar.initial = self._done
+                self._bar.last_print_t = time.time()
+                self._bar.refresh()
+            else:
+                self._bar.update(n)
+            return
+        if is_first:
+            self._speed_time, self._speed_done = self._clock(), self._done
+        if self._clock() - self._line_time >= self._seconds_between_lines:
             self._write_line()
 
     def close(self) -> None:
@@ -83,6 +94,7 @@ class Progress:
             return
         self._closed = True
         if self._bar is not None:
+            self._bar.initial = self._initial
             self._bar.close()
         elif self._done != self._line_done:
             self._write_line()
@@ -100,15 +112,16 @@ class Progress:
             return
         now = self._clock()
         # The recent speed: the overall one would include the compilation for long. The last line has the overall one.
-        since, at = (self._initial, self._start) if self._closed else (self._line_done, self._line_time)
+        since, at = (self._initial, self._start) if self._closed else (self._speed_done, self._speed_time)
         speed = (self._done - since) / (now - at) if now > at else 0.0
         left = tqdm.format_interval((self._total - self._done) / speed) if speed > 0 else "?"
+        shown = f"{speed:.3g}" if speed > 0 else "?"
         share = f", {100 * self._done / self._total:.0f}%" if self._total else ""
         line = (
             f"{self._description}: {self._done}/{self._total} {self._unit}s{share}, "
-            f"elapsed {tqdm.format_interval(now - self._start)}, ETA {left}, {speed:.3g} {self._unit}s/s"
+            f"elapsed {tqdm.format_interval(now - self._start)}, ETA {left}, {shown} {self._unit}s/s"
         )
-        self._line_time, self._line_done = now, self._done
+        self._line_time, self._line_done = self._speed_time, self._speed_done = now, self._done
         print(
             ", ".join([line, *(f"{name} {number}" for name, number in self._numbers.items())]),
             file=self._file,

@@ -18,12 +18,13 @@ from ddpm_jax.data.own import check_source
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source
 from ddpm_jax.generation.batches import grid_drawer
-from ddpm_jax.networks import Network, Params
+from ddpm_jax.networks import Network, Params, parameter_shapes
 from ddpm_jax.run.build import check_fits, image_shape, matmul_precision
 from ddpm_jax.run.checkpoints import Checkpoints
 from ddpm_jax.run.folder import adopted, check_shared
-from ddpm_jax.system import pictures
+from ddpm_jax.system import environment, pictures
 from ddpm_jax.system.errors import Stopped, UserError
+from ddpm_jax.system.exits import advice_for_memory
 from ddpm_jax.system.hosts import Agreement, barrier, is_primary_host
 from ddpm_jax.system.progress import Progress, say
 from ddpm_jax.system.signals import stop_signals
@@ -84,6 +85,7 @@ def train(
         barrier("the run's folder is adopted")
         if not is_primary_host():
             check_shared(config, run)
+        say(f"training on {environment.devices()}")
         source = load_source(config.data) if source is None else source
         say(source.describe())
         if is_primary_host():
@@ -94,7 +96,12 @@ def train(
         check_classes(config, source)
         if config.eval.every and held_out is None:
             held_out = load_test_split(config)
-        _train(make_setup(config, network=network), run, source, held_out, hooks, received, begun)
+        number = config.train.grad_accum_steps
+        with advice_for_memory(
+            f"a batch of {config.train.batch_size} images" + (f" in {number} parts" if number > 1 else ""),
+            f"use --train.grad-accum-steps {2 * number} or more, --train.remat, or a smaller --train.batch-size",
+        ):
+            _train(make_setup(config, network=network), run, source, held_out, hooks, received, begun)
 
 
 def _with_given(config: Config, network: Network | None, source: Source | None) -> Config:
@@ -147,6 +154,7 @@ def _train(
         if first:
             say(f"{run}: resuming from step {first}")
         say(f"the images are {pipeline.kept}")
+        say(f"{sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(parts.network))):,} parameters")
         evaluation = [Periodic(config.eval.every, evaluating(parts, held_out))] if held_out else []
         grids = _make_draw(parts)
         begun()
@@ -160,6 +168,7 @@ def _train(
             pipeline.open(first, num_steps) as batches,
             Progress(num_steps, initial=first, unit="step", description=config.name) as progress,
         ):
+            say("compiling the training step")
             meter = _make_meter(parts, first, lambda: batches.seconds_waited)
             log = functools.partial(append_metrics, run, writers)
             hooks = [

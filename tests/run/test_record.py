@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ddpm_jax.config import Config
 from ddpm_jax.run.fields import leaves, members, value_of
-from ddpm_jax.run.record import check_same_run, differences, read_config, save_config
+from ddpm_jax.run.record import check_environment, check_same_run, differences, read_config, save_config
 from ddpm_jax.system.errors import UserError
 
 _OF_TYPE = {
@@ -51,7 +51,7 @@ def test_every_configuration_is_read_back(tmp_path_factory, with_value, data):
 def test_the_file_is_indented_and_readable_by_all(small, tmp_path):
     save_config(small, tmp_path / "config.json")
     text = (tmp_path / "config.json").read_text()
-    assert text.startswith('{\n  "format": 2,\n')
+    assert text.startswith('{\n  "format": 2,\n  "environment": {\n')
     assert '\n  "train": {\n    "steps": 1000,\n' in text
     assert (tmp_path / "config.json").stat().st_mode & 0o444 == 0o444
 
@@ -155,3 +155,18 @@ def test_a_run_is_resumed_with_its_configuration_alone(small, with_value, tmp_pa
         UserError, match=r"contains a run with a different .*\(train\.seed: 0 saved, 5 requested\): use"
     ):
         check_same_run(path, with_value(small, "train.seed", 5))
+
+
+def test_a_run_is_resumed_under_the_settings_of_its_record(small, tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    save_config(small, path)
+    assert check_environment(path) == ""
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "environment": {**record["environment"], "backend": "gpu"}}))
+    assert check_environment(path) == (
+        f"{tmp_path}: backend gpu saved, cpu now: the steps from here on differ by rounding"
+    )
+    save_config(small, path)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    with pytest.raises(UserError, match=r"a different NVIDIA_TF32_OVERRIDE \(not set saved, 0 now\), which changes"):
+        check_environment(path)

@@ -58,9 +58,16 @@ def test_speed_is_that_of_late_and_in_the_end_that_of_the_whole(clock):
             clock.now += seconds
             progress.update()
     first, second, last = file.getvalue().splitlines()
-    assert "0.01 steps/s" in first
+    assert first == "step: 1/31 steps, 3%, elapsed 01:40, ETA ?, ? steps/s"
     assert "2 steps/s" in second
     assert f"{31 / 115:.3g} steps/s" in last
+
+
+def test_the_first_unit_of_a_bar_is_not_its_speed():
+    file = Terminal()
+    with Progress(1000, file=file) as progress:
+        progress.update(1)
+        assert re.search(r"1/1000 \[\d\d:\d\d<\?, \? step/s\]", file.getvalue())
 
 
 def test_the_last_line_is_written_when_the_work_is_broken_off(clock):

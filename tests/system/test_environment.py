@@ -1,0 +1,69 @@
+"""What the environment of a process can change: nothing in a script, and otherwise it is recorded."""
+
+import jax
+import pytest
+
+from ddpm_jax.keys import make_key
+from ddpm_jax.system import environment
+
+
+@pytest.fixture(autouse=True)
+def _as_given():
+    """The tests' own precision is set aside, and every option that a test sets is set back."""
+    jax.config.update("jax_default_matmul_precision", None)
+    yield
+    for name in ("jax_enable_x64", "jax_debug_nans"):
+        jax.config.update(name, False)
+    jax.config.update("jax_threefry_partitionable", True)
+    jax.config.update("jax_default_prng_impl", "threefry2x32")
+    jax.config.update("jax_random_seed_offset", 0)
+    jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def test_a_script_fixes_what_changes_numbers_and_names_it(capsys):
+    hostile = {
+        "jax_default_prng_impl": "rbg",
+        "jax_threefry_partitionable": False,
+        "jax_random_seed_offset": 3,
+        "jax_enable_x64": True,
+        "jax_default_matmul_precision": "highest",
+        "jax_debug_nans": True,
+    }
+    before = {name: getattr(jax.config, name) for name in hostile}
+    bits = jax.random.bits(make_key(5), (3,))
+    for name, value in hostile.items():
+        jax.config.update(name, value)
+    environment.fix_options()
+    assert {name: getattr(jax.config, name) for name in hostile} == before
+    assert (jax.random.bits(make_key(5), (3,)) == bits).all()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == ("warning: JAX_DEFAULT_PRNG_IMPL=rbg has no effect here, because numbers would depend on it")
+    assert len(lines) == len(hostile)
+    assert any(line.endswith(": use --train.matmul-precision") for line in lines)
+    environment.fix_options()
+    assert capsys.readouterr().err == ""
+
+
+def test_the_keys_of_a_seed_follow_no_default_generator():
+    data = jax.random.key_data(make_key(7))
+    jax.config.update("jax_default_prng_impl", "rbg")
+    assert (jax.random.key_data(make_key(7)) == data).all()
+
+
+def test_settings_are_what_the_library_cannot_fix(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=here --xla_force_host_platform_device_count=3")
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    assert environment.settings() == {}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_b=0 --xla_a=1 --xla_dump_to=here --xla_b=2")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_default_prng_impl", "rbg")
+    assert environment.settings() == {
+        "JAX_ENABLE_X64": "True",
+        "XLA_FLAGS": "--xla_a=1 --xla_b=2",
+        "NVIDIA_TF32_OVERRIDE": "0",
+    }
+
+
+def test_devices_in_words():
+    assert environment.devices() == "8 CPU devices"
