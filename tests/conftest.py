@@ -99,18 +99,21 @@ def training():
 
 
 @pytest.fixture
-def run_script(monkeypatch, capsys):
+def default_precision():
+    """Sets the tests' own precision aside: a script fixes the options of jax, and would name it."""
+    jax.config.update("jax_default_matmul_precision", None)
+    yield
+    jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys, default_precision):
     """Runs a script in this process; returns its status, and what it wrote."""
 
     def run(script, *words):
         monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
-        # A script fixes the options of jax: the tests' own precision would be one that it has to name.
-        jax.config.update("jax_default_matmul_precision", None)
-        try:
-            with pytest.raises(SystemExit) as ending:
-                runpy.run_path(str(ROOT / script), run_name="__main__")
-        finally:
-            jax.config.update("jax_default_matmul_precision", "highest")
+        with pytest.raises(SystemExit) as ending:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
         return ending.value.code, *capsys.readouterr()
 
     return run

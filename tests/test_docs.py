@@ -204,7 +204,7 @@ class Read(Exception):
 
 
 @pytest.fixture
-def read_command(monkeypatch, tmp_path):
+def read_command(monkeypatch, tmp_path, default_precision):
     """Runs a script as far as its command line; what it reads there is checked, and nothing is done."""
     monkeypatch.chdir(tmp_path)
 

@@ -74,11 +74,11 @@ def fix_options() -> None:
     anything else; the library leaves the options alone, see `settings`.
     """
     for name, value in _differences().items():
-        say(
-            f"warning: {name.upper()}={value} has no effect here, because numbers would depend on it"
-            + (f": {_INSTEAD[name]}" if name in _INSTEAD else "")
-        )
+        reason = _INSTEAD.get(name, "a run depends on its config and seed alone")
+        say(f"warning: {name.upper()}={value} is ignored: {reason}")
         jax.config.update(name, _OPTIONS[name])
+    # Plots go to files; the backend that a notebook names for its child processes need not exist in this environment.
+    os.environ["MPLBACKEND"] = "agg"
 
 
 def settings() -> dict[str, str]:

@@ -85,7 +85,6 @@ def train(
         barrier("the run's folder is adopted")
         if not is_primary_host():
             check_shared(config, run)
-        say(f"training on {environment.devices()}")
         source = load_source(config.data) if source is None else source
         say(source.describe())
         if is_primary_host():
@@ -154,7 +153,8 @@ def _train(
         if first:
             say(f"{run}: resuming from step {first}")
         say(f"the images are {pipeline.kept}")
-        say(f"{sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(parts.network))):,} parameters")
+        size = sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(parts.network)))
+        say(f"training on {environment.devices()}: {size:,} parameters")
         evaluation = [Periodic(config.eval.every, evaluating(parts, held_out))] if held_out else []
         grids = _make_draw(parts)
         begun()

@@ -52,7 +52,7 @@ def damage(folder):
 
 
 @pytest.fixture
-def train(folder, tmp_path, monkeypatch, capsys):
+def train(folder, tmp_path, monkeypatch, capsys, default_precision):
     spec = importlib.util.spec_from_file_location("train_script", Path(__file__).parents[2] / "train.py")
     script = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, script)  # where the options' docstrings are read from

@@ -8,16 +8,14 @@ from ddpm_jax.system import environment
 
 
 @pytest.fixture(autouse=True)
-def _as_given():
-    """The tests' own precision is set aside, and every option that a test sets is set back."""
-    jax.config.update("jax_default_matmul_precision", None)
+def _set_back(default_precision):
+    """Sets back every option that a test sets."""
     yield
     for name in ("jax_enable_x64", "jax_debug_nans"):
         jax.config.update(name, False)
     jax.config.update("jax_threefry_partitionable", True)
     jax.config.update("jax_default_prng_impl", "threefry2x32")
     jax.config.update("jax_random_seed_offset", 0)
-    jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def test_a_script_fixes_what_changes_numbers_and_names_it(capsys):
@@ -37,7 +35,7 @@ def test_a_script_fixes_what_changes_numbers_and_names_it(capsys):
     assert {name: getattr(jax.config, name) for name in hostile} == before
     assert (jax.random.bits(make_key(5), (3,)) == bits).all()
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == ("warning: JAX_DEFAULT_PRNG_IMPL=rbg has no effect here, because numbers would depend on it")
+    assert lines[0] == "warning: JAX_DEFAULT_PRNG_IMPL=rbg is ignored: a run depends on its config and seed alone"
     assert len(lines) == len(hostile)
     assert any(line.endswith(": use --train.matmul-precision") for line in lines)
     environment.fix_options()
