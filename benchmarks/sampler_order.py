@@ -29,9 +29,9 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from ddpm_jax.samplers import ancestral, ddim, multistep
-from ddpm_jax.samplers.by_name import SAMPLERS, default_spacing
+from ddpm_jax.samplers.by_name import SAMPLERS
 from ddpm_jax.samplers.chain import Sampler
-from ddpm_jax.samplers.respacing import choose_timesteps, evenly_spaced, respace
+from ddpm_jax.samplers.respacing import choose_timesteps, default_spacing, evenly_spaced, respace
 from ddpm_jax.schedules import Schedule, make_betas
 
 matplotlib.use("Agg")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.scipy.special
 from jax import Array
 
-from ddpm_jax.forward import Gaussian, per_image, q_marginal, q_posterior
+from ddpm_jax.forward import Gaussian, as_floats, at, per_image, q_marginal, q_posterior
 from ddpm_jax.reverse import Prediction, Reverse, Variance, p_mean_variance
 from ddpm_jax.schedules import Schedule
 
@@ -24,7 +24,7 @@ def gaussian_kl(p: Gaussian, q: Gaussian) -> Array:
               + \frac{(\mu_p - \mu_q)^2}{\sigma_q^2}\right)
 
     Args:
-      p: a Gaussian over images; fields broadcast against each other, of rank 4.
+      p: a Gaussian over images; fields broadcast against each other, of equal rank.
       q: likewise.
 
     Returns:
@@ -57,6 +57,7 @@ def decoder_log_likelihood(x0: Array, mean: Array, log_variance: Array, *, cdf: 
 
     Ho et al. 2020, eq. 13, and its code (`discretized_gaussian_log_likelihood`).
     """
+    x0 = as_floats(x0, "x0")
     chex.assert_equal_shape([x0, mean])
     normal_cdf = _tanh_cdf if cdf == "tanh" else jax.scipy.special.ndtr
     inverse_sigma = jnp.exp(-0.5 * log_variance)
@@ -70,7 +71,7 @@ def decoder_log_likelihood(x0: Array, mean: Array, log_variance: Array, *, cdf: 
 
 def bits_per_dim(nats: Array) -> Array:
     """Averages nats over the elements of each image and converts them to bits: (B, H, W, C) to (B,)."""
-    return jnp.mean(nats, axis=(1, 2, 3)) / math.log(2)
+    return jnp.mean(nats, axis=tuple(range(1, nats.ndim))) / math.log(2)
 
 
 def prior_bits(schedule: Schedule, x0: Array) -> Array:
@@ -90,7 +91,7 @@ def prior_bits(schedule: Schedule, x0: Array) -> Array:
     t = jnp.full(x0.shape[:1], schedule.num_steps - 1, jnp.int32)
     mean, log_variance = q_marginal(schedule, x0, t)
     # 1 - exp(log(1 - alphas_bar)) would lose all digits in float32; alphas_bar itself has them.
-    excess = -log_variance - per_image(schedule.alphas_bar[t])
+    excess = -log_variance - at(schedule.alphas_bar, t, x0)
     return bits_per_dim(0.5 * (mean**2 + excess))
 
 
@@ -143,7 +144,8 @@ def bound_term(
 
 def reverse_bits(schedule: Schedule, reverse: Reverse, x0: Array, x_t: Array, t: Array, *, cdf: Cdf = "tanh") -> Array:
     """Computes the bound's term at timestep t for a given reverse step: see `bound_term`."""
+    x0, x_t = as_floats(x0, "x0"), as_floats(x_t, "x_t")
     chex.assert_equal_shape([x0, x_t, reverse.mean])
     kl = gaussian_kl(q_posterior(schedule, x0, x_t, t), Gaussian(reverse.mean, reverse.log_variance))
     decoder = -decoder_log_likelihood(x0, reverse.mean, reverse.log_variance, cdf=cdf)
-    return bits_per_dim(jnp.where(per_image(t) == 0, decoder, kl))
+    return bits_per_dim(jnp.where(per_image(t, kl) == 0, decoder, kl))

@@ -21,9 +21,9 @@ import numpy as np
 from jax import Array
 
 from ddpm_jax import keys as per_image_keys
-from ddpm_jax.forward import per_image, q_sample, q_step
+from ddpm_jax.forward import as_floats, per_image, q_sample, q_step
 from ddpm_jax.samplers.chain import Chain, ChainInfo, Sampler, initial_noise, run_chain
-from ddpm_jax.schedules import Schedule
+from ddpm_jax.schedules import Schedule, concrete
 
 
 class ChainStart(typing.NamedTuple):
@@ -40,9 +40,17 @@ def _check_single_step(state: Chain) -> None:
         raise ValueError("a multistep sampler cannot start in the middle of its chain: use ancestral or ddim")
 
 
-def _check_level(level: int, num_steps: int) -> None:
-    if not 0 <= level <= num_steps:
+def _check_level(level: int | np.ndarray, num_steps: int) -> None:
+    if isinstance(level, jax.core.Tracer):
+        raise TypeError("a noise level sets the length of a loop: an integer, not an argument of a traced function")
+    if np.any(np.less(level, 0) | np.greater(level, num_steps)):
         raise ValueError(f"level={level} is outside [0, {num_steps}]: it is the number of reverse steps left")
+
+
+def _repeat(values: Array, number: int) -> Array:
+    # `jnp.repeat` along the batch, which also works on a mesh with explicit axes.
+    batch, *shape = values.shape
+    return jnp.broadcast_to(values[:, None], (batch, number, *shape)).reshape(batch * number, *shape)
 
 
 def _indices(number: int, indices: Array | None) -> Array:
@@ -65,9 +73,12 @@ def diffuse(keys: Array, schedule: Schedule, x0: Array, level: Array) -> Array:
 
     Ho et al. 2020, eq. 4.
     """
-    eps = per_image_keys.normal(keys, x0.shape[1:])
+    x0, known = as_floats(x0, "x0"), concrete(level)
+    if known is not None:
+        _check_level(known, schedule.num_steps)
+    eps = per_image_keys.normal(per_image_keys.for_batch(keys, x0), x0.shape[1:])
     x_t = q_sample(schedule, x0, jnp.maximum(level - 1, 0), eps)
-    return jnp.where(per_image(level) > 0, x_t, x0)
+    return jnp.where(per_image(level, x0) > 0, x_t, x0)
 
 
 def decode(start: ChainStart, sampler: Sampler, *, level: int, end_level: int = 0) -> Array:
@@ -111,7 +122,8 @@ def between(sampler: Sampler, start_level: Array, end_level: Array) -> Sampler:
         _check_single_step(state)
         level = sampler.num_steps - k
         stepped, info = sampler.step(keys, state, k)
-        return Chain(jnp.where(per_image((level <= start_level) & (level > end_level)), stepped.x, state.x)), info
+        active = per_image((level <= start_level) & (level > end_level), state.x)
+        return Chain(jnp.where(active, stepped.x, state.x)), info
 
     return sampler._replace(step=step)
 
@@ -149,9 +161,9 @@ def branch(keys: Array, x_t: Array, *, draws: int) -> ChainStart:
     Returns:
       the start of B * draws chains, the draws of an image in a row.
     """
-    chex.assert_shape(keys, x_t.shape[:1])
+    keys = per_image_keys.for_batch(keys, x_t)
     each = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(draws)))(keys)
-    return ChainStart(each.reshape(-1), jnp.repeat(x_t, draws, axis=0))
+    return ChainStart(each.reshape(-1), _repeat(x_t, draws))
 
 
 def encode_decode(
@@ -246,14 +258,15 @@ def mix(
     Returns:
       the start of B * L chains, the mixtures of a pair in a row, all with the same noise.
     """
+    x0_a, x0_b = as_floats(x0_a, "x0_a"), as_floats(x0_b, "x0_b")
     chex.assert_equal_shape([x0_a, x0_b])
     indices = _indices(len(x0_a), indices)
     key_a, key_b, chain_key = jax.random.split(key, 3)
     x_a = diffuse(per_image_keys.image_keys(key_a, indices), schedule, x0_a, level)
     x_b = diffuse(per_image_keys.image_keys(key_b, indices), schedule, x0_b, level)
-    keys = jnp.repeat(per_image_keys.image_keys(chain_key, indices), len(lambdas))
-    x_a, x_b = (jnp.repeat(x, len(lambdas), axis=0) for x in (x_a, x_b))
-    share = per_image(jnp.tile(lambdas, len(x0_a)))
+    keys = _repeat(per_image_keys.image_keys(chain_key, indices), len(lambdas))
+    x_a, x_b = (_repeat(x, len(lambdas)) for x in (x_a, x_b))
+    share = per_image(jnp.tile(lambdas, len(x0_a)), x_a)
     return ChainStart(keys, (1 - share) * x_a + share * x_b)
 
 
@@ -317,16 +330,16 @@ def slerp(a: Array, b: Array, lam: Array) -> Array:
     >>> slerp(jnp.array([[[[1.0, 0.0]]]]), jnp.array([[[[0.0, 1.0]]]]), jnp.array([0.5])).round(4)
     Array([[[[0.7071, 0.7071]]]], dtype=float32)
     """
-    chex.assert_rank(a, 4)
+    a, b = as_floats(a, "a"), as_floats(b, "b")
     chex.assert_equal_shape([a, b])
     chex.assert_shape(lam, a.shape[:1])
-    dot, squared_a, squared_b = ((x * y).sum((1, 2, 3)) for x, y in ((a, b), (a, a), (b, b)))
+    dot, squared_a, squared_b = ((x * y).sum(tuple(range(1, a.ndim))) for x, y in ((a, b), (a, a), (b, b)))
     theta = jnp.arccos(jnp.clip(dot / jnp.sqrt(squared_a * squared_b), -1, 1))
     curved = jnp.sin(theta) > 1e-3
     sine = jnp.where(curved, jnp.sin(theta), jnp.ones_like(theta))
     weight_a = jnp.where(curved, jnp.sin((1 - lam) * theta) / sine, 1 - lam)
     weight_b = jnp.where(curved, jnp.sin(lam * theta) / sine, lam)
-    return per_image(weight_a) * a + per_image(weight_b) * b
+    return per_image(weight_a, a) * a + per_image(weight_b, b) * b
 
 
 def invert(inversion: Sampler, x0: Array) -> Array:
@@ -361,7 +374,7 @@ def mix_latents(x_a: Array, x_b: Array, lambdas: Array) -> Array:
       (B * L, H, W, C), the mixtures of a pair in a row.
     """
     number = len(lambdas)
-    return slerp(jnp.repeat(x_a, number, axis=0), jnp.repeat(x_b, number, axis=0), jnp.tile(lambdas, len(x_a)))
+    return slerp(_repeat(x_a, number), _repeat(x_b, number), jnp.tile(lambdas, len(x_a)))
 
 
 def ddim_interpolate(inversion: Sampler, sampler: Sampler, x0_a: Array, x0_b: Array, lambdas: Array) -> Array:
@@ -461,8 +474,8 @@ def repaint(
 
     Lugmayr et al. 2022 (RePaint), Algorithm 1.
     """
-    chex.assert_rank(x0, 4)
-    chex.assert_shape(mask, (*x0.shape[:3], 1))
+    x0 = as_floats(x0, "x0")
+    chex.assert_shape(mask, (*x0.shape[:-1], 1))
     walk, known = repaint_walk(sampler.num_steps, jump=jump, resamples=resamples), mask.astype(bool)
 
     def step(keys: Array, state: Chain, k: Array) -> tuple[Chain, ChainInfo]:
@@ -474,12 +487,13 @@ def repaint(
 
         def go_down() -> tuple[Chain, ChainInfo]:
             unknown, info = sampler.step(reverse_keys, state, sampler.num_steps - level)
-            return Chain(jnp.where(known, diffuse(forward_keys, schedule, x0, each(level - 1)), unknown.x)), info
+            x = diffuse(forward_keys, schedule, x0, each(level - 1)).astype(unknown.x.dtype)
+            return Chain(jnp.where(known, x, unknown.x)), info
 
         def go_up() -> tuple[Chain, ChainInfo]:
             eps = per_image_keys.normal(forward_keys, state.x.shape[1:])
             x = q_step(schedule, state.x, each(level), eps)
-            return Chain(x), ChainInfo(level - 1, state.x, state.x)
+            return Chain(x.astype(state.x.dtype)), ChainInfo(level - 1, state.x, as_floats(state.x, "x_t"))
 
         return jax.lax.cond(jnp.asarray(walk.down)[k], go_down, go_up)
 

@@ -1,11 +1,19 @@
-r"""The forward process q, which turns data into noise (Ho et al. 2020, sec. 2)."""
+r"""The forward process q, which turns data into noise (Ho et al. 2020, sec. 2).
+
+Here and in the rest of the mathematics an image may have any shape: where (B, H, W, C) stands, (B, L, C) or
+(B, D, H, W, C) will do, or, with a scalar `t`, one image without a batch.
+"""
 
 import typing
+from collections.abc import Callable
 
 import chex
+import jax
+import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
-from ddpm_jax.schedules import Schedule
+from ddpm_jax.schedules import Schedule, concrete
 
 
 class Gaussian(typing.NamedTuple):
@@ -15,10 +23,64 @@ class Gaussian(typing.NamedTuple):
     log_variance: Array
 
 
-def per_image(values: Array) -> Array:
-    """Reshapes one number per image, (B,), to (B, 1, 1, 1), so that it broadcasts over the images."""
-    chex.assert_rank(values, 1)
-    return values[:, None, None, None]
+def per_image(values: Array, images: Array) -> Array:
+    """Reshapes one number per image, (B,), to (B, 1, .., 1), so that it broadcasts over the images; a scalar stays."""
+    chex.assert_rank(values, {0, 1})
+    return jnp.expand_dims(values, tuple(range(1, images.ndim))) if values.ndim else values
+
+
+def at(table: Array, t: Array, images: Array | None = None) -> Array:
+    """Reads a table of a schedule at timesteps.
+
+    Args:
+      table: (T,).
+      t: (B,) int32, or a scalar for all images.
+      images: if given, the result is shaped to broadcast over them.
+
+    Returns:
+      shaped as `t`, or (B, 1, .., 1).
+    """
+    # On a mesh with explicit axes, indexing must say where its result lies: with its indices.
+    values = table.at[t].get(out_sharding=jax.typeof(t).sharding)
+    return values if images is None else per_image(values, images)
+
+
+def where_positive(root: Callable[[Array], Array], values: Array) -> Array:
+    """Computes a root of values >= 0 whose derivative at 0 is 0, not infinite."""
+    positive = values > 0
+    return jnp.where(positive, root(jnp.where(positive, values, jnp.ones_like(values))), jnp.zeros_like(values))
+
+
+def check_t(schedule: Schedule, t: ArrayLike, images: Array | None = None) -> None:
+    """Checks timesteps: integers, a scalar or one per image, and in [0, T) where their values are known.
+
+    Raises:
+      TypeError: they are not integers.
+      ValueError: one is outside [0, T).
+      AssertionError: they are neither a scalar nor one per image.
+    """
+    if not jnp.issubdtype(jnp.result_type(t), jnp.integer):
+        raise TypeError(f"timesteps are integers in [0, {schedule.num_steps}), not {jnp.result_type(t)}")
+    if images is not None and jnp.ndim(t):
+        chex.assert_shape(t, images.shape[:1])
+    known = concrete(t)
+    if known is None:
+        return
+    outside = known[(known < 0) | (known >= schedule.num_steps)]
+    if outside.size:
+        raise ValueError(f"timestep {outside[0]} is outside [0, {schedule.num_steps}): t counts from 0")
+
+
+def as_floats(images: ArrayLike, name: str) -> Array:
+    """Returns images as floats; half precision as float32, since the formulas lose too many digits in it.
+
+    Raises:
+      TypeError: they are integers, such as uint8 pixels.
+    """
+    images = jnp.asarray(images)
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise TypeError(f"{name} is {images.dtype}, not floats: ddpm_jax.to_float converts uint8 pixels to [-1, 1]")
+    return images.astype(jnp.float32) if jnp.finfo(images.dtype).bits < 32 else images
 
 
 def q_step(schedule: Schedule, x_prev: Array, t: Array, eps: Array) -> Array:
@@ -37,10 +99,11 @@ def q_step(schedule: Schedule, x_prev: Array, t: Array, eps: Array) -> Array:
 
     Ho et al. 2020, eq. 2.
     """
-    chex.assert_rank(x_prev, 4)
+    x_prev, eps = as_floats(x_prev, "x_prev"), as_floats(eps, "eps")
     chex.assert_equal_shape([x_prev, eps])
-    chex.assert_shape(t, x_prev.shape[:1])
-    return per_image(schedule.alphas[t] ** 0.5) * x_prev + per_image(schedule.betas[t] ** 0.5) * eps
+    check_t(schedule, t, x_prev)
+    signal = where_positive(lambda alpha: alpha**0.5, at(schedule.alphas, t, x_prev))
+    return signal * x_prev + at(schedule.betas, t, x_prev) ** 0.5 * eps
 
 
 def q_marginal(schedule: Schedule, x0: Array, t: Array) -> Gaussian:
@@ -58,10 +121,10 @@ def q_marginal(schedule: Schedule, x0: Array, t: Array) -> Gaussian:
 
     Ho et al. 2020, eq. 4.
     """
-    chex.assert_rank(x0, 4)
-    chex.assert_shape(t, x0.shape[:1])
+    x0 = as_floats(x0, "x0")
+    check_t(schedule, t, x0)
     return Gaussian(
-        mean=per_image(schedule.sqrt_alphas_bar[t]) * x0, log_variance=per_image(schedule.log_one_minus_alphas_bar[t])
+        mean=at(schedule.sqrt_alphas_bar, t, x0) * x0, log_variance=at(schedule.log_one_minus_alphas_bar, t, x0)
     )
 
 
@@ -86,11 +149,10 @@ def q_sample(schedule: Schedule, x0: Array, t: Array, eps: Array) -> Array:
     >>> q_sample(schedule, x0, jnp.array([999]), jnp.zeros_like(x0)).max()   # almost no signal is left
     Array(0.00635282, dtype=float32)
     """
-    chex.assert_rank(x0, 4)
+    x0, eps = as_floats(x0, "x0"), as_floats(eps, "eps")
     chex.assert_equal_shape([x0, eps])
-    chex.assert_shape(t, x0.shape[:1])
-    scale, sigma = schedule.sqrt_alphas_bar[t], schedule.sqrt_one_minus_alphas_bar[t]
-    return per_image(scale) * x0 + per_image(sigma) * eps
+    check_t(schedule, t, x0)
+    return at(schedule.sqrt_alphas_bar, t, x0) * x0 + at(schedule.sqrt_one_minus_alphas_bar, t, x0) * eps
 
 
 def q_posterior(schedule: Schedule, x0: Array, x_t: Array, t: Array) -> Gaussian:
@@ -113,10 +175,10 @@ def q_posterior(schedule: Schedule, x0: Array, x_t: Array, t: Array) -> Gaussian
 
     Ho et al. 2020, eqs. 6 and 7.
     """
-    chex.assert_rank(x0, 4)
+    x0, x_t = as_floats(x0, "x0"), as_floats(x_t, "x_t")
     chex.assert_equal_shape([x0, x_t])
-    chex.assert_shape(t, x0.shape[:1])
+    check_t(schedule, t, x0)
     return Gaussian(
-        mean=per_image(schedule.posterior_mean_coef_x0[t]) * x0 + per_image(schedule.posterior_mean_coef_x_t[t]) * x_t,
-        log_variance=per_image(schedule.posterior_log_variance_clipped[t]),
+        mean=at(schedule.posterior_mean_coef_x0, t, x0) * x0 + at(schedule.posterior_mean_coef_x_t, t, x0) * x_t,
+        log_variance=at(schedule.posterior_log_variance_clipped, t, x0),
     )

@@ -1,14 +1,38 @@
 """Class-conditional networks and classifier-free guidance (Ho & Salimans 2022)."""
 
+import typing
 from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
+from ddpm_jax.forward import per_image
 from ddpm_jax.reverse import Predict, Variance, split_output
+from ddpm_jax.schedules import concrete
 
 PredictLabeled = Callable[[Array, Array, Array], Array]
 """A conditional network: `predict(x_t, timesteps, labels) -> output`."""
+
+
+def check_labels(labels: ArrayLike, num_classes: int) -> None:
+    """Checks class labels: integers, and in [0, num_classes] where their values are known.
+
+    Raises:
+      TypeError: they are not integers.
+      ValueError: one is outside; num_classes itself means "no label".
+    """
+    if not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
+        raise TypeError(f"labels are integers in [0, {num_classes}], not {jnp.result_type(labels)}")
+    known = concrete(labels)
+    if known is None:
+        return
+    outside = known[(known < 0) | (known > num_classes)]
+    if outside.size:
+        raise ValueError(
+            f"label {outside[0]} is outside [0, {num_classes}]: there are {num_classes} classes, numbered from 0, and "
+            f'{num_classes} means "no label"'
+        )
 
 
 def with_labels(predict: PredictLabeled, labels: Array) -> Predict:
@@ -21,7 +45,7 @@ def guided(
     labels: Array,
     *,
     null_label: int,
-    guidance_scale: float,
+    guidance_scale: ArrayLike,
     variance: Variance = "fixed_large",
 ) -> Predict:
     r"""Makes a network with classifier-free guidance: extrapolates from its unconditional to its conditional output.
@@ -35,25 +59,38 @@ def guided(
       predict: the conditional network.
       labels: c, (B,) int32, each in [0, null_label).
       null_label: the label that means "no label".
-      guidance_scale: s >= 0, static, as most papers and diffusers define it: 1 is the conditional network itself,
-        0 the unconditional one. The weight w of Ho & Salimans is s - 1.
+      guidance_scale: s >= 0, as most papers and diffusers define it: 1 is the conditional network itself, 0 the
+        unconditional one. The weight w of Ho & Salimans is s - 1. A number, or an array, possibly traced: a scalar or
+        (B,), one per image.
       variance: whether the output has a second half for the variance.
 
     Returns:
       the guided network, as samplers take it: `(x_t, timesteps) -> output`.
 
+    Raises:
+      ValueError: a label is outside [0, null_label], or s below 0 (both checked where their values are known).
+
     Ho & Salimans 2022, eq. 6.
     """
-    if guidance_scale == 1:
+    check_labels(labels, null_label)
+    known = concrete(guidance_scale)
+    if known is not None and not (known >= 0).all():
+        raise ValueError(f"guidance_scale={guidance_scale} must be at least 0: 1 is no guidance")
+    # Known to be 1 when the network is made: half the work.
+    if known is not None and known.ndim == 0 and known == 1:
         return with_labels(predict, labels)
-    both_labels = jnp.concatenate([labels, jnp.full_like(labels, null_label)])
+    # Not `full_like`, which does not lie where the labels lie on a mesh with explicit axes.
+    both_labels = jnp.concatenate([labels, labels - labels + null_label])
 
     def predict_guided(x_t: Array, timesteps: Array) -> Array:
         both = predict(jnp.concatenate([x_t, x_t]), jnp.concatenate([timesteps, timesteps]), both_labels)
         conditional, unconditional = jnp.split(both, 2)
         conditional_mean, second_half = split_output(conditional, variance=variance)
         unconditional_mean, _ = split_output(unconditional, variance=variance)
-        mean = guidance_scale * conditional_mean - (guidance_scale - 1) * unconditional_mean
+        scale = typing.cast(Array, guidance_scale)
+        if jnp.ndim(scale):
+            scale = per_image(jnp.asarray(scale), conditional_mean)
+        mean = scale * conditional_mean - (scale - 1) * unconditional_mean
         return mean if second_half is None else jnp.concatenate([mean, second_half], axis=-1)
 
     return predict_guided

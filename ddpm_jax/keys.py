@@ -1,11 +1,77 @@
-"""One key per image: the randomness of an image comes from its own key, never from its batch or its device."""
+"""One key per image: the randomness of an image comes from its own key, never from its batch or its device.
 
+Keys are typed (`jax.random.key`); those of `jax.random.PRNGKey` are wrapped wherever a key is taken.
+"""
+
+import typing
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
+
+from ddpm_jax.schedules import concrete
+
+
+def typed(keys: ArrayLike, *, one_per_image: bool = False) -> Array:
+    """Returns typed keys, also from the uint32 arrays of `jax.random.PRNGKey`.
+
+    Args:
+      keys: keys of any shape, in either form.
+      one_per_image: whether their shape must be (B,).
+
+    Returns:
+      the typed keys.
+
+    Raises:
+      TypeError: these are not keys.
+      ValueError: there is not one per image.
+    """
+    dtype = getattr(keys, "dtype", None)
+    if dtype == np.uint32:
+        try:
+            keys = jax.random.wrap_key_data(jnp.asarray(keys))
+        except TypeError:
+            raise TypeError(f"uint32 of shape {jnp.shape(keys)} is no random key: use jax.random.key(0)") from None
+    elif dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise TypeError(f"a random key such as jax.random.key(0) is needed, not {dtype or repr(keys)}")
+    keys = typing.cast(Array, keys)
+    if one_per_image and keys.ndim != 1:
+        raise ValueError(f"one key per image is needed, not keys of shape {keys.shape}: use image_keys")
+    return keys
+
+
+def beside(images: Array, values: ArrayLike) -> Array:
+    """Shards (B,) values as the images are on a mesh with explicit axes, where JAX does not do so by itself."""
+    sharding, values = jax.typeof(images).sharding, jnp.asarray(values)
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return values
+    return jax.sharding.reshard(values, NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1])))
+
+
+def for_batch(keys: ArrayLike, images: Array) -> Array:
+    """Returns one key per image, also from a single key.
+
+    Args:
+      keys: (B,) keys, or one key, which is folded with the images' indices 0..B-1.
+      images: a batch of B images.
+
+    Returns:
+      (B,) typed keys.
+
+    Raises:
+      TypeError: these are not keys.
+      ValueError: there are neither one nor B of them.
+    """
+    keys, batch_size = typed(keys), images.shape[0]
+    if keys.ndim == 0:
+        return image_keys(keys, beside(images, jnp.arange(batch_size)))
+    if keys.shape != (batch_size,):
+        raise ValueError(f"a batch of {batch_size} needs one key or {batch_size} keys, not keys of shape {keys.shape}")
+    return keys
 
 
 def make_key(seed: int) -> Array:
@@ -41,12 +107,19 @@ def image_keys(key: Array, indices: Array) -> Array:
     Returns:
       (B,) typed keys.
 
+    Raises:
+      TypeError: `key` is not a key.
+      ValueError: an index is negative (checked outside of `jit`).
+
     >>> key = jax.random.key(0)
     >>> few, many = image_keys(key, jnp.arange(2)), image_keys(key, jnp.arange(5))
     >>> bool((few == many[:2]).all())
     True
     """
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
+    known = concrete(indices)
+    if known is not None and known.size and known.min() < 0:
+        raise ValueError(f"the index of an image is at least 0, not {known.min()}")
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(typed(key), indices)
 
 
 def fold(keys: Array, data: ArrayLike) -> Array:
@@ -60,7 +133,10 @@ def fold(keys: Array, data: ArrayLike) -> Array:
     Returns:
       (B,) typed keys: `fold_in(keys[i], data)`.
     """
-    return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(data, keys.shape))
+    keys = typed(keys, one_per_image=True)
+    if jnp.ndim(data) == 0:
+        return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
+    return jax.vmap(jax.random.fold_in)(keys, beside(keys, data))
 
 
 def split(keys: Array, num: int) -> tuple[Array, ...]:
@@ -73,7 +149,7 @@ def split(keys: Array, num: int) -> tuple[Array, ...]:
     Returns:
       `num` arrays of (B,) typed keys.
     """
-    children = jax.vmap(lambda key: jax.random.split(key, num))(keys)
+    children = jax.vmap(lambda key: jax.random.split(key, num))(typed(keys, one_per_image=True))
     return tuple(children[:, i] for i in range(num))
 
 
@@ -82,9 +158,9 @@ def normal(keys: Array, shape: Sequence[int]) -> Array:
 
     Args:
       keys: (B,) typed keys.
-      shape: the shape of one image, (H, W, C).
+      shape: the shape of one image, (H, W, C) or any other.
 
     Returns:
-      (B, H, W, C) float32, each element N(0, 1).
+      (B, *shape) float32, each element N(0, 1).
     """
-    return jax.vmap(lambda key: jax.random.normal(key, tuple(shape)))(keys)
+    return jax.vmap(lambda key: jax.random.normal(key, tuple(shape)))(typed(keys, one_per_image=True))

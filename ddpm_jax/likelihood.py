@@ -17,10 +17,10 @@ from jax.typing import ArrayLike
 
 from ddpm_jax import keys as per_image_keys
 from ddpm_jax.bound import Cdf, prior_bits, reverse_bits
-from ddpm_jax.forward import per_image, q_posterior, q_sample
+from ddpm_jax.forward import at, check_t, q_posterior, q_sample
 from ddpm_jax.losses import mean_squared_error
 from ddpm_jax.reverse import Predict, Prediction, Variance, p_mean_variance, predict_eps, split_output
-from ddpm_jax.schedules import Schedule
+from ddpm_jax.schedules import Schedule, numbers
 
 
 class Bound(typing.NamedTuple):
@@ -60,7 +60,7 @@ def bound_terms(
     numbers as one range over all of them.
 
     Args:
-      keys: (B,) typed keys, one per image.
+      keys: (B,) keys, one per image; or one key for the batch.
       schedule: tables of T steps.
       predict: the network.
       x0: clean images, (B, H, W, C), each pixel one of 256 levels in [-1, 1].
@@ -77,7 +77,6 @@ def bound_terms(
 
     Ho et al. 2020, eqs. 3 and 5, and its code (`calc_bpd_loop`).
     """
-    chex.assert_rank(x0, 4)
     timesteps = jnp.asarray(first, jnp.int32) + jnp.arange(schedule.num_steps if num_steps is None else num_steps)
     return bound_at(
         keys,
@@ -111,7 +110,7 @@ def bound_at(
     One `lax.scan` over K, with the network on the whole batch at once; no image is kept.
 
     Args:
-      keys: (B,) typed keys, one per image.
+      keys: (B,) keys, one per image; or one key for the batch.
       schedule: tables of T steps.
       predict: the network.
       x0: clean images, (B, H, W, C), each pixel one of 256 levels in [-1, 1].
@@ -128,19 +127,19 @@ def bound_at(
 
     Ho et al. 2020, eq. 5.
     """
-    chex.assert_rank(x0, 4)
-    chex.assert_shape(keys, x0.shape[:1])
+    keys = per_image_keys.for_batch(keys, x0)
     chex.assert_shape(timesteps, (None, len(x0)))
+    check_t(schedule, timesteps)
     if log_variances is not None:
         chex.assert_shape(log_variances, (schedule.num_steps,))
 
     def body(carry: None, t: Array) -> tuple[None, tuple[Array, ...]]:
         eps = per_image_keys.normal(per_image_keys.fold(keys, t), x0.shape[1:])
         x_t = q_sample(schedule, x0, t, eps)
-        output = predict(x_t, schedule.timesteps[t])
+        output = predict(x_t, at(schedule.timesteps, t))
         reverse = p_mean_variance(schedule, output, x_t, t, prediction=prediction, variance=variance, clip_x0=clip_x0)
         if log_variances is not None:
-            reverse = reverse._replace(log_variance=per_image(log_variances[t]))
+            reverse = reverse._replace(log_variance=at(log_variances, t, x_t))
         mean_output, _ = split_output(output, variance=variance)
         predicted_eps = predict_eps(schedule, mean_output, x_t, t, prediction=prediction)
         bits = reverse_bits(schedule, reverse, x0, x_t, t, cdf=cdf)
@@ -197,7 +196,7 @@ def draw_timesteps(keys: Array, edges: ArrayLike) -> Array:
     edges = jnp.asarray(edges, jnp.int32)
     # fold_in(key, t) is the key of the noise at t < T; the last edge, T, is unused.
     draw = lambda key: jax.random.randint(jax.random.fold_in(key, edges[-1]), edges[1:].shape, edges[:-1], edges[1:])
-    return jax.vmap(draw)(keys).T
+    return jax.vmap(draw)(per_image_keys.typed(keys, one_per_image=True)).T
 
 
 def total_bits(bound: Bound) -> Array:
@@ -319,7 +318,9 @@ def optimal_log_variances(schedule: Schedule, mean_mse: ArrayLike) -> Array:
     """
     mean_mse = jnp.asarray(mean_mse, jnp.float32)
     chex.assert_shape(mean_mse, (schedule.num_steps,))
-    return jnp.log(schedule.posterior_variance + mean_mse).at[0].set(schedule.fixed_large_log_variance[0])
+    # Without the logarithm of 0, whose derivative is not finite.
+    variances = (schedule.posterior_variance + mean_mse).at[0].set(1)
+    return jnp.log(variances).at[0].set(schedule.fixed_large_log_variance[0])
 
 
 def estimated_log_variances(schedule: Schedule, mean_mse: ArrayLike, edges: ArrayLike) -> Array:
@@ -336,5 +337,5 @@ def estimated_log_variances(schedule: Schedule, mean_mse: ArrayLike, edges: Arra
     Returns:
       (T,) float32 log-variances; those of `optimal_log_variances` if each stratum is one timestep.
     """
-    like = np.asarray(schedule.posterior_mean_coef_x0, np.float64) ** 2 * np.asarray(schedule.one_minus_alphas_bar)
+    like = numbers(schedule.posterior_mean_coef_x0) ** 2 * numbers(schedule.one_minus_alphas_bar)
     return optimal_log_variances(schedule, spread(mean_mse, edges, like))

@@ -9,8 +9,8 @@ from jax import Array
 
 from ddpm_jax import keys as per_image_keys
 from ddpm_jax.bound import Cdf, bound_term
-from ddpm_jax.forward import per_image, q_posterior, q_sample
-from ddpm_jax.reverse import Predict, Prediction, Variance, split_output
+from ddpm_jax.forward import as_floats, at, check_t, q_posterior, q_sample
+from ddpm_jax.reverse import Predict, Prediction, Variance, check_end, split_output
 from ddpm_jax.schedules import Schedule
 
 Weighting = typing.Literal["none", "min_snr", "truncated_snr"]
@@ -50,17 +50,16 @@ def regression_target(schedule: Schedule, x0: Array, t: Array, eps: Array, *, pr
 
     Ho et al. 2020, sec. 3.2 and Table 2; Salimans & Ho 2022, app. D for v.
     """
-    chex.assert_rank(x0, 4)
+    x0, eps = as_floats(x0, "x0"), as_floats(eps, "eps")
     chex.assert_equal_shape([x0, eps])
-    chex.assert_shape(t, x0.shape[:1])
+    check_t(schedule, t, x0)
     match prediction:
         case "eps":
             return eps
         case "x0":
             return x0
         case "v":
-            scale, sigma = schedule.sqrt_alphas_bar[t], schedule.sqrt_one_minus_alphas_bar[t]
-            return per_image(scale) * eps - per_image(sigma) * x0
+            return at(schedule.sqrt_alphas_bar, t, x0) * eps - at(schedule.sqrt_one_minus_alphas_bar, t, x0) * x0
         case "mean":
             return q_posterior(schedule, x0, q_sample(schedule, x0, t, eps), t).mean
     raise ValueError(f"unknown prediction {prediction!r}: choose eps, x0, v or mean")
@@ -68,14 +67,15 @@ def regression_target(schedule: Schedule, x0: Array, t: Array, eps: Array, *, pr
 
 def mean_squared_error(output: Array, target: Array) -> Array:
     """Computes the mean squared error of each image, (B,), from two (B, H, W, C) arrays."""
-    chex.assert_rank(output, 4)
+    output, target = as_floats(output, "the network's output"), as_floats(target, "the target")
     chex.assert_equal_shape([output, target])
-    return jnp.mean((output - target) ** 2, axis=(1, 2, 3))
+    return jnp.mean((output - target) ** 2, axis=tuple(range(1, output.ndim)))
 
 
 def snr(schedule: Schedule, t: Array) -> Array:
     r"""Returns the signal-to-noise ratio :math:`\bar\alpha_t / (1 - \bar\alpha_t)` at timesteps t: (B,) to (B,)."""
-    return schedule.alphas_bar[t] / schedule.one_minus_alphas_bar[t]
+    check_t(schedule, t)
+    return at(schedule.alphas_bar, t) / at(schedule.one_minus_alphas_bar, t)
 
 
 def snr_weights(
@@ -104,8 +104,13 @@ def snr_weights(
 
     Returns:
       (B,) float32.
+
+    Raises:
+      ValueError: as `check_end`: the weight of eps is infinite where alphas_bar is 0.
     """
     ratio = snr(schedule, t)
+    if weighting != "none":
+        check_end(schedule, prediction, t)
     match weighting:
         case "none":
             return jnp.ones_like(ratio)
@@ -123,7 +128,7 @@ def snr_weights(
         case "v":
             return weights / (ratio + 1)
         case "mean":
-            return weights / schedule.posterior_mean_coef_x0[t] ** 2
+            return weights / at(schedule.posterior_mean_coef_x0, t) ** 2
     raise ValueError(f"unknown prediction {prediction!r}: choose eps, x0, v or mean")
 
 
@@ -131,7 +136,7 @@ def diffuse_and_predict(keys: Array, schedule: Schedule, predict: Predict, x0: A
     """Draws the noise, computes x_t and runs the network on it: the first lines of every loss.
 
     Args:
-      keys: (B,) typed keys, one per image, from which its noise is drawn.
+      keys: (B,) keys, one per image, from which its noise is drawn; or one key for the batch.
       schedule: tables of T steps.
       predict: the network.
       x0: clean images, (B, H, W, C), in [-1, 1].
@@ -142,11 +147,10 @@ def diffuse_and_predict(keys: Array, schedule: Schedule, predict: Predict, x0: A
 
     Ho et al. 2020, Algorithm 1, lines 4 and 5.
     """
-    chex.assert_rank(x0, 4)
-    chex.assert_shape([keys, t], x0.shape[:1])
-    eps = per_image_keys.normal(keys, x0.shape[1:])
+    chex.assert_shape(t, x0.shape[:1])
+    eps = per_image_keys.normal(per_image_keys.for_batch(keys, x0), x0.shape[1:])
     x_t = q_sample(schedule, x0, t, eps)
-    return LossInfo(x_t, eps, predict(x_t, schedule.timesteps[t]))
+    return LossInfo(x_t, eps, predict(x_t, at(schedule.timesteps, t)))
 
 
 def l_simple(
@@ -167,7 +171,7 @@ def l_simple(
     targets (see `regression_target`). The loss does not depend on the variance: it leaves a learned one untrained.
 
     Args:
-      keys: (B,) typed keys, one per image, from which its noise is drawn.
+      keys: (B,) keys, one per image, from which its noise is drawn; or one key for the batch.
       schedule: tables of T steps.
       predict: the network.
       x0: clean images, (B, H, W, C), in [-1, 1].
@@ -211,7 +215,7 @@ def l_vlb(
     code's training.
 
     Args:
-      keys: (B,) typed keys, one per image, from which its noise is drawn.
+      keys: (B,) keys, one per image, from which its noise is drawn; or one key for the batch.
       schedule: tables of T steps.
       predict: the network.
       x0: clean images, (B, H, W, C), each pixel one of 256 levels in [-1, 1].
@@ -252,7 +256,7 @@ def l_hybrid(
     No gradient flows through the mean in the second term, which therefore trains only the variance.
 
     Args:
-      keys: (B,) typed keys, one per image, from which its noise is drawn.
+      keys: (B,) keys, one per image, from which its noise is drawn; or one key for the batch.
       schedule: tables of T steps.
       predict: the network, with an output of (B, H, W, 2C).
       x0: clean images, (B, H, W, C), each pixel one of 256 levels in [-1, 1].

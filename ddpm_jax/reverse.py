@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 import chex
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
-from ddpm_jax.forward import per_image, q_posterior
-from ddpm_jax.schedules import Schedule
+from ddpm_jax.forward import as_floats, at, check_t, per_image, q_posterior
+from ddpm_jax.schedules import Schedule, concrete
 
 Predict = Callable[[Array, Array], Array]
 """A network as the mathematics sees it: `predict(x_t, timesteps)`, (B, H, W, C) and (B,) to (B, H, W, C or 2C)."""
@@ -30,6 +31,29 @@ class Reverse(typing.NamedTuple):
     x0: Array
 
 
+def check_end(schedule: Schedule, prediction: Prediction, t: Array | None = None) -> None:
+    """Checks that x_0 can be computed from what the network predicts: it is divided by its weight in it.
+
+    Args:
+      schedule: tables of T steps; nothing is checked if they are traced.
+      prediction: what the network predicts.
+      t: the timesteps to look at; all if None, or if they are traced.
+
+    Raises:
+      ValueError: the prediction does not depend on x_0 at a timestep, as eps where alphas_bar is 0.
+    """
+    weights = {"eps": schedule.sqrt_alphas_bar, "mean": schedule.posterior_mean_coef_x0}.get(prediction)
+    known = None if weights is None else concrete(weights)
+    if known is None:
+        return
+    timesteps = None if t is None else concrete(t)
+    if (known if timesteps is None else known[timesteps]).min(initial=1) < np.finfo(np.float32).tiny:
+        raise ValueError(
+            f"prediction {prediction!r} cannot tell x_0 at the last step of this schedule, where alphas_bar is 0: use "
+            "'v' or 'x0', or smaller betas"
+        )
+
+
 def predict_x0(schedule: Schedule, output: Array, x_t: Array, t: Array, *, prediction: Prediction) -> Array:
     r"""Computes the clean image from the network's output.
 
@@ -48,26 +72,26 @@ def predict_x0(schedule: Schedule, output: Array, x_t: Array, t: Array, *, predi
     Returns:
       x0, shaped as `output`; not clipped.
 
+    Raises:
+      ValueError: as `check_end`.
+
     Ho et al. 2020, eq. 15 for eps; Salimans & Ho 2022, app. D for v.
     """
-    chex.assert_rank(output, 4)
+    output, x_t = as_floats(output, "the network's output"), as_floats(x_t, "x_t")
     chex.assert_equal_shape([output, x_t])
-    chex.assert_shape(t, x_t.shape[:1])
+    check_t(schedule, t, x_t)
+    check_end(schedule, prediction, t)
     match prediction:
         case "x0":
             return output
         case "eps":
-            return (
-                per_image(schedule.sqrt_recip_alphas_bar[t]) * x_t
-                - per_image(schedule.sqrt_recip_alphas_bar_minus_one[t]) * output
-            )
+            coef_x_t, coef_eps = schedule.sqrt_recip_alphas_bar, schedule.sqrt_recip_alphas_bar_minus_one
+            return at(coef_x_t, t, x_t) * x_t - at(coef_eps, t, x_t) * output
         case "v":
-            return (
-                per_image(schedule.sqrt_alphas_bar[t]) * x_t - per_image(schedule.sqrt_one_minus_alphas_bar[t]) * output
-            )
+            return at(schedule.sqrt_alphas_bar, t, x_t) * x_t - at(schedule.sqrt_one_minus_alphas_bar, t, x_t) * output
         case "mean":
-            coef_x0, coef_x_t = schedule.posterior_mean_coef_x0[t], schedule.posterior_mean_coef_x_t[t]
-            return (output - per_image(coef_x_t) * x_t) / per_image(coef_x0)
+            coef_x0, coef_x_t = schedule.posterior_mean_coef_x0, schedule.posterior_mean_coef_x_t
+            return (output - at(coef_x_t, t, x_t) * x_t) / at(coef_x0, t, x_t)
     raise ValueError(f"unknown prediction {prediction!r}: choose eps, x0, v or mean")
 
 
@@ -91,11 +115,11 @@ def from_x0(schedule: Schedule, x0: Array, x_t: Array, t: Array, *, target: Pred
 
     Ho et al. 2020, eqs. 4 and 7; Salimans & Ho 2022, app. D for v.
     """
-    chex.assert_rank(x0, 4)
+    x0, x_t = as_floats(x0, "x0"), as_floats(x_t, "x_t")
     chex.assert_equal_shape([x0, x_t])
-    chex.assert_shape(t, x_t.shape[:1])
-    sqrt_alphas_bar = per_image(schedule.sqrt_alphas_bar[t])
-    sigma = per_image(schedule.sqrt_one_minus_alphas_bar[t])
+    check_t(schedule, t, x_t)
+    sqrt_alphas_bar = at(schedule.sqrt_alphas_bar, t, x_t)
+    sigma = at(schedule.sqrt_one_minus_alphas_bar, t, x_t)
     match target:
         case "x0":
             return x0
@@ -167,7 +191,9 @@ def split_output(output: Array, *, variance: Variance) -> tuple[Array, Array | N
     return mean_output, variance_output
 
 
-def model_log_variance(schedule: Schedule, variance_output: Array | None, t: Array, *, variance: Variance) -> Array:
+def model_log_variance(
+    schedule: Schedule, variance_output: Array | None, x_t: Array, t: Array, *, variance: Variance
+) -> Array:
     r"""Returns the log-variance of p(x_{t-1} | x_t).
 
     ==============  =====================================================================================
@@ -182,6 +208,7 @@ def model_log_variance(schedule: Schedule, variance_output: Array | None, t: Arr
     Args:
       schedule: tables of T steps.
       variance_output: the second half of the output, (B, H, W, C); None for a fixed variance.
+      x_t: noisy images, (B, H, W, C).
       t: 0-based timesteps, (B,) int32, each in [0, T).
       variance: the kind of variance.
 
@@ -190,19 +217,20 @@ def model_log_variance(schedule: Schedule, variance_output: Array | None, t: Arr
 
     Ho et al. 2020, sec. 3.2; learned_range: Nichol & Dhariwal 2021, eq. 15.
     """
+    check_t(schedule, t, x_t)
     match variance:
         case "fixed_small":
-            return per_image(schedule.posterior_log_variance_clipped[t])
+            return at(schedule.posterior_log_variance_clipped, t, x_t)
         case "fixed_large":
-            return per_image(schedule.fixed_large_log_variance[t])
+            return at(schedule.fixed_large_log_variance, t, x_t)
         case "learned" | "learned_range" if variance_output is None:
             raise ValueError(f"{variance} variance needs the network's second half")
         case "learned":
-            return variance_output
+            return as_floats(variance_output, "the network's output")
         case "learned_range":
-            fraction = (variance_output + 1) / 2
-            largest, smallest = schedule.log_betas[t], schedule.posterior_log_variance_clipped[t]
-            return fraction * per_image(largest) + (1 - fraction) * per_image(smallest)
+            fraction = (as_floats(variance_output, "the network's output") + 1) / 2
+            largest, smallest = schedule.log_betas, schedule.posterior_log_variance_clipped
+            return fraction * at(largest, t, x_t) + (1 - fraction) * at(smallest, t, x_t)
     raise ValueError(f"unknown variance {variance!r}: choose fixed_small, fixed_large, learned or learned_range")
 
 
@@ -242,8 +270,8 @@ def p_mean_variance(
     x0 = predict_x0(schedule, mean_output, x_t, t, prediction=prediction)
     if clip_x0:
         x0 = jnp.clip(x0, -1, 1)
-    mean = mean_output if prediction == "mean" else q_posterior(schedule, x0, x_t, t).mean
-    return Reverse(mean, model_log_variance(schedule, variance_output, t, variance=variance), x0)
+    mean = as_floats(mean_output, "mean") if prediction == "mean" else q_posterior(schedule, x0, x_t, t).mean
+    return Reverse(mean, model_log_variance(schedule, variance_output, x_t, t, variance=variance), x0)
 
 
 def p_sample(reverse: Reverse, t: Array, z: Array) -> Array:
@@ -262,6 +290,7 @@ def p_sample(reverse: Reverse, t: Array, z: Array) -> Array:
     Ho et al. 2020, Algorithm 2, line 4.
     """
     chex.assert_equal_shape([reverse.mean, z])
-    chex.assert_shape(t, z.shape[:1])
+    if jnp.ndim(t):
+        chex.assert_shape(t, z.shape[:1])
     sigma = jnp.exp(0.5 * reverse.log_variance)
-    return reverse.mean + jnp.where(per_image(t) > 0, sigma, jnp.zeros_like(sigma)) * z
+    return reverse.mean + jnp.where(per_image(jnp.asarray(t), z) > 0, sigma, jnp.zeros_like(sigma)) * z

@@ -12,6 +12,28 @@ from numpy.typing import ArrayLike
 ScheduleName = typing.Literal["linear", "quad", "const", "warmup10", "warmup50", "jsd", "sigmoid", "cosine"]
 
 
+def concrete(values: typing.Any) -> np.ndarray | None:
+    """Returns the values of an array; None if they are not known: inside `jit`, `grad` or `vmap`, or on other hosts."""
+    if isinstance(values, jax.core.Tracer) or (isinstance(values, jax.Array) and not values.is_fully_addressable):
+        return None
+    return np.asarray(values)
+
+
+def numbers(table: typing.Any) -> np.ndarray:
+    """Returns the values of a schedule's table in float64.
+
+    Raises:
+      TypeError: they are not known, since the schedule is traced.
+    """
+    known = concrete(table)
+    if known is None:
+        raise TypeError(
+            "the schedule is traced (an argument of jit, grad or vmap), but its numbers are needed here: make the "
+            "sampler outside of the traced function, or let the function close over the schedule or make it"
+        )
+    return known.astype(np.float64)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Schedule:
@@ -19,6 +41,9 @@ class Schedule:
 
     Each is computed in float64 and rounded once. Indices are 0-based: entry `t` is the paper's t+1, and where a
     formula needs :math:`\bar\alpha_{t-1}` at t = 0, its value is 1.
+
+    Every function that takes a schedule and `t` raises ValueError for a t outside [0, T) where its value is known.
+    Inside `jit` it is not, and such a t reads another entry of the tables.
     """
 
     betas: Array
@@ -142,11 +167,12 @@ def schedule_from_betas(betas: ArrayLike, *, timesteps: ArrayLike | None = None)
       the `Schedule`.
 
     Raises:
+      TypeError: `betas` is traced, an argument of a `jit` for instance.
       ValueError: `betas` is not a vector, is empty, or has an entry outside (0, 1].
 
     Ho et al. 2020, eqs. 4 and 7.
     """
-    betas = np.asarray(betas, np.float64)
+    betas = numbers(betas)
     if betas.ndim != 1 or betas.size < 1:
         raise ValueError(f"betas must be a vector of at least one step, not of shape {betas.shape}")
     wrong = ~((betas > 0) & (betas <= 1))
@@ -188,8 +214,10 @@ def schedule_from_betas(betas: ArrayLike, *, timesteps: ArrayLike | None = None)
         log_betas=np.log(betas),
         fixed_large_log_variance=np.log(np.append(first, betas[1:])),
     )
-    float32 = {name: jax.numpy.asarray(table, jax.numpy.float32) for name, table in tables.items()}
-    return Schedule(**float32, timesteps=jax.numpy.asarray(timesteps, jax.numpy.int32))
+    # Numbers also where a schedule is made inside a traced function: a solver computes its weights from them.
+    with jax.ensure_compile_time_eval():
+        float32 = {name: jax.numpy.asarray(table, jax.numpy.float32) for name, table in tables.items()}
+        return Schedule(**float32, timesteps=jax.numpy.asarray(timesteps, jax.numpy.int32))
 
 
 def make_schedule(name: ScheduleName, num_steps: int, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ddpm_jax import keys as per_image_keys
+
 TimeSamplingName = typing.Literal["uniform", "antithetic", "loss_aware"]
 
 
@@ -59,6 +61,7 @@ def uniform_times(keys: Array, num_steps: int) -> Array:
 
     Ho et al. 2020, Algorithm 1, line 3 (there 1..T).
     """
+    keys = per_image_keys.typed(keys, one_per_image=True)
     return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_steps))(keys)
 
 

@@ -6,15 +6,19 @@ Parameter names are those of the released TensorFlow checkpoints, with `_` inste
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from ddpm_jax import keys as per_image_keys
+from ddpm_jax.forward import as_floats
+from ddpm_jax.guidance import check_labels
 
 
 def _init(scale: float) -> nn.initializers.Initializer:
@@ -54,7 +58,7 @@ def dropout(x: Array, keys: Array | None, rate: float) -> Array:
 
     Args:
       x: (B, H, W, C).
-      keys: (B,) typed keys; None outside of training.
+      keys: (B,) keys, or one for the batch; None outside of training.
       rate: in [0, 1), static.
 
     Returns:
@@ -62,6 +66,7 @@ def dropout(x: Array, keys: Array | None, rate: float) -> Array:
     """
     if keys is None or rate == 0:
         return x
+    keys = per_image_keys.for_batch(keys, x)
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
@@ -70,7 +75,15 @@ def _upsample(x: Array) -> Array:
     """Repeats every pixel twice in both directions."""
     batch, height, width, channels = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
-    return x.reshape(batch, 2 * height, 2 * width, channels)
+    # One pair of axes at a time: a mesh with explicit axes refuses both at once.
+    return x.reshape(batch, 2 * height, width, 2, channels).reshape(batch, 2 * height, 2 * width, channels)
+
+
+def _embed(classes: nn.Embed, labels: Array) -> Array:
+    # As `classes(labels)`, which does not say where its result lies, as a mesh with explicit axes needs.
+    table, sharding = classes.embedding.astype(classes.dtype), jax.typeof(labels).sharding
+    out_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, None))
+    return table.at[labels].get(mode="fill", fill_value=jnp.nan, out_sharding=out_sharding)
 
 
 class ResnetBlock(nn.Module):
@@ -113,13 +126,22 @@ class AttentionBlock(nn.Module):
         )
         logits = jnp.einsum("bqhc,bkhc->bhqk", q, k) * shape[-1] ** -0.5
         weights = nn.softmax(logits.astype(jnp.float32), axis=-1).astype(self.dtype)
-        h = jnp.einsum("bhqk,bkhc->bqhc", weights, v).reshape(x.shape)
+        h = jnp.einsum("bhqk,bkhc->bqhc", weights, v).reshape(batch, height * width, channels).reshape(x.shape)
         return x + nn.Dense(channels, kernel_init=_NEAR_ZERO, dtype=self.dtype, name="proj_out")(h)
 
 
 def _norm(block: "ResnetBlock | AttentionBlock | UNet", name: str) -> nn.GroupNorm:
     # Two-pass variance, as in the original; the fast one, E[x^2] - E[x]^2, loses precision.
     return nn.GroupNorm(block.num_groups, epsilon=1e-6, use_fast_variance=False, dtype=block.dtype, name=name)
+
+
+def _convolve(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
+    # JAX cannot differentiate a convolution on a mesh with explicit axes: they are automatic inside.
+    convolve = lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, *args, **options)
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit in sharding.mesh.axis_types:
+        convolve = jax.sharding.auto_axes(convolve, out_sharding=sharding)
+    return convolve(x, kernel)
 
 
 def _conv(
@@ -131,7 +153,16 @@ def _conv(
     init: nn.initializers.Initializer = _DEFAULT,
 ) -> nn.Conv:
     # At stride 2, "SAME" pads one row and column of zeros, at the bottom and right only, as TensorFlow does.
-    return nn.Conv(channels, (3, 3), strides=strides, padding="SAME", kernel_init=init, dtype=block.dtype, name=name)
+    return nn.Conv(
+        channels,
+        (3, 3),
+        strides=strides,
+        padding="SAME",
+        kernel_init=init,
+        dtype=block.dtype,
+        conv_general_dilated=_convolve,
+        name=name,
+    )
 
 
 class UNet(nn.Module):
@@ -173,20 +204,31 @@ class UNet(nn.Module):
           t: 0-based timesteps, (B,) int32.
           labels: (B,) int32 class labels in [0, num_classes], where num_classes itself means "no label"; None for an
             unconditional network, or for unconditional predictions of a conditional one.
-          dropout_keys: (B,) typed keys, one per image; None disables dropout, for sampling and evaluation.
+          dropout_keys: (B,) keys, one per image, or one key for the batch, which can also be given to `apply` as
+            `rngs={"dropout": key}`. Without keys there is no dropout, for sampling and evaluation.
 
         Returns:
           (B, H, W, out_channels) float32.
 
         Raises:
-          ValueError: H or W is not divisible by the strides, or a channel count by the groups or heads; or labels were
-            passed to an unconditional network.
+          TypeError: `x` is not of floats, or labels not of integers.
+          ValueError: H or W is not divisible by the strides, or a channel count by the groups or heads; labels were
+            passed to an unconditional network; dropout keys were given in both ways; or a label is outside
+            [0, num_classes] (checked outside of `jit`; inside, -1 is read as "no label" and larger ones give NaN).
 
         Ho et al. 2020, app. B, and its code (`models/unet.py`); labels as in the code of Nichol & Dhariwal 2021.
         """
-        chex.assert_rank(x, 4)
+        if x.ndim != 4:
+            raise ValueError(f"the U-Net takes images (B, H, W, C), not an array of shape {x.shape}")
+        as_floats(x, "x")  # refuses pixels; what is computed in is `dtype`
         chex.assert_shape(t, x.shape[:1])
         check_unet(self, x.shape[1:3])
+        if self.has_rng("dropout"):
+            if dropout_keys is not None:
+                raise ValueError('dropout keys were given twice: as dropout_keys and as rngs={"dropout": key}')
+            dropout_keys = self.make_rng("dropout")
+        if dropout_keys is not None:
+            dropout_keys = per_image_keys.for_batch(dropout_keys, x)
         levels = len(self.channel_mult)
         block_indices = itertools.count()
         resnet_block, attention_block = ResnetBlock, AttentionBlock
@@ -208,8 +250,9 @@ class UNet(nn.Module):
         )
         if self.num_classes:
             labels = jnp.full_like(t, self.num_classes) if labels is None else labels
+            check_labels(labels, self.num_classes)
             classes = nn.Embed(self.num_classes + 1, 4 * self.width, dtype=self.dtype, name="class_embedding")
-            embedding += classes(labels)
+            embedding += _embed(classes, labels)
         elif labels is not None:
             raise ValueError("labels were passed to an unconditional network (num_classes is 0)")
 

@@ -49,7 +49,7 @@ def train_step(params, ema, opt_state, key, batch_size=32):
 @jax.jit
 def draw(params, key):
     """Runs Algorithm 2, from noise to 64 images; "dpm++2m" needs only 20 steps."""
-    sampler = ddpm_jax.make_sampler("ancestral", schedule.betas, network(params), num_steps=sample_steps)
+    sampler = ddpm_jax.make_sampler("ancestral", schedule, network(params), num_steps=sample_steps)
     return ddpm_jax.sample(key, sampler, (64, 8, 8, 1))
 
 

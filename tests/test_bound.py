@@ -203,7 +203,7 @@ class TestTerms:
     @pytest.mark.parametrize(("variance", "bits"), [("fixed_large", 6.6438271), ("fixed_small", 7.3145249)])
     def test_end_to_end_for_gaussian_data(self, schedule, variance, bits):
         """For data N(0, I) and its exact network the whole is log2(1 / beta_0) / 2: the identity of the chain."""
-        exact = lambda x_t, eps, t: per_image(schedule.sqrt_one_minus_alphas_bar[t]) * x_t
+        exact = lambda x_t, eps, t: per_image(schedule.sqrt_one_minus_alphas_bar[t], x_t) * x_t
         found = terms(schedule, exact, SIGNS_X0, SIGNS_EPS, LATER, variance)
         np.testing.assert_allclose(found.sum(), bits, rtol=3e-5)
         if variance == "fixed_large":
@@ -211,7 +211,7 @@ class TestTerms:
             np.testing.assert_allclose(whole, 0.5 * math.log2(1e4), rtol=3e-5)
 
     def test_end_to_end_for_draws_of_gaussian_data(self, schedule):
-        exact = lambda x_t, t: per_image(schedule.sqrt_one_minus_alphas_bar[t]) * x_t
+        exact = lambda x_t, t: per_image(schedule.sqrt_one_minus_alphas_bar[t], x_t) * x_t
 
         @jax.jit
         def bound(key):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax.bound import bound_term
-from ddpm_jax.forward import per_image
+from ddpm_jax.forward import q_sample
 from ddpm_jax.keys import image_keys
 from ddpm_jax.losses import l_hybrid, l_simple, l_vlb, regression_target, snr, snr_weights
 from ddpm_jax.reverse import predict_x0
@@ -85,7 +85,7 @@ def test_a_weighted_error_is_the_same_in_every_parameterisation(schedule, weight
     t = jnp.array([1, 5, 20, 50, 80, 95])
     eps = jax.random.normal(jax.random.key(2), X0.shape)
     right = regression_target(schedule, X0, t, eps, prediction=prediction)
-    x_t = per_image(schedule.sqrt_alphas_bar[t]) * X0 + per_image(schedule.sqrt_one_minus_alphas_bar[t]) * eps
+    x_t = q_sample(schedule, X0, t, eps)
     wrong = right + 0.3
     off = predict_x0(schedule, wrong, x_t, t, prediction=prediction) - X0
     weights = snr_weights(schedule, t, weighting=weighting, prediction=prediction)

@@ -17,7 +17,7 @@ SHAPE = (4, 2, 2, 1)
 
 def conditional(x_t, times, labels):
     """A network whose answer names the label and the time."""
-    return 0.5 * x_t + per_image(labels.astype(jnp.float32)) - 0.01 * per_image(times.astype(jnp.float32))
+    return 0.5 * x_t + per_image(labels.astype(jnp.float32), x_t) - 0.01 * per_image(times.astype(jnp.float32), x_t)
 
 
 @pytest.fixture(scope="module")

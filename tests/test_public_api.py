@@ -101,7 +101,7 @@ def test_a_network_trains_and_draws():
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
     predict = lambda x_t, t: unet.apply({"params": params}, x_t, t)
-    sampler = ddpm_jax.make_sampler("dpm++2m", schedule.betas, predict, num_steps=5)
+    sampler = ddpm_jax.make_sampler("dpm++2m", schedule, predict, num_steps=5)
     drawn = jax.jit(lambda key: ddpm_jax.sample(key, sampler, (2, 4, 4, 1)))(jax.random.key(2))
     assert ddpm_jax.to_uint8(drawn).dtype == jnp.uint8
     bound = jax.jit(lambda keys: ddpm_jax.bound_terms(keys, schedule, predict, images))

@@ -1,5 +1,6 @@
 """The reverse process: what the network says, read in every way, and one step of Algorithm 2."""
 
+import functools
 import itertools
 
 import chex
@@ -139,7 +140,11 @@ def test_jsd_ends_where_x0_cannot_be_read_from_noise_but_from_the_others():
             np.testing.assert_allclose(
                 column(predict_x0(schedule, output, x_t, t, prediction=prediction)), 0.5, rtol=1e-6
             )
-    assert not np.isfinite(column(predict_x0(schedule, x_t, x_t, t, prediction="eps"))).any()
+    of_eps = functools.partial(predict_x0, schedule, x_t, x_t, prediction="eps")
+    for predict in (of_eps, jax.jit(of_eps)):  # at a timestep that is known, and at one that is not
+        with pytest.raises(ValueError, match="^prediction 'eps' cannot tell x_0 at the last step .*: use 'v' or 'x0'"):
+            predict(t)
+    assert np.isfinite(column(of_eps(t - 1))).all()
 
 
 class TestNumbersOfThePaper:
@@ -157,15 +162,15 @@ class TestNumbersOfThePaper:
     def test_learned_range(self):
         # v = 0 is half way between the two log-variances.
         log_variance = model_log_variance(
-            self.schedule, jnp.zeros((3, 1, 1, 1)), jnp.array([0, 1, 500]), variance="learned_range"
+            self.schedule, *[jnp.zeros((3, 1, 1, 1))] * 2, jnp.array([0, 1, 500]), variance="learned_range"
         )
         np.testing.assert_allclose(column(log_variance), [-9.5135328, -9.4227058, -4.5996209], rtol=2e-7)
 
     def test_learned_range_ends_at_both_fixed_variances(self):
-        t = jnp.arange(1000)
+        t, x_t = jnp.arange(1000), jnp.zeros((1000, 1, 1, 1))
         for v, variance in ((1.0, "fixed_large"), (-1.0, "fixed_small")):
-            actual = model_log_variance(self.schedule, jnp.full((1000, 1, 1, 1), v), t, variance="learned_range")
-            expected = model_log_variance(self.schedule, None, t, variance=variance)
+            actual = model_log_variance(self.schedule, x_t + v, x_t, t, variance="learned_range")
+            expected = model_log_variance(self.schedule, None, x_t, t, variance=variance)
             # The original leaves entry 0 of log beta as it is here.
             start = 1 if variance == "fixed_large" else 0
             np.testing.assert_array_equal(actual[start:], expected[start:])
@@ -175,7 +180,9 @@ class TestNumbersOfThePaper:
         [("fixed_small", np.log(0.010031355)), ("fixed_large", np.log(1e-4 + 0.0199 * 499 / 999))],
     )
     def test_fixed(self, variance, at_499):
-        log_variance = model_log_variance(self.schedule, None, jnp.array([0, 499]), variance=variance)
+        log_variance = model_log_variance(
+            self.schedule, None, jnp.zeros((2, 1, 1, 1)), jnp.array([0, 499]), variance=variance
+        )
         chex.assert_shape(log_variance, (2, 1, 1, 1))
         np.testing.assert_allclose(column(log_variance), [-9.8167251, at_499], rtol=2e-7)
 
@@ -274,7 +281,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match=f"{variance} variance needs 2C output channels, not 3"):
             split_output(self.x_t, variance=variance)
         with pytest.raises(ValueError, match="second half"):
-            model_log_variance(self.schedule, None, self.t, variance=variance)
+            model_log_variance(self.schedule, None, self.x_t, self.t, variance=variance)
 
     def test_shapes(self):
         twice = jnp.zeros((2, 4, 4, 6))

@@ -24,10 +24,10 @@ from ddpm_jax.keys import image_keys, make_key
 from ddpm_jax.networks import Params, predict_with
 from ddpm_jax.pixels import to_float, to_uint8
 from ddpm_jax.run.build import build_betas, image_shape
-from ddpm_jax.samplers.by_name import default_spacing, x0_of_mean
+from ddpm_jax.samplers.by_name import x0_of_mean
 from ddpm_jax.samplers.chain import Chain, Sampler, Trajectory, initial_noise
 from ddpm_jax.samplers.ddim import ddim_inversion
-from ddpm_jax.samplers.respacing import choose_timesteps, respace
+from ddpm_jax.samplers.respacing import choose_timesteps, default_spacing, respace
 from ddpm_jax.schedules import Schedule
 from ddpm_jax.system.errors import UserError
 

@@ -4,9 +4,7 @@ import difflib
 import typing
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from numpy.typing import ArrayLike
 
@@ -15,9 +13,9 @@ from ddpm_jax.samplers.ancestral import ancestral
 from ddpm_jax.samplers.chain import Sampler
 from ddpm_jax.samplers.ddim import EpsAfterClipping, ddim
 from ddpm_jax.samplers.dpm_solver import dpm_solver_pp_2m, dpm_solver_pp_2m_sde
-from ddpm_jax.samplers.respacing import Spacing, choose_timesteps, respace
+from ddpm_jax.samplers.respacing import check_prediction, choose_timesteps, default_spacing, respace, skips_timesteps
 from ddpm_jax.samplers.unipc import unipc
-from ddpm_jax.schedules import schedule_from_betas
+from ddpm_jax.schedules import Schedule, schedule_from_betas
 
 SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "ancestral": ancestral,
@@ -31,43 +29,16 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
 
 SamplerName = typing.Literal["ancestral", "ddim", "dpm++2m", "dpm++2m_sde", "unipc"]
 
-# At 10 steps it loses 0.108 with "trailing" and 0.135 with "log_snr"; at 12 steps, 0.076 and 0.013.
-_FEW_STEPS_OF_UNIPC = 10
-
-
-def default_spacing(name: str, num_steps: int | None) -> Spacing:
-    """Returns the spacing that suits a sampler: solvers of second and higher order need even steps in log SNR.
-
-    Even steps in t end with one that spans several units of log SNR, too far to extrapolate the slope of x0. But with
-    ten steps or fewer, even steps in log SNR are themselves too long for the third order of "unipc", which then does
-    better with "trailing": `docs/results/sampler_order.csv` has the loss of each sampler with each spacing.
-
-    Args:
-      name: the name of the sampler.
-      num_steps: N; None for all T.
-
-    Returns:
-      a `Spacing`.
-
-    >>> default_spacing("unipc", 10), default_spacing("unipc", 20), default_spacing("ddim", 10)
-    ('trailing', 'log_snr', 'linspace')
-    """
-    if name in ("ancestral", "ddim"):
-        return "linspace"
-    if name == "unipc" and num_steps is not None and num_steps <= _FEW_STEPS_OF_UNIPC:
-        return "trailing"
-    return "log_snr"
-
 
 def make_sampler(
     name: str,
-    betas: ArrayLike,
+    schedule: Schedule | ArrayLike,
     predict: Predict,
     *,
     num_steps: int | None = None,
     spacing: str | None = None,
     extra_timesteps: Sequence[int] = (),
-    eta: float | None = None,
+    eta: float | Array | None = None,
     eps_after_clipping: EpsAfterClipping | None = None,
     prediction: Prediction = "eps",
     variance: Variance = "fixed_large",
@@ -85,7 +56,7 @@ def make_sampler(
 
     Args:
       name: one of the names above.
-      betas: (T,) of the schedule that the network was trained with, each in (0, 1], 1 at the last step alone.
+      schedule: the schedule that the network was trained with, or its betas, (T,); not traced.
       predict: the network.
       num_steps: N, in [1, T]; if None, all T or the number that `spacing` implies.
       spacing: the spacing of the timesteps, see `respacing.choose_timesteps`; `default_spacing` if None.
@@ -100,12 +71,12 @@ def make_sampler(
       a `Sampler` of N steps.
 
     Raises:
+      TypeError: the schedule is traced.
       ValueError: the name or the spacing is unknown, N is outside [1, T], `eta` is outside [0, 1], `eta` or
         `eps_after_clipping` is given to another sampler than "ddim", or "ancestral" would skip timesteps with a
         "learned" variance, which belongs to single steps.
 
-    >>> betas = np.linspace(1e-4, 0.02, 1000)
-    >>> make_sampler("unipc", betas, lambda x_t, t: x_t, num_steps=8).num_steps
+    >>> make_sampler("unipc", make_schedule("linear", 1000), lambda x_t, t: x_t, num_steps=8).num_steps
     8
     """
     if name not in SAMPLERS:
@@ -117,38 +88,34 @@ def make_sampler(
     if options and name != "ddim":
         given = ", ".join(f"{key}={value}" for key, value in options.items())
         raise ValueError(f"{given} applies only to the sampler 'ddim', not to {name!r}")
-    betas = np.asarray(betas, np.float64)
     spacing = default_spacing(name, num_steps) if spacing is None else spacing
-    timesteps = choose_timesteps(betas, num_steps=num_steps, spacing=spacing, extra_timesteps=extra_timesteps)
-    if len(timesteps) < len(betas):
-        if name == "ancestral" and variance == "learned":
-            raise ValueError(
-                f"a 'learned' variance belongs to single steps: sample in all {len(betas)} steps, or with another "
-                "sampler where one can be chosen"
-            )
-        if prediction == "mean":
-            predict, prediction = x0_of_mean(betas, predict, variance=variance), "x0"
-    schedule = respace(betas, timesteps)
-    return SAMPLERS[name](schedule, predict, prediction=prediction, variance=variance, clip_x0=clip_x0, **options)
+    timesteps = choose_timesteps(schedule, num_steps=num_steps, spacing=spacing, extra_timesteps=extra_timesteps)
+    short = respace(schedule, timesteps)
+    if prediction == "mean" and skips_timesteps(short):
+        predict, prediction = x0_of_mean(schedule, predict, variance=variance), "x0"
+    return SAMPLERS[name](short, predict, prediction=prediction, variance=variance, clip_x0=clip_x0, **options)
 
 
-def x0_of_mean(betas: np.ndarray, predict: Predict, *, variance: Variance) -> Predict:
+def x0_of_mean(schedule: Schedule | ArrayLike, predict: Predict, *, variance: Variance) -> Predict:
     """Makes a network that predicts x0 from one that predicts the mean of x_{t-1}, so that chains can skip timesteps.
 
     Args:
-      betas: (T,) of the schedule that the network was trained with.
+      schedule: the schedule that the network was trained with, or its betas, (T,).
       predict: the network.
       variance: the kind of variance; the half of the output for a learned one is kept.
 
     Returns:
       the network that predicts x0.
+
+    Raises:
+      ValueError: the schedule itself skips timesteps.
     """
-    with jax.ensure_compile_time_eval():
-        schedule = schedule_from_betas(betas)
+    whole = schedule if isinstance(schedule, Schedule) else schedule_from_betas(schedule)
+    check_prediction(whole, "mean")
 
     def predict_clean(x_t: Array, t: Array) -> Array:
         mean, second_half = split_output(predict(x_t, t), variance=variance)
-        x0 = predict_x0(schedule, mean, x_t, t, prediction="mean")
+        x0 = predict_x0(whole, mean, x_t, t, prediction="mean")
         return x0 if second_half is None else jnp.concatenate([x0, second_half], axis=-1)
 
     return predict_clean

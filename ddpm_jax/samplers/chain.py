@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array
 
 from ddpm_jax import keys as per_image_keys
+from ddpm_jax.schedules import concrete
 
 
 class Chain(typing.NamedTuple):
@@ -81,11 +82,13 @@ def run_chain(
 ) -> Chain:
     """Runs a range of a sampler's steps as one `lax.scan`.
 
+    The images keep their dtype: from bfloat16 or float16 each step computes in float32 and rounds.
+
     Consecutive ranges give, bit for bit, the same result as one range over all of them. `first` may be traced, so one
     compiled program serves all ranges of the same length.
 
     Args:
-      keys: (B,) typed keys, one per image.
+      keys: (B,) keys, one per image; or one key for the batch.
       sampler: the sampler.
       state: the state of the chain before the range.
       first: the first step of the range, counted from the noise, in [0, sampler.num_steps).
@@ -95,8 +98,13 @@ def run_chain(
 
     Returns:
       the state of the chain after the range.
+
+    Raises:
+      ValueError: the range is not within the chain (checked where `first` is known).
     """
-    chex.assert_shape(keys, state.x.shape[:1])
+    keys, known = per_image_keys.for_batch(keys, state.x), concrete(first)
+    if known is not None and not 0 <= known <= known + num_steps <= sampler.num_steps:
+        raise ValueError(f"steps {first} to {first + num_steps} are not within a chain of {sampler.num_steps} steps")
 
     def body(state: Chain, k: Array) -> tuple[Chain, None]:
         state, info = sampler.step(keys, state, k)
@@ -184,7 +192,7 @@ def sample_trajectory(
     slots = jnp.asarray(slot_of_step)
     keys = per_image_keys.image_keys(key, jnp.arange(shape[0]) if indices is None else indices)
     state = sampler.init(initial_noise(keys, shape[1:]))
-    frames = jnp.zeros((2, len(at), *shape))
+    frames = jnp.broadcast_to(jnp.zeros_like(state.x), (2, len(at), *shape))
 
     def body(carry: tuple[Chain, Array], k: Array) -> tuple[tuple[Chain, Array], None]:
         state, frames = carry

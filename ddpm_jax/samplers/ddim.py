@@ -16,12 +16,13 @@ import typing
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
-from ddpm_jax.forward import per_image
+from ddpm_jax.forward import as_floats, at, per_image, where_positive
 from ddpm_jax.reverse import Predict, Prediction, Variance, from_x0, predict_eps, predict_x0, split_output
 from ddpm_jax.samplers.chain import Chain, ChainInfo, Sampler, step_noise
-from ddpm_jax.samplers.respacing import check_prediction
-from ddpm_jax.schedules import Schedule
+from ddpm_jax.samplers.respacing import check_prediction, shorten
+from ddpm_jax.schedules import Schedule, concrete
 
 EpsAfterClipping = typing.Literal["recompute", "network"]
 """How DDIM gets eps after x0 is clipped: recomputed from the clipped x0, or the network's own."""
@@ -31,7 +32,8 @@ def ddim(
     schedule: Schedule,
     predict: Predict,
     *,
-    eta: float = 0.0,
+    num_steps: int | None = None,
+    eta: ArrayLike = 0.0,
     prediction: Prediction = "eps",
     variance: Variance = "fixed_large",
     clip_x0: bool = True,
@@ -49,7 +51,9 @@ def ddim(
     Args:
       schedule: tables of the chain's steps, possibly respaced (see `respacing.respace`).
       predict: the network.
-      eta: the amount of noise, in [0, 1]: 0 is deterministic; 1 is `ancestral` with variance "fixed_small".
+      num_steps: N, in [1, T], for a chain of N of the timesteps, spaced as `make_sampler` does; all if None.
+      eta: the amount of noise, a scalar in [0, 1], possibly traced: 0 is deterministic; 1 is `ancestral` with
+        variance "fixed_small".
       prediction: what the network predicts; "mean" only on a schedule that skips no timesteps.
       variance: the kind of variance; the half of the output for a learned one is ignored.
       clip_x0: whether the predicted clean image is clipped to [-1, 1] at each step.
@@ -61,13 +65,17 @@ def ddim(
       a `Sampler` with one step per timestep of the schedule.
 
     Raises:
-      ValueError: `eta` is outside [0, 1], or the prediction is "mean" and the schedule skips timesteps.
+      ValueError: `eta` is outside [0, 1], the prediction is "mean" and the schedule skips timesteps, or
+        as `check_end`.
 
     Song et al. 2021, eqs. 12 and 16.
     """
-    if not 0 <= eta <= 1:
+    known = concrete(eta)
+    if jnp.ndim(eta) or (known is not None and not 0 <= known <= 1):
         raise ValueError(f"eta={eta} is outside [0, 1]: 0 is deterministic, 1 adds the noise of the ancestral chain")
+    schedule = shorten(schedule, num_steps, sampler="ddim")
     check_prediction(schedule, prediction)
+    noisy = known is None or known > 0
 
     def step(keys: Array, state: Chain, k: Array) -> tuple[Chain, ChainInfo]:
         time = schedule.num_steps - 1 - k
@@ -83,13 +91,14 @@ def ddim(
             t > 0, schedule.one_minus_alphas_bar[t - 1], jnp.zeros_like(schedule.one_minus_alphas_bar[t])
         )
         # 1 - alphas_bar_prev - sigma^2, as a product: the difference of two close numbers would lose digits.
-        left = (1 - eta**2) + eta**2 * schedule.posterior_mean_coef_x_t[t] * schedule.alphas[t] ** 0.5
-        direction = jnp.sqrt(one_minus_alphas_bar_prev * left)
-        x = per_image(jnp.sqrt(schedule.alphas_bar_prev[t])) * x0 + per_image(direction) * eps
-        if eta > 0:
-            sigma = eta * jnp.sqrt(schedule.posterior_variance[t])
-            x = x + per_image(sigma) * step_noise(keys, time, state.x.shape[1:])
-        return Chain(x), ChainInfo(time, state.x, x0)
+        sqrt_alphas = where_positive(lambda alpha: alpha**0.5, schedule.alphas[t])
+        left = (1 - eta**2) + eta**2 * schedule.posterior_mean_coef_x_t[t] * sqrt_alphas
+        direction = where_positive(jnp.sqrt, one_minus_alphas_bar_prev * left)
+        x = per_image(jnp.sqrt(schedule.alphas_bar_prev[t]), x0) * x0 + per_image(direction, eps) * eps
+        if noisy:
+            sigma = eta * per_image(where_positive(jnp.sqrt, schedule.posterior_variance[t]), x)
+            x = x + sigma * step_noise(keys, time, state.x.shape[1:])
+        return Chain(x.astype(state.x.dtype)), ChainInfo(time, state.x, x0)
 
     return Sampler(schedule.num_steps, np.arange(schedule.num_steps)[::-1], Chain, step)
 
@@ -130,12 +139,13 @@ def ddim_inversion(
         del keys  # nothing is drawn
         t_next = jnp.full(state.x.shape[:1], k, jnp.int32)
         t = jnp.maximum(t_next - 1, 0)
+        x_t = as_floats(state.x, "x0")
         output, _ = split_output(predict(state.x, schedule.timesteps[t]), variance=variance)
-        eps = predict_eps(schedule, output, state.x, t, prediction=prediction)
+        eps = predict_eps(schedule, output, x_t, t, prediction=prediction)
         # The images that the chain starts from have no noise: they are their own x0.
-        x0 = jnp.where(per_image(t_next) > 0, predict_x0(schedule, output, state.x, t, prediction=prediction), state.x)
-        signal, sigma = schedule.sqrt_alphas_bar[t_next], schedule.sqrt_one_minus_alphas_bar[t_next]
-        return Chain(per_image(signal) * x0 + per_image(sigma) * eps), ChainInfo(t[0], state.x, x0)
+        x0 = jnp.where(per_image(t_next, x_t) > 0, predict_x0(schedule, output, x_t, t, prediction=prediction), x_t)
+        x = at(schedule.sqrt_alphas_bar, t_next, x0) * x0 + at(schedule.sqrt_one_minus_alphas_bar, t_next, x0) * eps
+        return Chain(x.astype(state.x.dtype)), ChainInfo(t[0], state.x, x0)
 
     timesteps = np.maximum(np.arange(schedule.num_steps) - 1, 0)
     return Sampler(schedule.num_steps, timesteps, Chain, step)

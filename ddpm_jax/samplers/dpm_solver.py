@@ -11,7 +11,8 @@ of the last steps, so that each step costs one evaluation of the network. Everyt
 computed in float64 when the sampler is made; a step is a weighted sum of a few images.
 
 >>> from ddpm_jax.samplers.respacing import evenly_spaced_in_log_snr, respace
->>> from ddpm_jax.schedules import make_betas
+>>> from ddpm_jax.samplers.respacing import shorten
+from ddpm_jax.schedules import make_betas
 >>> betas = make_betas("linear", 1000)
 >>> schedule = respace(betas, evenly_spaced_in_log_snr(betas, 10))
 >>> nothing = lambda x_t, t: jnp.zeros_like(x_t)                         # a network that always predicts 0
@@ -24,6 +25,7 @@ import numpy as np
 from ddpm_jax.reverse import Predict, Prediction, Variance
 from ddpm_jax.samplers.chain import Sampler
 from ddpm_jax.samplers.multistep import Combination, multistep, path
+from ddpm_jax.samplers.respacing import shorten
 from ddpm_jax.schedules import Schedule
 
 
@@ -40,6 +42,7 @@ def dpm_solver_pp_2m(
     schedule: Schedule,
     predict: Predict,
     *,
+    num_steps: int | None = None,
     prediction: Prediction = "eps",
     variance: Variance = "fixed_large",
     clip_x0: bool = True,
@@ -55,6 +58,7 @@ def dpm_solver_pp_2m(
     Args:
       schedule: tables of the chain's steps (see `respacing.respace`); not traced.
       predict: the network.
+      num_steps: N, in [1, T], for a chain of N of the timesteps, spaced as `make_sampler` does; all if None.
       prediction: what the network predicts; "mean" only on a schedule that skips no timesteps.
       variance: the kind of variance; the half of the output for a learned one is ignored.
       clip_x0: whether the predicted clean image is clipped to [-1, 1] at each step.
@@ -63,10 +67,13 @@ def dpm_solver_pp_2m(
       a `Sampler` with one step per timestep of the schedule.
 
     Raises:
-      ValueError: the prediction is "mean" and the schedule skips timesteps.
+      TypeError: the schedule is traced.
+      ValueError: the prediction is "mean" and the schedule skips timesteps, or as
+        `check_end`.
 
     Lu et al. 2022 (DPM-Solver++), Algorithm 2.
     """
+    schedule = shorten(schedule, num_steps, sampler="dpm++2m")
     alpha, sigma, log_ratio = path(schedule)
     combination = Combination(
         x=sigma[1:] / sigma[:-1],
@@ -80,6 +87,7 @@ def dpm_solver_pp_2m_sde(
     schedule: Schedule,
     predict: Predict,
     *,
+    num_steps: int | None = None,
     prediction: Prediction = "eps",
     variance: Variance = "fixed_large",
     clip_x0: bool = True,
@@ -94,6 +102,7 @@ def dpm_solver_pp_2m_sde(
     Args:
       schedule: tables of the chain's steps (see `respacing.respace`); not traced.
       predict: the network.
+      num_steps: N, in [1, T], for a chain of N of the timesteps, spaced as `make_sampler` does; all if None.
       prediction: what the network predicts; "mean" only on a schedule that skips no timesteps.
       variance: the kind of variance; the half of the output for a learned one is ignored.
       clip_x0: whether the predicted clean image is clipped to [-1, 1] at each step.
@@ -102,10 +111,13 @@ def dpm_solver_pp_2m_sde(
       a `Sampler` with one step per timestep of the schedule.
 
     Raises:
-      ValueError: the prediction is "mean" and the schedule skips timesteps.
+      TypeError: the schedule is traced.
+      ValueError: the prediction is "mean" and the schedule skips timesteps, or as
+        `check_end`.
 
     Lu et al. 2022 (DPM-Solver++), app. D.2 (SDE-DPM-Solver++(2M)).
     """
+    schedule = shorten(schedule, num_steps, sampler="dpm++2m_sde")
     alpha, sigma, log_ratio = path(schedule)
     h = np.diff(log_ratio)
     combination = Combination(

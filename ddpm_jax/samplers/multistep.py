@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ddpm_jax.forward import as_floats
 from ddpm_jax.reverse import Predict, Prediction, Variance, predict_x0, split_output
 from ddpm_jax.samplers.chain import Chain, ChainInfo, Sampler, step_noise
 from ddpm_jax.samplers.respacing import check_prediction
-from ddpm_jax.schedules import Schedule
+from ddpm_jax.schedules import Schedule, numbers
 
 
 class Path(typing.NamedTuple):
@@ -54,9 +55,12 @@ def path(schedule: Schedule) -> Path:
 
     Returns:
       the `Path`. Where :math:`\bar\alpha` is 0, 1e-24 is used instead, so that :math:`\lambda` is finite.
+
+    Raises:
+      TypeError: the schedule is traced.
     """
-    alphas_bar = np.maximum(np.asarray(schedule.alphas_bar, np.float64), 1e-24)[::-1]
-    one_minus_alphas_bar = np.asarray(schedule.one_minus_alphas_bar, np.float64)[::-1]
+    alphas_bar = np.maximum(numbers(schedule.alphas_bar), 1e-24)[::-1]
+    one_minus_alphas_bar = numbers(schedule.one_minus_alphas_bar)[::-1]
     log_ratio = 0.5 * (np.log(alphas_bar) - np.log(one_minus_alphas_bar))
     return Path(
         np.append(np.sqrt(alphas_bar), 1.0), np.append(np.sqrt(one_minus_alphas_bar), 0.0), np.append(log_ratio, np.inf)
@@ -106,7 +110,9 @@ def multistep(
     draws = bool(combination.noise.any())
 
     def init(x: Array) -> Chain:
-        return Chain(x, _Memory(jnp.zeros_like(x), jnp.zeros((remembered, *x.shape), x.dtype)))
+        # Not `jnp.zeros` of a shape: they lie on the devices where x lies.
+        zeros = jnp.zeros_like(x, as_floats(x, "x_T").dtype)
+        return Chain(x, _Memory(zeros, jnp.broadcast_to(zeros, (remembered, *x.shape))))
 
     def step(keys: Array, state: Chain, k: Array) -> tuple[Chain, ChainInfo]:
         time = schedule.num_steps - 1 - k
@@ -116,13 +122,13 @@ def multistep(
         if clip_x0:
             x0 = jnp.clip(x0, -1, 1)
         weights, mend = jax.tree.map(lambda table: jnp.asarray(table)[k], (combination, correction))
-        x, x0s = state.x, jnp.concatenate([x0[None], state.memory.x0])
+        x, x0s = as_floats(state.x, "x_T"), jnp.concatenate([x0[None], state.memory.x0])
         if mend is not None:
             x = mend.x * x + mend.x_before * state.memory.x + _weighted(mend.x0, x0s)
         memory = _Memory(x, x0s[:remembered])
         x = weights.x * x + _weighted(weights.x0, x0s[: weights.x0.shape[0]])
         if draws:
             x = x + weights.noise * step_noise(keys, time, x.shape[1:])
-        return Chain(x, memory), ChainInfo(time, state.x, x0)
+        return Chain(x.astype(state.x.dtype), memory), ChainInfo(time, state.x, x0)
 
     return Sampler(schedule.num_steps, np.arange(schedule.num_steps)[::-1], init, step)

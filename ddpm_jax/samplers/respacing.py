@@ -15,18 +15,45 @@ import math
 import typing
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ddpm_jax.reverse import Prediction
-from ddpm_jax.schedules import Schedule, schedule_from_betas
+from ddpm_jax.reverse import Prediction, check_end
+from ddpm_jax.schedules import Schedule, concrete, numbers, schedule_from_betas
 
 Spacing = typing.Literal["linspace", "leading", "trailing", "quadratic", "log_snr"]
 """How the timesteps of a shorter chain are chosen."""
 
 # Below it there is almost no signal, and the last timesteps of the cosine schedule would crowd there.
 _LEAST_LOG_SNR = 2 * -5.1
+
+
+# At 10 steps it loses 0.108 with "trailing" and 0.135 with "log_snr"; at 12 steps, 0.076 and 0.013.
+_FEW_STEPS_OF_UNIPC = 10
+
+
+def default_spacing(name: str, num_steps: int | None) -> Spacing:
+    """Returns the spacing that suits a sampler: solvers of second and higher order need even steps in log SNR.
+
+    Even steps in t end with one that spans several units of log SNR, too far to extrapolate the slope of x0. But with
+    ten steps or fewer, even steps in log SNR are themselves too long for the third order of "unipc", which then does
+    better with "trailing": `docs/results/sampler_order.csv` has the loss of each sampler with each spacing.
+
+    Args:
+      name: the name of the sampler.
+      num_steps: N; None for all T.
+
+    Returns:
+      a `Spacing`.
+
+    >>> default_spacing("unipc", 10), default_spacing("unipc", 20), default_spacing("ddim", 10)
+    ('trailing', 'log_snr', 'linspace')
+    """
+    if name in ("ancestral", "ddim"):
+        return "linspace"
+    if name == "unipc" and num_steps is not None and num_steps <= _FEW_STEPS_OF_UNIPC:
+        return "trailing"
+    return "log_snr"
 
 
 def respaced_betas(betas: ArrayLike, timesteps: ArrayLike) -> np.ndarray:
@@ -50,7 +77,7 @@ def respaced_betas(betas: ArrayLike, timesteps: ArrayLike) -> np.ndarray:
     >>> respaced_betas(betas, [1, 2]).round(12)                    # the first jump is 1 - 0.9 * 0.8
     array([0.28, 0.5 ])
     """
-    betas, timesteps = np.asarray(betas, np.float64), np.asarray(timesteps)
+    betas, timesteps = numbers(betas), np.asarray(timesteps)
     if timesteps.ndim != 1 or timesteps.size < 1 or not np.issubdtype(timesteps.dtype, np.integer):
         raise ValueError(f"timesteps must be a vector of at least one integer, not {timesteps!r}")
     if timesteps[0] < 0 or timesteps[-1] >= betas.size or (np.diff(timesteps) <= 0).any():
@@ -62,40 +89,58 @@ def respaced_betas(betas: ArrayLike, timesteps: ArrayLike) -> np.ndarray:
     return -np.expm1(np.add.reduceat(log_alphas, starts))
 
 
-def respace(betas: ArrayLike, timesteps: ArrayLike) -> Schedule:
+def respace(schedule: Schedule | ArrayLike, timesteps: ArrayLike) -> Schedule:
     r"""Makes the schedule of the chain over a subset of the timesteps.
 
     Args:
-      betas: (T,) of the whole chain, each in (0, 1], 1 at the last step alone.
+      schedule: the schedule of the whole chain, or its betas, (T,); not traced.
       timesteps: (N,) 0-based timesteps, increasing, each in [0, T).
 
     Returns:
       a `Schedule` of N steps, whose `timesteps`, the network's input, are the original ones. The network's output
-      must not belong to single steps of the whole chain, as the mean of x_{t-1} and the "learned" variance do.
+      must not belong to single steps of the whole chain, as the mean of x_{t-1} and the "learned" variance do. It is
+      `schedule` itself if that is a `Schedule` and all its timesteps are kept.
 
     Raises:
+      TypeError: the schedule is traced.
       ValueError: as `respaced_betas` and `schedule_from_betas`.
 
     Nichol & Dhariwal 2021, sec. 4, and its code.
     """
-    # The tables are constants even where a sampler is made inside a traced function.
-    with jax.ensure_compile_time_eval():
-        return schedule_from_betas(respaced_betas(betas, timesteps), timesteps=timesteps)
+    if not isinstance(schedule, Schedule):
+        return schedule_from_betas(respaced_betas(schedule, timesteps), timesteps=timesteps)
+    betas = respaced_betas(schedule.betas, timesteps)
+    if len(betas) == schedule.num_steps:
+        return schedule
+    return schedule_from_betas(betas, timesteps=numbers(schedule.timesteps).astype(int)[np.asarray(timesteps)])
+
+
+def shorten(schedule: Schedule, num_steps: int | None, *, sampler: str) -> Schedule:
+    """Returns the schedule of a chain of `num_steps` steps with a sampler's default spacing; `schedule` if None."""
+    if num_steps is None:
+        return schedule
+    spacing = default_spacing(sampler, num_steps)
+    return respace(schedule, choose_timesteps(schedule, num_steps=num_steps, spacing=spacing))
+
+
+def skips_timesteps(schedule: Schedule) -> bool:
+    """Returns whether a schedule is part of a longer one; False for a traced schedule, for which it is not known."""
+    timesteps = concrete(schedule.timesteps)
+    return timesteps is not None and bool((timesteps != np.arange(schedule.num_steps)).any())
 
 
 def check_prediction(schedule: Schedule, prediction: Prediction) -> None:
-    """Checks that a network that predicts the mean of x_{t-1} is used on a chain that skips no timesteps.
+    """Checks that a chain can run with what the network predicts.
 
     Args:
       schedule: tables of the chain's steps; a traced one is not checked.
       prediction: what the network predicts.
 
     Raises:
-      ValueError: the prediction is "mean" and the schedule skips timesteps.
+      ValueError: the prediction is "mean" and the schedule skips timesteps, or as `check_end`.
     """
-    if prediction != "mean" or isinstance(schedule.timesteps, jax.core.Tracer):
-        return
-    if (np.asarray(schedule.timesteps) != np.arange(schedule.num_steps)).any():
+    check_end(schedule, prediction)
+    if prediction == "mean" and skips_timesteps(schedule):
         raise ValueError("the mean of x_{t-1} belongs to single steps: a chain that skips timesteps needs eps, x0 or v")
 
 
@@ -241,7 +286,7 @@ def evenly_spaced_in_log_snr(betas: ArrayLike, num_steps: int) -> np.ndarray:
 
     Lu et al. 2022 (DPM-Solver), sec. 3.3, and its code ("logSNR").
     """
-    betas = np.asarray(betas, np.float64)
+    betas = numbers(betas)
     _check_count(betas.size, num_steps)
     if num_steps == 1:
         return np.array([betas.size - 1])
@@ -315,12 +360,16 @@ _SPACINGS: dict[str, Callable[[int, int], np.ndarray]] = {
 
 
 def choose_timesteps(
-    betas: ArrayLike, *, num_steps: int | None = None, spacing: str = "linspace", extra_timesteps: Sequence[int] = ()
+    schedule: Schedule | ArrayLike,
+    *,
+    num_steps: int | None = None,
+    spacing: str = "linspace",
+    extra_timesteps: Sequence[int] = (),
 ) -> np.ndarray:
     """Returns the timesteps of a chain by the name of their spacing.
 
     Args:
-      betas: (T,) of the whole chain.
+      schedule: the schedule of the whole chain, or its betas, (T,); not traced.
       num_steps: N, in [1, T]; if None, all T or the number that `spacing` implies.
       spacing: a `Spacing`, or a rule as in `section_steps`.
       extra_timesteps: 0-based timesteps to include as well, each in [0, T); N grows by those that are new.
@@ -334,11 +383,12 @@ def choose_timesteps(
     >>> choose_timesteps(np.full(1000, 0.01), num_steps=3, extra_timesteps=[99])
     array([  0,  99, 500, 999])
     """
+    betas = numbers(schedule.betas if isinstance(schedule, Schedule) else schedule)
     timesteps = _spaced(betas, num_steps=num_steps, spacing=spacing)
     return np.union1d(timesteps, np.asarray(extra_timesteps, timesteps.dtype))
 
 
-def _spaced(betas: ArrayLike, *, num_steps: int | None, spacing: str) -> np.ndarray:
+def _spaced(betas: np.ndarray, *, num_steps: int | None, spacing: str) -> np.ndarray:
     num_timesteps = np.size(betas)
     if spacing not in typing.get_args(Spacing):
         if not (spacing.startswith("ddim") or spacing[:1].isdigit()):

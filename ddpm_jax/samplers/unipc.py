@@ -7,6 +7,7 @@ import numpy as np
 from ddpm_jax.reverse import Predict, Prediction, Variance
 from ddpm_jax.samplers.chain import Sampler
 from ddpm_jax.samplers.multistep import Combination, Correction, Path, multistep, path
+from ddpm_jax.samplers.respacing import shorten
 from ddpm_jax.schedules import Schedule
 
 
@@ -62,6 +63,7 @@ def unipc(
     schedule: Schedule,
     predict: Predict,
     *,
+    num_steps: int | None = None,
     order: int = 3,
     prediction: Prediction = "eps",
     variance: Variance = "fixed_large",
@@ -81,6 +83,7 @@ def unipc(
     Args:
       schedule: tables of the chain's steps (see `respacing.respace`); not traced.
       predict: the network.
+      num_steps: N, in [1, T], for a chain of N of the timesteps, spaced as `make_sampler` does; all if None.
       order: p, 1 to 3; the authors recommend 3 without guidance and 2 with it.
       prediction: what the network predicts; "mean" only on a schedule that skips no timesteps.
       variance: the kind of variance; the half of the output for a learned one is ignored.
@@ -90,12 +93,15 @@ def unipc(
       a `Sampler` with one step per timestep of the schedule.
 
     Raises:
-      ValueError: `order` is not 1, 2 or 3, or the prediction is "mean" and the schedule skips timesteps.
+      TypeError: the schedule is traced.
+      ValueError: `order` is not 1, 2 or 3, the prediction is "mean" and the schedule skips timesteps, or as
+        `check_end`.
 
     Zhao et al. 2023, Algorithms 5 and 6.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"UniPC has orders 1, 2 and 3, not {order}")
+    schedule = shorten(schedule, num_steps, sampler="unipc")
     predictor, corrector = _unipc_weights(path(schedule), order)
     return multistep(
         schedule,

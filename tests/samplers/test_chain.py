@@ -376,7 +376,7 @@ class TestRefusals:
     def test_indices_that_are_not_one_an_image(self):
         with pytest.raises(AssertionError):
             sample(jax.random.key(0), self.chain, (3, 2, 2, 1), indices=jnp.arange(2))
-        with pytest.raises(AssertionError):
+        with pytest.raises(ValueError, match="a batch of 3 needs one key or 3 keys"):
             run_chain(
                 image_keys(jax.random.key(0), jnp.arange(2)),
                 self.chain,

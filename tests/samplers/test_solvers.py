@@ -15,12 +15,12 @@ import pytest
 from ddpm_jax.keys import image_keys
 from ddpm_jax.reverse import from_x0
 from ddpm_jax.samplers.ancestral import ancestral
-from ddpm_jax.samplers.by_name import SAMPLERS, default_spacing, make_sampler
+from ddpm_jax.samplers.by_name import SAMPLERS, make_sampler
 from ddpm_jax.samplers.chain import initial_noise, run_chain, sample, sample_trajectory
 from ddpm_jax.samplers.ddim import ddim, ddim_inversion
 from ddpm_jax.samplers.dpm_solver import dpm_solver_pp_2m
 from ddpm_jax.samplers.multistep import path
-from ddpm_jax.samplers.respacing import choose_timesteps, evenly_spaced, leading, respace
+from ddpm_jax.samplers.respacing import choose_timesteps, default_spacing, evenly_spaced, leading, respace
 from ddpm_jax.samplers.unipc import unipc
 from ddpm_jax.schedules import make_betas, schedule_from_betas
 
@@ -297,7 +297,7 @@ class TestRefusals:
             ("ancestral", dict(eta=0.0), "eta=0.0 applies only to the sampler 'ddim'"),
             ("dpm++2m_sde", dict(eta=1.0), "applies only to the sampler 'ddim', not to 'dpm\\+\\+2m_sde'"),
             ("unipc", dict(spacing="uniform"), "unknown spacing 'uniform'"),
-            ("ancestral", dict(num_steps=10, variance="learned"), "all 1000 steps"),
+            ("ancestral", dict(num_steps=10, variance="learned"), "use all timesteps, or another sampler"),
         ],
     )
     def test_are_one_clear_line(self, name, options, line):
