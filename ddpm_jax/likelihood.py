@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from ddpm_jax import keys as per_image_keys
 from ddpm_jax.bound import Cdf, prior_bits, reverse_bits
-from ddpm_jax.forward import at, check_t, q_posterior, q_sample
+from ddpm_jax.forward import as_floats, at, check_t, q_posterior, q_sample
 from ddpm_jax.losses import mean_squared_error
 from ddpm_jax.reverse import Predict, Prediction, Variance, p_mean_variance, predict_eps, split_output
 from ddpm_jax.schedules import Schedule, numbers
@@ -127,6 +127,7 @@ def bound_at(
 
     Ho et al. 2020, eq. 5.
     """
+    x0 = as_floats(x0, "x0")
     keys = per_image_keys.for_batch(keys, x0)
     chex.assert_shape(timesteps, (None, len(x0)))
     check_t(schedule, timesteps)

@@ -151,7 +151,7 @@ def convert(
     Ho et al. 2020, sec. 3.2.
     """
     if prediction == target:
-        return output
+        return as_floats(output, "the network's output")
     return from_x0(schedule, predict_x0(schedule, output, x_t, t, prediction=prediction), x_t, t, target=target)
 
 

@@ -3,11 +3,9 @@ r"""DDIM: chains with any subset of the timesteps and any amount of noise (Song 
 At eta = 1 it is the ancestral chain; at eta = 0 only x_T is random, and the chain is a map between noise and images
 that can be run in both directions.
 
->>> from ddpm_jax.samplers.respacing import evenly_spaced, respace
->>> from ddpm_jax.schedules import make_betas
->>> schedule = respace(make_betas("linear", 1000), evenly_spaced(1000, 10))
+>>> schedule = make_schedule("linear", 1000)
 >>> nothing = lambda x_t, t: jnp.zeros_like(x_t)                         # a network that always predicts 0
->>> sample(jax.random.key(0), ddim(schedule, nothing), (2, 4, 4, 1)).shape
+>>> sample(jax.random.key(0), ddim(schedule, nothing, num_steps=10), (2, 4, 4, 1)).shape
 (2, 4, 4, 1)
 """
 

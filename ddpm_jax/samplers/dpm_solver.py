@@ -10,13 +10,9 @@ With :math:`\alpha = \sqrt{\bar\alpha}`, :math:`\sigma = \sqrt{1 - \bar\alpha}` 
 of the last steps, so that each step costs one evaluation of the network. Everything that depends on the schedule is
 computed in float64 when the sampler is made; a step is a weighted sum of a few images.
 
->>> from ddpm_jax.samplers.respacing import evenly_spaced_in_log_snr, respace
->>> from ddpm_jax.samplers.respacing import shorten
-from ddpm_jax.schedules import make_betas
->>> betas = make_betas("linear", 1000)
->>> schedule = respace(betas, evenly_spaced_in_log_snr(betas, 10))
+>>> schedule = make_schedule("linear", 1000)
 >>> nothing = lambda x_t, t: jnp.zeros_like(x_t)                         # a network that always predicts 0
->>> sample(jax.random.key(0), dpm_solver_pp_2m(schedule, nothing), (2, 4, 4, 1)).shape
+>>> sample(jax.random.key(0), dpm_solver_pp_2m(schedule, nothing, num_steps=10), (2, 4, 4, 1)).shape
 (2, 4, 4, 1)
 """
 
