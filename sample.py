@@ -1,17 +1,25 @@
 """Samples images from a trained run: `python sample.py runs/digits`, `python sample.py progressive runs/digits`, .."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
 
 from ddpm_jax.generation import edits
 from ddpm_jax.generation.job import Format, SamplingJob, default_folder, load_job, run_job
-from ddpm_jax.generation.sampler_config import SamplerConfig
+from ddpm_jax.generation.output import Output, read_out
+from ddpm_jax.generation.sampler_config import SamplerConfig, cycle_of, list_classes, number_of_class
 from ddpm_jax.run.checkpoints import silence_orbax
 from ddpm_jax.run.command import Command, run_command
+from ddpm_jax.run.trained import Images, load_run, with_images
 from ddpm_jax.system.environment import fix_options
+from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.exits import run_script
+from ddpm_jax.system.files import copy_file
+from ddpm_jax.system.progress import say
+
+_FORMATS: dict[str, Format] = {".png": "grid", ".gif": "gif", ".npz": "npz"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,29 +35,54 @@ class Options(SamplerConfig):
     seed: int = 0
     """Random seed. Image i depends only on the seed and on i."""
     out: str | None = None
-    """Folder of the job (default: RUN/samples/checkpoint_STEP_seed_SEED)."""
-    format: Format = "grid"
-    """grid: one image of them all; png: a file per image; gif: the reverse process; npz: only the array arr_0, uint8
-    (N, H, W, C), which is always written."""
+    """Folder of the job (default: RUN/samples/checkpoint_STEP_seed_SEED), or the file to write besides: a grid as .png,
+    the reverse process as .gif, or the array as .npz."""
+    overwrite: bool = False
+    """Replace the file that --out names, if it exists."""
+    format: Format | None = None
+    """grid: one image of them all (default); png: a file per image; gif: the reverse process; npz: only the array
+    arr_0, uint8 (N, H, W, C), which is always written, with the class labels as arr_1."""
     step: int | None = None
     """Training step of the checkpoint (default: the newest)."""
     columns: int | None = None
-    """Images per row of the grid (default: about a square; for all classes in turn, one row has each class once)."""
+    """Images per row of the grid (default: about a square; of class-conditional runs, each column is of one class)."""
 
 
 def draw(options: Options) -> None:
     """Samples images from a trained run. Run the same command again to resume."""
+    print_classes(options.run, options.labels)
+    out = read_out(options.out, files=[*_FORMATS], overwrite=options.overwrite)
+    format = _FORMATS[out.file.suffix.lower()] if out.file else options.format or "grid"
+    if options.format not in (None, format):
+        raise UserError(f"--out {options.out}: --format {options.format} is not written as this file: name a folder")
     job = load_job(Path(options.run), seed=options.seed, step=options.step, sampler=options.alone())
-    out = default_folder(job) if options.out is None else Path(options.out)
+    if job.trained.class_names:
+        say(f"classes in turn: {list_classes(job.trained.class_names, cycle_of(job.trained.config, job.sampler))}")
     shown = run_job(
         job,
-        out,
+        out.folder or default_folder(job),
         number=options.num,
         batch_size=options.batch_size,
-        format=options.format,
+        format=format,
         columns=options.columns,
+        file=out.file,
     )
     print(f"{options.num} images of checkpoint {job.trained.step}: {shown}")
+
+
+def print_classes(run: str, given: Sequence[str | int | None]) -> None:
+    """Prints the classes of a run, one a line, and exits, if "help" is given instead of a class."""
+    if "help" not in given:
+        return
+    trained = load_run(Path(run))
+    classes, names = trained.config.model.num_classes, trained.class_names
+    if "help" in names:
+        return
+    for number, name in enumerate(names or classes * ("",)):
+        print(f"{number:{len(str(classes))}}  {name}".rstrip())
+    if not classes:
+        print("no classes: the run is unconditional")
+    raise SystemExit(0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,20 +92,30 @@ class ModeOptions:
     run: tyro.conf.Positional[str]
     """Folder of the run, as written by train.py."""
     out: str | None = None
-    """Folder of the results (default: RUN/samples/COMMAND). Existing results there are overwritten."""
+    """Folder of the results (default: one for these settings in RUN/samples/COMMAND); or a .png file, to which the
+    main picture is copied."""
+    overwrite: bool = False
+    """Replace results of other settings in --out, or the file that it names."""
     guidance_scale: float = 1.0
     """Scale of classifier-free guidance, for class-conditional runs with labels; 1: no guidance."""
     seed: int = 0
     """Random seed."""
     step: int | None = None
     """Training step of the checkpoint (default: the newest)."""
+    data: Images = Images()
 
-    def load(self, sampler: SamplerConfig) -> SamplingJob:
+    def load(self, sampler: SamplerConfig) -> tuple[SamplingJob, Output]:
+        """Loads the run, and checks where results go."""
+        print_classes(self.run, sampler.labels)
+        out = read_out(self.out, files=[".png"], overwrite=self.overwrite)
         sampler = dataclasses.replace(sampler, guidance_scale=self.guidance_scale)
-        return load_job(Path(self.run), seed=self.seed, step=self.step, sampler=sampler)
+        job = load_job(Path(self.run), seed=self.seed, step=self.step, sampler=sampler)
+        return job._replace(trained=with_images(job.trained, self.data)), out
 
-    def folder(self, command: str) -> Path:
-        return Path(self.run) / "samples" / command if self.out is None else Path(self.out)
+
+def _show(picture: Path, out: Output) -> None:
+    """Prints where the main picture of a command is, and copies it if a file is asked for."""
+    print(picture if out.file is None else copy_file(picture, out.file))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +132,28 @@ class ChainOptions(ModeOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelOptions(ModeOptions):
+    """Options of the commands whose images have one label."""
+
+    label: str | None = None
+    """Class by number or name, for class-conditional runs; if omitted, images are generated unconditionally. "help"
+    prints the classes."""
+
+    def load(self, sampler: SamplerConfig) -> tuple[SamplingJob, Output]:
+        """Loads the run, and checks where results go."""
+        print_classes(self.run, [self.label])
+        return super().load(sampler)
+
+    def number(self, job: SamplingJob) -> int | None:
+        """Returns the number of the class, if one is given."""
+        trained = job.trained
+        classes = trained.config.model.num_classes
+        if self.label is None:
+            return None
+        return number_of_class(self.label, trained.class_names, classes, option="--label")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ProgressiveOptions(ChainOptions):
     """What to draw."""
 
@@ -96,37 +161,45 @@ class ProgressiveOptions(ChainOptions):
     """Number of images, one per row."""
     columns: int = 10
     """Number of timesteps shown, evenly spaced over the chain."""
-    labels: tuple[int, ...] = ()
-    """Class labels, for class-conditional runs (default: every class in turn)."""
+    labels: tuple[str, ...] = ()
+    """Classes by number or name, for class-conditional runs (default: every class in turn); "help" prints them."""
 
 
 def progressive(options: ProgressiveOptions) -> None:
     """Draws the chain over time: x_t and the x_0 predicted from it, one sample per row (Fig. 6)."""
-    job = options.load(dataclasses.replace(options.chain(), labels=options.labels))
-    out = options.folder("progressive")
-    print(edits.draw_progressive(job, out, num=options.num, columns=options.columns))
+    job, out = options.load(dataclasses.replace(options.chain(), labels=options.labels))
+    shown = edits.draw_progressive(
+        job, out.folder, num=options.num, columns=options.columns, overwrite=options.overwrite
+    )
+    _show(shown, out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ShareOptions(ChainOptions):
+class ShareOptions(ChainOptions, LabelOptions):
     """What to draw."""
 
     t: tuple[int, ...] = ()
     """Timesteps of the shared latents, one row each: the paper's t, 0 to T (default: T, 3/4 T, 1/2 T and 1/4 T)."""
     draws: int = 8
     """Number of images from each latent."""
-    label: int | None = None
-    """Class label, for class-conditional runs; if omitted, the images are generated unconditionally."""
 
 
 def share(options: ShareOptions) -> None:
     """Draws images that share the latent x_t of one chain and differ from there on (Fig. 7)."""
-    job, out = options.load(options.chain()), options.folder("share")
-    print(edits.share_latents(job, out, t=options.t, draws=options.draws, label=options.label))
+    job, out = options.load(options.chain())
+    shown = edits.share_latents(
+        job,
+        out.folder,
+        t=options.t,
+        draws=options.draws,
+        label=options.number(job),
+        overwrite=options.overwrite,
+    )
+    _show(shown, out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReconstructOptions(ChainOptions):
+class ReconstructOptions(ChainOptions, LabelOptions):
     """What to reconstruct."""
 
     image: str
@@ -136,18 +209,25 @@ class ReconstructOptions(ChainOptions):
     """Timestep to noise it to: the paper's t, 0 (unchanged) to T (pure noise)."""
     draws: int = 8
     """Number of reconstructions."""
-    label: int | None = None
-    """Class label, for class-conditional runs; if omitted, the image is generated unconditionally."""
 
 
 def reconstruct(options: ReconstructOptions) -> None:
     """Adds noise to an image up to t, and denoises it."""
-    job, out = options.load(options.chain()), options.folder("reconstruct")
-    print(edits.reconstruct_picture(job, options.image, out, t=options.t, draws=options.draws, label=options.label))
+    job, out = options.load(options.chain())
+    shown = edits.reconstruct_picture(
+        job,
+        options.image,
+        out.folder,
+        t=options.t,
+        draws=options.draws,
+        label=options.number(job),
+        overwrite=options.overwrite,
+    )
+    _show(shown, out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InterpolateOptions(ModeOptions):
+class InterpolateOptions(LabelOptions):
     """What to interpolate between."""
 
     images: tuple[str, ...]
@@ -162,19 +242,26 @@ class InterpolateOptions(ModeOptions):
     steps: int | None = None
     """Number of steps (default: with --t all T, without it 250 each way). A t that the schedule skips is added as one
     extra step."""
-    label: int | None = None
-    """Class label of both images, for class-conditional runs; if omitted, they are generated unconditionally."""
 
 
 def interpolate(options: InterpolateOptions) -> None:
     """Interpolates between two images, at a timestep t or between their DDIM latents (Fig. 8)."""
     sampler = edits.interpolation_sampler(options.t, options.sampler)
-    job, out = options.load(SamplerConfig(sampler=sampler, steps=options.steps)), options.folder("interpolate")
-    print(edits.interpolate_pictures(job, options.images, out, t=options.t, num=options.num, label=options.label))
+    job, out = options.load(SamplerConfig(sampler=sampler, steps=options.steps))
+    shown = edits.interpolate_pictures(
+        job,
+        options.images,
+        out.folder,
+        t=options.t,
+        num=options.num,
+        label=options.number(job),
+        overwrite=options.overwrite,
+    )
+    _show(shown, out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InpaintOptions(ModeOptions):
+class InpaintOptions(LabelOptions):
     """What to fill in."""
 
     image: str
@@ -185,14 +272,21 @@ class InpaintOptions(ModeOptions):
     """Number of results."""
     steps: int | None = None
     """Number of steps of Algorithm 2 between which RePaint jumps back and forth (default: 250)."""
-    label: int | None = None
-    """Class label, for class-conditional runs; if omitted, the image is generated unconditionally."""
 
 
 def inpaint(options: InpaintOptions) -> None:
     """Repaints the black part of a mask in an image (RePaint)."""
-    job, out = options.load(SamplerConfig(steps=options.steps)), options.folder("inpaint")
-    print(edits.inpaint_picture(job, options.image, options.mask, out, draws=options.draws, label=options.label))
+    job, out = options.load(SamplerConfig(steps=options.steps))
+    shown = edits.inpaint_picture(
+        job,
+        options.image,
+        options.mask,
+        out.folder,
+        draws=options.draws,
+        label=options.number(job),
+        overwrite=options.overwrite,
+    )
+    _show(shown, out)
 
 
 COMMANDS: dict[str, Command] = {

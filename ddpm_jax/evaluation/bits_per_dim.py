@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import io
 import math
-import re
 import typing
 import zipfile
 from collections.abc import Sequence
@@ -38,7 +37,7 @@ from ddpm_jax.run.build import build_schedule
 from ddpm_jax.run.trained import TrainedRun, describe_run
 from ddpm_jax.schedules import Schedule
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import write_json, write_whole
+from ddpm_jax.system.files import short_name, write_json, write_whole
 
 Sigma = typing.Literal["model", "fixed_small", "fixed_large", "optimal"]
 """Variance of the reverse steps: the model's own, a fixed one, or the one that minimizes the bound."""
@@ -303,12 +302,11 @@ class Request(typing.NamedTuple):
 
 def default_folder(trained: TrainedRun, request: Request) -> Path:
     """Returns the folder of a job in the folder of its run."""
-    split = re.sub(r"[^\w.-]+", "_", request.split)
     number = f"_num_{request.number}" if request.number else ""
     num_strata = f"_strata_{request.num_strata}" if request.num_strata else ""
     cdf = "" if request.cdf == "tanh" else f"_{request.cdf}"
-    name = f"checkpoint_{trained.step}_{split}{number}{num_strata}_{request.sigma}{cdf}_seed_{request.seed}"
-    return trained.folder / "likelihood" / name
+    name = f"checkpoint_{trained.step}_{request.split}{number}{num_strata}_{request.sigma}{cdf}_seed_{request.seed}"
+    return trained.folder / "likelihood" / short_name(name)
 
 
 def run_job(trained: TrainedRun, out: Path, request: Request, *, batch_size: int) -> Likelihood:

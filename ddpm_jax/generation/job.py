@@ -20,7 +20,14 @@ from PIL import Image
 
 from ddpm_jax.config import Config
 from ddpm_jax.generation.batches import STEPS_PER_CALL, Driver, Program, Watch, cut
-from ddpm_jax.generation.sampler_config import SamplerConfig, labels_of, make_chain
+from ddpm_jax.generation.sampler_config import (
+    SamplerConfig,
+    cycle_of,
+    default_columns,
+    labels_of,
+    make_chain,
+    number_of_class,
+)
 from ddpm_jax.generation.store import Parts, StoredImages, job_folder, missing_ranges
 from ddpm_jax.keys import image_keys, make_key
 from ddpm_jax.networks import Network
@@ -30,6 +37,7 @@ from ddpm_jax.run.trained import TrainedRun, describe_run, load_run
 from ddpm_jax.samplers.chain import Chain, initial_noise
 from ddpm_jax.system import pictures
 from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import copy_file, short_name
 from ddpm_jax.system.progress import Progress, say
 
 Format = typing.Literal["grid", "png", "npz", "gif"]
@@ -39,7 +47,6 @@ _GIF_FRAMES = 50
 _GIF_SECONDS, _GIF_PAUSE = 0.06, 2.0
 # What Pillow and most viewers open without complaint, and of what fifty frames fit into memory.
 _GRID_PIXELS, _GIF_PIXELS = 89_000_000, 8_000_000
-_MOST_COLUMNS = 32
 
 _to_uint8 = jax.jit(to_uint8)
 
@@ -62,7 +69,7 @@ def load_job(folder: Path, *, seed: int, step: int | None = None, sampler: Sampl
       folder: of the run.
       seed: of the job.
       step: of which checkpoint; the newest undamaged one if None.
-      sampler: Algorithm 2 if not given.
+      sampler: Algorithm 2 if not given; its labels may be names of classes.
 
     Raises:
       UserError: the folder is not a run's or has no such checkpoint, the seed is out of range, or the run cannot be
@@ -70,8 +77,11 @@ def load_job(folder: Path, *, seed: int, step: int | None = None, sampler: Sampl
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed must be in [0, 2^32), not {seed}")
-    job = SamplingJob(load_run(folder, step=step), seed, sampler or SamplerConfig())
-    make_chain(job.trained.config, job.trained.network, job.sampler)
+    trained, sampler = load_run(folder, step=step), sampler or SamplerConfig()
+    classes = trained.config.model.num_classes
+    numbers = [number_of_class(each, trained.class_names, classes, option="--labels") for each in sampler.labels]
+    job = SamplingJob(trained, seed, dataclasses.replace(sampler, labels=tuple(numbers)))
+    make_chain(trained.config, trained.network, job.sampler)
     return job
 
 
@@ -89,7 +99,8 @@ def default_folder(job: SamplingJob) -> Path:
         if value != getattr(default, name)
     ]
     trained = job.trained
-    return trained.folder / "samples" / f"checkpoint_{trained.step}_seed_{job.seed}{''.join(options)}"
+    name = short_name(f"checkpoint_{trained.step}_seed_{job.seed}{''.join(options)}")
+    return trained.folder / "samples" / name
 
 
 def check_request(job: SamplingJob, *, number: int, batch_size: int, format: Format, columns: int | None) -> None:
@@ -117,14 +128,15 @@ def check_request(job: SamplingJob, *, number: int, batch_size: int, format: For
             )
 
 
-def default_columns(job: SamplingJob, number: int) -> int:
-    """Returns the number of columns of a grid: one per class if the classes are drawn in turn, else about a square."""
-    classes = 0 if job.sampler.labels else job.trained.config.model.num_classes
-    return classes if 1 < classes <= min(number, _MOST_COLUMNS) else math.ceil(math.sqrt(number))
-
-
 def run_job(
-    job: SamplingJob, out: Path, *, number: int, batch_size: int, format: Format, columns: int | None = None
+    job: SamplingJob,
+    out: Path,
+    *,
+    number: int,
+    batch_size: int,
+    format: Format,
+    columns: int | None = None,
+    file: Path | None = None,
 ) -> Path:
     """Draws the images 0 .. number-1 of a job that its folder does not contain yet, and shows them.
 
@@ -136,8 +148,10 @@ def run_job(
       out: the job's folder; created if missing.
       number: of images, >= 1.
       batch_size: >= 1; rounded up to a multiple of the devices.
-      format: how the images are shown; `samples.npz` is always written.
+      format: how the images are shown; `samples.npz` is always written: `arr_0`, and for a class-conditional run the
+        labels `arr_1`, (N,) int64.
       columns: of a grid; see `default_columns` if not given.
+      file: where the grid, the GIF or exactly these images are written; in `out` if not given.
 
     Returns:
       the file or folder to look at.
@@ -146,28 +160,35 @@ def run_job(
       UserError: the folder contains another job, the request is invalid, or the disk is full; no saved image is lost.
     """
     check_request(job, number=number, batch_size=batch_size, format=format, columns=columns)
-    columns = default_columns(job, number) if columns is None else columns
+    config = job.trained.config
+    columns = default_columns(config, job.sampler, number) if columns is None else columns
     # Not cut to what is missing: the same batches give the same bits, also after an interruption.
-    sampling = _sampling(job.trained.config, job.trained.network, job.sampler, min(batch_size, number))
-    stored = StoredImages(out, image_shape(job.trained.config))
+    sampling = _sampling(config, job.trained.network, job.sampler, min(batch_size, number))
+    stored = StoredImages(out, image_shape(config), labels=cycle_of(config, job.sampler))
     with job_folder(out, describe_job(job), kind="sampling", number=number, done=stored.done):
         if format == "gif":
-            return _show_gif(job, sampling, out, stored, number=number, columns=columns)
+            path = _show_gif(job, sampling, out, stored, number=number, columns=columns)
+            return path if file is None else copy_file(path, file)
         missing = missing_ranges(stored.done(), number, longest=sampling[0].batch_size)
+        stored.check_space(missing)
         for first, _, images in _draw(job, sampling, missing):
             stored.save(first, images)
         packed = stored.pack()
         if not missing:
             say(f"all {number} images already exist")
         match format:
+            case "npz" if file is not None:
+                stored.export(file, number)
+                return file
             case "npz":
                 if packed > number:
                     say(f"{stored.file} contains all {packed} images of this job, more than the {number} requested")
                 return stored.file
             case "grid":
                 images = np.concatenate(list(stored.read(number)))
-                pictures.save_png(out / "grid.png", pictures.enlarge(pictures.grid(images, columns=columns)))
-                return out / "grid.png"
+                file = out / "grid.png" if file is None else file
+                pictures.save_png(file, pictures.enlarge(pictures.grid(images, columns=columns)))
+                return file
             case "png":
                 return _show_each(out / "images", stored, number)
             case _:
@@ -248,6 +269,7 @@ def _show_gif(
         frames.append(np.asarray(_to_uint8(state.x)))
 
     missing = missing_ranges(parts.files(), number, longest=driver.batch_size)
+    stored.check_space(missing, copies=1 + num_frames)
     for first, stop, images in _draw(job, sampling, missing, longest=longest, watch=watch):
         stored.save(first, images)
         parts.save(first, np.stack([*(frame[: stop - first] for frame in frames), images], axis=1))

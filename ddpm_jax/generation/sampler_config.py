@@ -1,6 +1,7 @@
 """From a run's configuration and a sampler's to the chain that draws its images."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Callable, Sequence
 
@@ -10,10 +11,14 @@ from jax import Array
 from ddpm_jax.config import Config
 from ddpm_jax.networks import Network, Params, predict_with
 from ddpm_jax.run.build import build_betas
+from ddpm_jax.run.fields import nearest
 from ddpm_jax.samplers.by_name import SamplerName, make_sampler
 from ddpm_jax.samplers.chain import Sampler
 from ddpm_jax.samplers.ddim import EpsAfterClipping
 from ddpm_jax.system.errors import UserError
+
+_MOST_COLUMNS = 32
+_MOST_SHOWN = 200  # characters of a list of classes in one line
 
 MakeChain = Callable[[Params, Array | None], Sampler]
 """(params, labels) to the sampler of images with these labels, (B,) int32; None for an unconditional run."""
@@ -39,8 +44,9 @@ class SamplerConfig:
     eps)."""
     guidance_scale: float = 1.0
     """Scale s of classifier-free guidance, s eps(x, label) - (s - 1) eps(x); 1: none."""
-    labels: tuple[int, ...] = ()
-    """Class labels of the images of a class-conditional run, repeated in turn; all classes if none are given."""
+    labels: tuple[str | int, ...] = ()
+    """Classes of the images of a class-conditional run, by number or name, repeated in turn; all classes if none are
+    given. "help" prints the classes."""
 
     def alone(self) -> "SamplerConfig":
         """Returns the sampler's part of a script's options, which extend it."""
@@ -51,8 +57,87 @@ def labels_of(config: Config, sampler_config: SamplerConfig, indices: Array) -> 
     """Returns the class labels of a job's images from their indices, (B,) to (B,) int32; None if unconditional."""
     if not config.model.num_classes:
         return None
-    labels = jnp.asarray(sampler_config.labels or range(config.model.num_classes), jnp.int32)
+    labels = jnp.asarray(cycle_of(config, sampler_config), jnp.int32)
     return labels[indices % len(labels)]
+
+
+def cycle_of(config: Config, sampler_config: SamplerConfig) -> tuple[int, ...]:
+    """Returns the class labels that the images of a job take in turn; none if the run is unconditional."""
+    return tuple(map(int, sampler_config.labels)) or tuple(range(config.model.num_classes))
+
+
+def list_classes(names: Sequence[str], numbers: Sequence[int] | None = None) -> str:
+    """Returns classes with their names, all of them if none are given.
+
+    >>> list_classes(["cat", "dog"])
+    '0 (cat), 1 (dog)'
+    """
+    numbers = range(len(names)) if numbers is None else numbers
+    return ", ".join(f"{number} ({names[number]})" for number in numbers)
+
+
+def default_columns(config: Config, sampler_config: SamplerConfig, number: int) -> int:
+    """Returns the columns of a grid of a job's first images: about as many as rows, and each of a single class."""
+    square, classes = math.ceil(math.sqrt(number)), len(cycle_of(config, sampler_config))
+    return classes * max(1, round(square / classes)) if 1 < classes <= min(number, _MOST_COLUMNS) else square
+
+
+def number_of_class(given: str | int, names: Sequence[str], num_classes: int, *, option: str) -> int:
+    """Returns the number of the class that a user named.
+
+    Args:
+      given: its number, or its name. A name that is the number of another class is refused; "name:3" and "number:3" say
+        which of the two is meant.
+      names: of the classes in order; may be empty.
+      num_classes: of the run; 0 if it is unconditional.
+      option: for messages.
+
+    Raises:
+      UserError: there is no such class; the message names the nearest.
+
+    >>> number_of_class("dog", ["cat", "dog"], 2, option="--label"), number_of_class("0", [], 2, option="--label")
+    (1, 0)
+    """
+    if not num_classes:
+        raise UserError(f"{option} needs a class-conditional run; this one is unconditional (model.num_classes=0)")
+    kind, _, rest = str(given).partition(":")
+    if str(given) in names or kind not in ("name", "number"):
+        kind, rest = "", str(given)
+    by_name = [number for number, name in enumerate(names) if name == rest and kind != "number"]
+    # Only a class has a number: -1 and 10 of 10 classes are refused, as words are.
+    by_number = [int(rest)] if kind != "name" and rest.isdecimal() and int(rest) < num_classes else []
+    if isinstance(given, int):
+        by_name = []
+    found = sorted({*by_name, *by_number})
+    if len(found) == 1:
+        return found[0]
+    if found:
+        known = " and ".join(f"class {number} ({names[number]})" for number in found)
+        raise UserError(f"{option} {given} may be {known}: write name:{rest} or number:{rest}")
+    every = f"0 to {num_classes - 1}"
+    if names:
+        shown = list_classes(names)
+        every = shown if len(shown) <= _MOST_SHOWN else f"{every}; {option} help lists their names"
+    hint = nearest(rest, names) if names and not rest.lstrip("-").isdecimal() else ""
+    raise UserError(f"{option} {given}: the run's classes are {every}{hint}")
+
+
+def check_unlabeled(config: Config, what: str, remedy: str) -> None:
+    """Checks that the network of a class-conditional run has learned to predict without a label.
+
+    Args:
+      config: of the run.
+      what: needs this, for the message.
+      remedy: what to do instead, for the message.
+
+    Raises:
+      UserError: it was trained without label dropout.
+    """
+    if config.model.num_classes and not config.train.label_dropout:
+        raise UserError(
+            f"{what} needs a run trained with label dropout; this one never learned to predict without a label "
+            f"(train.label_dropout=0): {remedy}, or train a run with --train.label-dropout 0.1"
+        )
 
 
 def make_chain(
@@ -79,10 +164,13 @@ def make_chain(
             "(model.num_classes=0)"
         )
     for label in labels:
-        if not 0 <= label < classes:
-            raise UserError(f"--labels {label}: the run's classes are 0 to {classes - 1}")
+        if not isinstance(label, int):
+            raise TypeError(f"labels must be numbers here, not {label!r}: load_job takes names")
+        number_of_class(label, (), classes, option="--labels")
     if not 0 <= scale < float("inf"):
         raise UserError(f"--guidance-scale {scale} must be at least 0")
+    if scale != 1:
+        check_unlabeled(config, f"--guidance-scale {scale}", "use --guidance-scale 1")
     betas, diffusion = build_betas(config), config.diffusion
 
     def make(params: Params, labels: Array | None) -> Sampler:

@@ -1,13 +1,15 @@
 """Results of jobs on disk: saved batch by batch, so that a job can be resumed, and images packed into one file.
 
 The folder of a sampling job contains `samples.npz`, the images 0 .. N-1 in the format of public evaluators (`arr_0`,
-uint8, NHWC), and `parts/FIRST-STOP.npy`, ranges of images that are not packed yet. Files are written atomically, and
-none is removed before its images are in another.
+uint8, NHWC; `arr_1`, the class labels, int64, if there are any), and `parts/FIRST-STOP.npy`, ranges of images that are
+not packed yet. Files are written atomically, and none is removed before its images are in another.
 """
 
 import contextlib
 import json
+import math
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,8 +21,9 @@ from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import check_same_job, claimed, write_whole
 from ddpm_jax.system.progress import say
 
-_ARRAY = "arr_0.npy"
+_ARRAY, _LABELS = "arr_0.npy", "arr_1.npy"
 _READ_AT_ONCE = 256
+_BLOCK = 4096  # bytes that a disk gives at least to a file
 
 Range = tuple[int, int]
 """The images first .. stop-1."""
@@ -134,9 +137,15 @@ class Parts:
 class StoredImages:
     """The images of one job."""
 
-    def __init__(self, folder: Path, image_shape: Sequence[int]):
-        """Reads the folder of a job, which need not exist; `image_shape` is (H, W, C)."""
-        self.file = folder / "samples.npz"
+    def __init__(self, folder: Path, image_shape: Sequence[int], *, labels: Sequence[int] = ()):
+        """Reads the folder of a job, which need not exist.
+
+        Args:
+          folder: of the job.
+          image_shape: (H, W, C).
+          labels: class labels that the images have in turn; none if they have no labels.
+        """
+        self.file, self._labels = folder / "samples.npz", labels
         self._parts = Parts(folder / "parts", image_shape)
 
     def done(self) -> list[Range]:
@@ -147,6 +156,33 @@ class StoredImages:
         """Saves a range: (B, H, W, C) uint8, the first of index `first`."""
         self._parts.save(first, images)
 
+    def check_space(self, missing: Sequence[Range], *, copies: int = 1) -> None:
+        """Checks that the disk has room for images that are to be drawn, and for all of them once more to be packed.
+
+        Args:
+          missing: their ranges.
+          copies: arrays of an image's size that are saved for each of them.
+
+        Raises:
+          UserError: it has not; the message names the number of images that fit.
+        """
+        number, done = (sum(stop - first for first, stop in ranges) for ranges in (missing, self.done()))
+        if not number and not self._parts.files():
+            return
+        size = math.prod(self._parts.shape)
+        in_file = size + 8 * bool(self._labels)
+        overhead = len(missing) * _BLOCK + done * in_file
+        needed = number * (size * copies + in_file) + overhead
+        there = next(folder for folder in (self.file.parent, *self.file.parent.absolute().parents) if folder.exists())
+        disk = shutil.disk_usage(there)
+        if disk.total and needed > disk.free:
+            fit = (disk.free - overhead) // (size * copies + in_file)
+            fewer = f", or draw {fit} or fewer" if fit > 0 else ""
+            raise UserError(
+                f"the disk of {self.file.parent} has {disk.free / 1e6:,.1f} MB free, and {number} more images need "
+                f"{needed / 1e6:,.1f} MB until they are packed in one file: free some, use --out on another disk{fewer}"
+            )
+
     def pack(self) -> int:
         """Packs the images from 0 to the first missing one into `samples.npz`, and returns their number."""
         packed = self._packed()
@@ -155,8 +191,7 @@ class StoredImages:
             if first <= number:
                 number = max(number, stop)
         if number > packed:
-            shape = (number, *self._parts.shape)
-            write_whole(self.file, lambda file: _write_npz(file, shape, self._all(packed, number)))
+            self._write(self.file, number, self._all(packed, number))
         self._parts.remove([path for (_, stop), path in self._parts.files().items() if stop <= number])
         return number
 
@@ -168,6 +203,14 @@ class StoredImages:
             for first in range(0, number, _READ_AT_ONCE):
                 count = min(_READ_AT_ONCE, number - first)
                 yield np.frombuffer(member.read(count * size), np.uint8).reshape(count, *shape[1:])
+
+    def export(self, path: Path, number: int) -> None:
+        """Writes the packed images 0 .. number-1 into another file of the same form."""
+        self._write(path, number, self.read(number))
+
+    def _write(self, path: Path, number: int, images: Iterable[np.ndarray]) -> None:
+        labels = np.resize(np.asarray(self._labels, "<i8"), number) if self._labels else None
+        write_whole(path, lambda file: _write_npz(file, (number, *self._parts.shape), images, labels))
 
     def _all(self, packed: int, number: int) -> Iterator[np.ndarray]:
         if packed:
@@ -192,14 +235,17 @@ class StoredImages:
             raise UserError(f"{self.file} is damaged ({error}): move it away to draw its images again") from error
 
 
-def _write_npz(file: BinaryIO, shape: tuple[int, ...], arrays: Iterable[np.ndarray]) -> None:
+def _write_npz(file: BinaryIO, shape: tuple[int, ...], arrays: Iterable[np.ndarray], labels: np.ndarray | None) -> None:
     """Writes what `np.savez` would, but not from memory and without a date: equal images give equal bytes."""
-    member = zipfile.ZipInfo(_ARRAY)
-    with zipfile.ZipFile(file, "w") as archive, archive.open(member, "w", force_zip64=True) as array:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(array, header)  # type: ignore[arg-type]
-        for part in arrays:
-            array.write(np.ascontiguousarray(part).tobytes())
+    with zipfile.ZipFile(file, "w") as archive:
+        with archive.open(zipfile.ZipInfo(_ARRAY), "w", force_zip64=True) as array:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(array, header)  # type: ignore[arg-type]
+            for part in arrays:
+                array.write(np.ascontiguousarray(part).tobytes())
+        if labels is not None:
+            with archive.open(zipfile.ZipInfo(_LABELS), "w", force_zip64=True) as array:
+                np.lib.format.write_array(array, labels)
 
 
 def _read_shape(member: BinaryIO) -> tuple[int, ...]:

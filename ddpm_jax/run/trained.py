@@ -8,6 +8,8 @@ from typing import Any
 import jax
 
 from ddpm_jax.config import Config
+from ddpm_jax.data.fingerprint import check_same_set, read_class_names
+from ddpm_jax.data.sources import load_source, resolve
 from ddpm_jax.networks import Network, Params, parameter_shapes
 from ddpm_jax.run.build import build_network
 from ddpm_jax.run.checkpoints import load_ema
@@ -31,6 +33,8 @@ class TrainedRun(typing.NamedTuple):
     """The training step of these weights."""
     folder: Path
     """The run's folder."""
+    class_names: tuple[str, ...] = ()
+    """Names of its classes in order; empty if it is unconditional, or they are not known."""
 
 
 def load_run(folder: Path, *, step: int | None = None, network: Network | None = None) -> TrainedRun:
@@ -65,7 +69,34 @@ def load_run(folder: Path, *, step: int | None = None, network: Network | None =
                 f"checkpoint {step} does not fit {folder / 'config.json'}: {name} is {found.get(name, 'absent')} in "
                 f"the checkpoint and {expected.get(name, 'absent')} by the configuration; restore the run's own file"
             )
-    return TrainedRun(config, network, params, step, folder)
+    names = read_class_names(folder)
+    known = names if len(names) == config.model.num_classes else ()
+    return TrainedRun(config, network, params, step, folder, known)
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Options of commands that read a run's images."""
+
+    path: str | None = None
+    """Where the run's images are, if they have moved since it was trained."""
+
+
+def with_images(trained: TrainedRun, images: Images) -> TrainedRun:
+    """Returns a run that reads its images where they are now.
+
+    Args:
+      trained: the run.
+      images: where they are.
+
+    Raises:
+      UserError: there are no images, or not those that the run was trained on.
+    """
+    if images.path is None:
+        return trained
+    data = dataclasses.replace(trained.config.data, path=images.path)
+    check_same_set(trained.folder / "data.json", load_source(data), write=False)
+    return trained._replace(config=dataclasses.replace(trained.config, data=resolve(data)))
 
 
 def describe_run(trained: TrainedRun) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import re
+import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ddpm_jax.system.errors import UserError
+
+_LONGEST_NAME = 120  # encrypted file systems take 143 bytes, others 255
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -44,6 +48,25 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes a value as indented JSON, atomically; raises as `write_whole`."""
     write_whole(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode("ascii")))
+
+
+def short_name(name: str) -> str:
+    """Returns a name that any file system takes as that of a folder; long and special ones end in a checksum.
+
+    >>> short_name("seed_0"), short_name("labels_" + "-".join(map(str, range(100))))[-16:]
+    ('seed_0', '-36-37-_3e6769f9')
+    """
+    safe = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)
+    if safe == name and len(name) <= _LONGEST_NAME:
+        return name
+    return f"{safe[: _LONGEST_NAME - 9]}_{zlib.crc32(name.encode(errors='surrogateescape')):08x}"
+
+
+def copy_file(path: Path, to: Path) -> Path:
+    """Copies a file, atomically, and returns where; raises as `write_whole`."""
+    with path.open("rb") as file:
+        write_whole(to, lambda copy: shutil.copyfileobj(file, copy))
+    return to
 
 
 def crc32(array: ArrayLike) -> int:
@@ -102,10 +125,15 @@ def check_same_job(file: Path, description: dict[str, Any]) -> None:
         there = dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
         raise UserError(f"{file} is damaged: give another --out, or remove {file.parent}") from error
-    different = [
-        f"{name} is {there.get(name)} there and {description.get(name)} here"
-        for name in dict.fromkeys([*description, *there])
-        if there.get(name) != description.get(name)
-    ]
+    different = job_differences(there, description)
     if different:
-        raise UserError(f"{file.parent} holds another job ({'; '.join(different)}): give another --out, or remove it")
+        raise UserError(f"{file.parent} holds another job ({different}): give another --out, or remove it")
+
+
+def job_differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """Returns in what two descriptions of jobs differ; empty if they are the same."""
+    return "; ".join(
+        f"{name} is {there.get(name)} there and {here.get(name)} here"
+        for name in dict.fromkeys([*here, *there])
+        if there.get(name) != here.get(name)
+    )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import write_whole
@@ -60,6 +60,47 @@ def enlarge(images: np.ndarray, *, side: int = 768) -> np.ndarray:
     """
     factor = max(1, side // max(images.shape[-3:-1]))
     return images.repeat(factor, axis=-3).repeat(factor, axis=-2)
+
+
+def annotate(
+    picture: np.ndarray, *, rows: Sequence[str] = (), columns: Sequence[str] = (), title: str = ""
+) -> np.ndarray:
+    """Writes texts beside a grid, above it, and a title above all; the grid stays in the lower right corner.
+
+    Args:
+      picture: (H, W, C) uint8: gray, color, or color with alpha.
+      rows: a text for each row, from the top; none if empty.
+      columns: a text for each column, from the left; where they are too wide only every other, third, ..
+      title: one line.
+
+    Returns:
+      (H + top, W + left, C) uint8, black on white in the margins.
+
+    >>> grid = np.zeros((64, 640, 1), np.uint8)
+    >>> annotate(grid, title="step 500").shape > grid.shape, annotate(grid) is grid
+    (True, True)
+    """
+    if not (rows or columns or title):
+        return picture
+    height, width = picture.shape[:2]
+    font = ImageFont.load_default(max(12, min(24, width // 64)))
+    measure = lambda text: math.ceil(font.getbbox(text)[2])
+    line = math.ceil(1.5 * max(font.getbbox(text)[3] for text in ("Ag", *rows, *columns)))
+    cell = width / max(1, len(columns))
+    every = max([1, *(math.ceil((measure(text) + line // 3) / cell) for text in columns)])
+    left = max(measure(title) + line - width, *(measure(text) + line for text in rows), 0)
+    top = line * (bool(title) + bool(columns))
+    laid_out = Image.new(_MODES[picture.shape[-1]], (left + width, top + height), "white")
+    laid_out.paste(_picture(picture), (left, top))
+    draw = ImageDraw.Draw(laid_out)
+    write = lambda x, y, text, anchor: draw.text((x, y), text, fill="black", font=font, anchor=anchor)
+    write(line // 2, line // 2, title, "lm")
+    for i, text in enumerate(columns):
+        if i % every == 0:
+            write(left + (i + 0.5) * cell, top - line // 2, text, "mm")
+    for i, text in enumerate(rows):
+        write(left - line // 2, top + (i + 0.5) * height / len(rows), text, "rm")
+    return np.asarray(laid_out).reshape(*laid_out.size[::-1], -1)
 
 
 def can_show(channels: int) -> bool:

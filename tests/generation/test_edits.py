@@ -1,5 +1,6 @@
 """The commands of sample.py beside samples."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -29,6 +30,15 @@ def load(path):
     return np.asarray(Image.open(path))
 
 
+def grid_of(path, rows, columns, size=8):
+    """The pixels of a picture's grid, without the texts above and beside it."""
+    height, width = rows * (size + 1) + 1, columns * (size + 1) + 1
+    factor = 1024 // max(height, width)
+    picture = load(path)
+    assert picture.shape[0] > factor * height  # a title
+    return picture[-factor * height :, -factor * width :][::factor, ::factor]
+
+
 @pytest.fixture(scope="module")
 def job(runs):
     return runs.make_job(num_classes=10)
@@ -38,31 +48,31 @@ def test_the_chain_over_time_ends_in_the_samples_and_begins_in_noise(job, tmp_pa
     assert draw_progressive(job, tmp_path, num=3, columns=4) == tmp_path / "x0.png"
     editor = Editor(job, batch_size=8)
     images, _ = editor.sample(3, editor.job_labels(3), watched=1)
-    shown = {name: load(tmp_path / f"{name}.png") for name in ("x0", "x_t")}
-    factor = shown["x0"].shape[0] // (3 * 9 + 1)
+    shown = {name: grid_of(tmp_path / f"{name}.png", 3, 5) for name in ("x0", "x_t")}
     for picture in shown.values():
-        assert picture.shape == (factor * (3 * 9 + 1), factor * (5 * 9 + 1))
         for row, image in enumerate(images):
-            last = picture[::factor, ::factor][1 + 9 * row : 9 * (row + 1), 1 + 9 * 4 : 9 * 5]
+            last = picture[1 + 9 * row : 9 * (row + 1), 1 + 9 * 4 : 9 * 5]
             assert abs(last.astype(int) - image[..., 0]).max() <= 1
     # At the first time x_t is noise; what is predicted of it is not.
-    first = {name: picture[::factor, ::factor][1:9, 1:9].astype(int) for name, picture in shown.items()}
+    first = {name: picture[1:9, 1:9].astype(int) for name, picture in shown.items()}
     assert abs(first["x_t"] - first["x0"]).max() > 50
 
 
 def test_images_that_share_a_late_x_t_are_more_alike(job, tmp_path):
     few = job._replace(sampler=SamplerConfig(steps=6, labels=(3,)))
     share_latents(few, tmp_path / "all", t=(), draws=6, label=3)
-    picture = load(tmp_path / "all" / "share.png")
-    factor = picture.shape[0] // (4 * 9 + 1)
-    rows = picture[::factor, ::factor][1:, 1:].reshape(4, 9, 7, 9)[:, :8, :, :8].swapaxes(1, 2).astype(float)
+    rows = (
+        grid_of(tmp_path / "all" / "share.png", 4, 7)[1:, 1:]
+        .reshape(4, 9, 7, 9)[:, :8, :, :8]
+        .swapaxes(1, 2)
+        .astype(float)
+    )
     spread = rows[:, 1:].std(axis=1).mean(axis=(1, 2))
     assert (np.diff(spread) < 0).all()
     # At t = 0 nothing is left to be drawn: the latent is the image.
     share_latents(few, tmp_path / "one", t=[0], draws=2)
-    row = load(tmp_path / "one" / "share.png")
-    factor = row.shape[0] // 10
-    latent, *images = row[::factor, ::factor][1:9, 1:].reshape(8, 3, 9)[..., :8].swapaxes(0, 1)
+    row = grid_of(tmp_path / "one" / "share.png", 1, 3)
+    latent, *images = row[1:9, 1:].reshape(8, 3, 9)[..., :8].swapaxes(0, 1)
     for image in images:
         np.testing.assert_array_equal(image, latent)
 
@@ -135,18 +145,26 @@ def test_own_pictures_are_reconstructed_interpolated_and_filled_in(color_job, ow
     assert (filled[0][~known] != filled[1][~known]).any()
 
 
-def test_drawn_again_a_folder_holds_the_new_results_alone(job, tmp_path):
-    few = job._replace(sampler=SamplerConfig("ddim", steps=2))
+def test_results_of_other_settings_are_replaced_on_request_alone(job, tmp_path):
+    few = job._replace(sampler=SamplerConfig("ddim", steps=2, eta=1.0))
     out = tmp_path / "out"
     reconstruct_picture(few, "17", out, t=3, draws=3)
     (out / "notes.txt").write_text("mine")
     (out / "100.png").write_text("mine too")
-    reconstruct_picture(few, "18", out, t=5, draws=2, label=4)
+    before = (out / "row.png").read_bytes()
+    with pytest.raises(
+        UserError, match=r"contains other results of reconstruct \(.*t is 3 there and 5 here.* --overwrite$"
+    ):
+        reconstruct_picture(few, "18", out, t=5, draws=2, label=4)
+    assert (out / "row.png").read_bytes() == before
+    reconstruct_picture(few, "18", out, t=5, draws=2, label=4, overwrite=True)
     assert {path.name for path in out.iterdir()} == {
         *("00.png", "01.png", "row.png", "job.json", ".lock"),
         *("notes.txt", "100.png"),
     }
-    assert json.loads((out / "job.json").read_text()) == {
+    description = json.loads((out / "job.json").read_text())
+    assert all(len(description.pop(name)) == 8 for name in ("weights", "content"))
+    assert description == {
         "command": "reconstruct",
         "checkpoint": 7,
         "seed": 0,
@@ -190,13 +208,14 @@ def test_a_folder_of_something_else_is_left_alone(job, tmp_path):
         with pytest.raises(UserError, match=content):
             reconstruct()
         assert (tmp_path / "job.json").read_text() == there
-    (tmp_path / "job.json").write_text('{"command": "reconstruct"}')
+    (tmp_path / "job.json").unlink()
+    (tmp_path / "05.png").rename(tmp_path / ".05.png")
     with (
         claimed(tmp_path),
         pytest.raises(UserError, match="another process is writing"),
     ):
         reconstruct()
-    assert (tmp_path / "05.png").read_text() == "mine"
+    assert (tmp_path / ".05.png").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -226,6 +245,9 @@ def test_a_mask_of_another_shape_is_refused_before_anything_is_drawn(color_job, 
 
 def test_what_cannot_be_done_with_own_pictures_is_one_line(color_job, job, own, tmp_path):
     a, out = str(own / "a.png"), tmp_path / "out"
+    config = job.trained.config
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, label_dropout=0.0))
+    undropped = job._replace(trained=job.trained._replace(config=config))
     guided_job, of_ddim = (
         job._replace(sampler=sampler) for sampler in (SamplerConfig(guidance_scale=2.0), SamplerConfig("ddim"))
     )
@@ -234,12 +256,15 @@ def test_what_cannot_be_done_with_own_pictures_is_one_line(color_job, job, own, 
         (lambda: reconstruct_picture(color_job, a, out, t=1, draws=0), "--draws must be 1 to 64, not 0"),
         (
             lambda: reconstruct_picture(color_job, a, out, t=1, draws=1, label=3),
-            "--label 3: the run is unconditional",
+            "--label needs a class-conditional run",
         ),
         (lambda: reconstruct_picture(job, a, out, t=1, draws=1, label=10), "--label 10: the run's classes are 0 to 9"),
         (lambda: reconstruct_picture(job, str(own / "c.png"), out, t=1, draws=1), "c.png .*there is no such file"),
         (lambda: reconstruct_picture(job, str(own / "no.png"), out, t=1, draws=1), "no.png .*no picture"),
         (lambda: reconstruct_picture(job, "359", out, t=1, draws=1), "no image 359: .* has 359, numbered from 0"),
+        (lambda: share_latents(of_ddim, out, t=[5], draws=2), "ddim is deterministic, so all --draws 2 .*--draws 1"),
+        (lambda: reconstruct_picture(of_ddim, "1", out, t=5, draws=2), "ddim is deterministic, so all --draws 2"),
+        (lambda: share_latents(undropped, out, t=[5], draws=2), "drawing without --label needs a run trained with"),
         (lambda: draw_progressive(job, out, num=65, columns=3), "--num must be 1 to 64, not 65"),
         (lambda: draw_progressive(job, out, num=1, columns=0), "--columns must be 1 to 64, not 0"),
         (lambda: share_latents(job, out, t=[5, 13], draws=1), "--t 13 must be 0 to 12"),
@@ -263,14 +288,26 @@ def test_the_script_reads_only_the_run_s_folder(runs, color_job, own, tmp_path, 
     pair = ["--images", own / "a.png", own / "b.png"]
     status, said, error = run_script("sample.py", "interpolate", run, *pair, "--t", 9, "--num", 2)
     assert status == 0, error
-    assert said.strip() == str(run / "samples" / "interpolate" / "row.png")
+    (drawn,) = (run / "samples" / "interpolate").glob("checkpoint_7_seed_0_steps_12_pictures_a.png-b.png_num_2_*")
+    assert said.strip() == str(drawn / "row.png")
+    # Other settings have another folder; a file is a copy.
+    file = tmp_path / "row.png"
+    words = ["interpolate", run, *pair, "--t", 8, "--num", 2, "--out", file]
+    assert run_script("sample.py", *words)[:2] == (0, f"{file}\n")
+    drawn_beside = {*(run / "samples" / "interpolate").iterdir()} - {drawn}
+    assert [(each / "row.png").read_bytes() for each in drawn_beside] == [file.read_bytes()]
+    status, _, error = run_script("sample.py", *words)
+    assert (status, "this file exists: choose another name, or replace it with --overwrite" in error) == (2, True)
+    assert run_script("sample.py", *words, "--overwrite")[0] == 0
+    status, _, error = run_script("sample.py", *words[:-1], tmp_path / "row.gif")
+    assert (status, "this command writes files of .png, or a folder" in error) == (2, True)
     few = ["--sampler", "ddim", "--steps", 3, "--out"]
     status, said, error = run_script(
         "sample.py", "progressive", run, "--num", 2, "--columns", 3, *few, tmp_path / "out"
     )
     assert status == 0, error
     assert load(tmp_path / "out" / "x0.png").shape[2] == 3
-    status, said, error = run_script("sample.py", "share", run, "--t", 12, 3, "--draws", 2, *few, tmp_path / "shared")
+    status, said, error = run_script("sample.py", "share", run, "--t", 12, 3, "--draws", 1, *few, tmp_path / "shared")
     assert status == 0, error
     assert said.strip() == str(tmp_path / "shared" / "share.png")
 

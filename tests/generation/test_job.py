@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax.config import DataConfig, ModelConfig
-from ddpm_jax.generation.job import SamplingJob, default_columns, load_job, run_job
+from ddpm_jax.config import DataConfig
+from ddpm_jax.generation.job import SamplingJob, default_folder, load_job, run_job
 from ddpm_jax.generation.sampler_config import SamplerConfig, make_chain
 from ddpm_jax.generation.store import StoredImages
 from ddpm_jax.pixels import to_uint8
@@ -168,16 +168,6 @@ def test_a_finished_job_is_shown_otherwise_and_made_longer_without_drawing_anew(
     assert len(npz(out)) == 14
 
 
-def test_all_classes_in_turn_stand_in_columns(job):
-    with_classes = lambda number: change(
-        job, config=dataclasses.replace(job.trained.config, model=ModelConfig(num_classes=number))
-    )
-    assert [default_columns(with_classes(10), number) for number in (80, 10, 9)] == [10, 10, 3]
-    assert default_columns(with_classes(10)._replace(sampler=SamplerConfig(labels=(3, 5, 5))), 64) == 8
-    assert default_columns(job, 64) == 8
-    assert default_columns(with_classes(1000), 2000) == 45
-
-
 def test_the_grid_is_the_images_row_by_row(job, expected, tmp_path):
     path = run_job(job, tmp_path / "out", number=7, batch_size=16, format="grid", columns=3)
     shown = pictures.enlarge(pictures.grid(npz(tmp_path / "out"), columns=3))
@@ -301,6 +291,52 @@ def test_the_script_draws_from_the_newest_average_and_says_where(run, job, expec
     status, said, _ = run_script("sample.py", run, *words)
     assert (status, said) == (0, f"3 images of checkpoint 5: {tmp_path / 'o' / 'samples.npz'}\n")
     assert abs(npz(tmp_path / "o").astype(int) - expected[:3]).max() > 10
+
+
+def test_the_script_writes_the_file_that_out_names(run, expected, tmp_path, run_script):
+    words = (run, "--num", 5, "--batch-size", 16, "--seed", 3, "--step", 7, "--out")
+    for name in ("grid.png", "reverse.gif", "five.npz"):
+        status, said, error = run_script("sample.py", *words, tmp_path / name)
+        assert (status, said) == (0, f"5 images of checkpoint 7: {tmp_path / name}\n"), error
+    assert {file.name for file in tmp_path.iterdir()} == {"grid.png", "reverse.gif", "five.npz"}
+    with np.load(tmp_path / "five.npz") as file:
+        assert_same(file["arr_0"], expected[:5])
+    shown = pictures.enlarge(pictures.grid(np.load(tmp_path / "five.npz")["arr_0"]))
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "grid.png")), shown[..., 0])
+    for given, line in (
+        (["grid.png"], "this file exists: choose another name, or replace it with --overwrite"),
+        (["grid.jpg"], "this command writes files of .png, .gif, .npz, or a folder: choose another name"),
+        (["new.png", "--format", "npz"], "--format npz is not written as this file: name a folder"),
+    ):
+        status, _, error = run_script("sample.py", *words, tmp_path / given[0], *given[1:])
+        assert (status, line in error) == (2, True)
+    assert run_script("sample.py", *words, tmp_path / "grid.png", "--overwrite")[0] == 0
+
+
+def test_the_script_takes_classes_by_name(runs, tmp_path, run_script):
+    config = runs.make_config(data=DataConfig(height=4, width=6), num_steps=2, num_classes=3)
+    run = runs.save_runs(runs.make_trained(config), folder=tmp_path / "run")
+    (run / "data.json").write_text(json.dumps({"class_names": ["cats", "dogs", "smileys"]}))
+    words = (run, "--num", 4, "--batch-size", 8)
+    assert run_script("sample.py", run, "--labels", "help")[:2] == (0, "0  cats\n1  dogs\n2  smileys\n")
+    assert run_script("sample.py", "share", run, "--label", "help")[:2] == (0, "0  cats\n1  dogs\n2  smileys\n")
+    for given in (["smileys", "cats"], [2, 0]):  # one job
+        status, said, error = run_script("sample.py", *words, "--labels", *given)
+        assert (status, "checkpoint_7_seed_0_labels_2-0" in said) == (0, True), error
+        assert "classes in turn: 2 (smileys), 0 (cats)\n" in error
+    assert "all 4 images already exist" in error
+    with np.load(run / "samples/checkpoint_7_seed_0_labels_2-0/samples.npz") as file:
+        assert file["arr_1"].tolist() == [2, 0, 2, 0]
+    status, _, error = run_script("sample.py", *words, "--labels", "smilies")
+    assert status == 2
+    assert "--labels smilies: the run's classes are 0 (cats), 1 (dogs), 2 (smileys): did you mean smileys?" in error
+
+
+def test_the_default_folder_of_many_labels_has_a_short_name(job):
+    of = lambda *labels: default_folder(job._replace(sampler=SamplerConfig(labels=labels))).name
+    assert len(of(*range(200))) <= 120
+    assert of(*range(200)) != of(*range(199))
+    assert of(3, 5) == "checkpoint_7_seed_3_labels_3-5"
 
 
 @pytest.mark.parametrize(

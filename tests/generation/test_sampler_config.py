@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig
-from ddpm_jax.generation.sampler_config import SamplerConfig, labels_of, make_chain
+from ddpm_jax.generation.sampler_config import SamplerConfig, default_columns, labels_of, make_chain, number_of_class
 from ddpm_jax.networks import Network
 from ddpm_jax.run.build import build_network
 from ddpm_jax.samplers.chain import sample
@@ -21,6 +21,7 @@ CONFIG = Config(
         width=8, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(), num_groups=4, num_classes=3
     ),
 )
+UNDROPPED = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, label_dropout=0.0))
 UNCONDITIONAL = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_classes=0))
 
 
@@ -29,6 +30,39 @@ def test_labels_go_round():
     np.testing.assert_array_equal(labels_of(CONFIG, SamplerConfig(), indices), [2, 0, 1, 2, 0])
     np.testing.assert_array_equal(labels_of(CONFIG, SamplerConfig(labels=(2, 0)), indices), [2, 0, 2, 0, 2])
     assert labels_of(UNCONDITIONAL, SamplerConfig(), indices) is None
+
+
+def test_each_column_is_of_one_class():
+    with_classes = lambda number: dataclasses.replace(
+        CONFIG, model=dataclasses.replace(CONFIG.model, num_classes=number)
+    )
+    every = SamplerConfig()
+    assert [default_columns(with_classes(10), every, number) for number in (80, 10, 9)] == [10, 10, 3]
+    assert default_columns(with_classes(10), SamplerConfig(labels=(3, 5, 5)), 64) == 9
+    assert default_columns(with_classes(2), every, 64) == 8
+    assert default_columns(with_classes(1000), every, 2000) == 45
+    assert default_columns(UNCONDITIONAL, every, 64) == 8
+
+
+def test_a_class_is_named_by_its_number_or_its_name():
+    names = ["1", "10", "2", "smileys"]
+    find = lambda given, names=names, classes=4: number_of_class(given, names, classes, option="--label")
+    assert [find(given) for given in ("smileys", "3", 3, "10", "2", 1)] == [3, 3, 3, 1, 2, 1]
+    assert [find(given) for given in ("name:1", "number:1")] == [0, 1]
+    assert find("2", names=[]) == 2
+    for given, line in (
+        ("1", r"--label 1 may be class 0 \(1\) and class 1 \(10\): write name:1 or number:1$"),
+        ("smilys", r"--label smilys: the run's classes are 0 \(1\), .*, 3 \(smileys\): did you mean smileys\?$"),
+        ("-1", r"--label -1: the run's classes are 0 \(1\), 1 \(10\), 2 \(2\), 3 \(smileys\)$"),
+        (4, "--label 4: the run's classes are"),
+    ):
+        with pytest.raises(UserError, match=line):
+            find(given)
+    many = [f"class of the name {number}" for number in range(100)]
+    with pytest.raises(UserError, match="the run's classes are 0 to 99; --label help lists their names$"):
+        find("horse", many, 100)
+    with pytest.raises(UserError, match="--label needs a class-conditional run"):
+        find("1", [], 0)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +75,7 @@ def test_labels_go_round():
         ),
         (UNCONDITIONAL, SamplerConfig(guidance_scale=2.0), "--guidance-scale needs a class-conditional run"),
         (CONFIG, SamplerConfig(labels=(0, 3)), "--labels 3: the run's classes are 0 to 2"),
+        (UNDROPPED, SamplerConfig(guidance_scale=2.0), "--guidance-scale 2.0 needs a run trained with label dropout"),
         (CONFIG, SamplerConfig(guidance_scale=-0.5), "--guidance-scale -0.5 must be at least 0"),
         (CONFIG, SamplerConfig(guidance_scale=float("nan")), "--guidance-scale nan must be at least 0"),
         (CONFIG, SamplerConfig(steps=21), "can be run in 1 to 20 steps, not in 21"),

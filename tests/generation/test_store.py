@@ -1,3 +1,4 @@
+import shutil
 import zipfile
 
 import hypothesis.strategies as st
@@ -40,6 +41,33 @@ def test_images_are_packed_as_public_evaluators_read_them(tmp_path):
         np.testing.assert_array_equal(file["arr_0"], images(0, 5))
     assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
     np.testing.assert_array_equal(np.concatenate(list(stored.read(3))), images(0, 3))
+
+
+def test_labels_are_packed_beside_the_images(tmp_path):
+    for first, stop in ((0, 4), (4, 7)):
+        stored = StoredImages(tmp_path, SHAPE, labels=(3, 5, 5))
+        stored.save(first, images(first, stop))
+        assert stored.pack() == stop
+        with np.load(tmp_path / "samples.npz") as file:
+            assert file.files == ["arr_0", "arr_1"]
+            assert file["arr_1"].dtype == np.int64
+            np.testing.assert_array_equal(file["arr_1"], [3, 5, 5, 3, 5, 5, 3][:stop])
+            np.testing.assert_array_equal(file["arr_0"], images(0, stop))
+    stored.export(tmp_path / "two.npz", 2)
+    with np.load(tmp_path / "two.npz") as file:
+        assert (file["arr_0"].shape, file["arr_1"].tolist()) == ((2, *SHAPE), [3, 5])
+
+
+def test_a_disk_without_room_to_pack_is_refused_before_drawing(tmp_path, monkeypatch):
+    def of(free):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free))
+        return StoredImages(tmp_path / "new", SHAPE)
+
+    # 1000 images of 6 bytes twice, and a block for the file of the first time.
+    of(12_000 + 4096).check_space([(0, 1000)])
+    with pytest.raises(UserError, match=r"has 0.0 MB free, and 1000 more images need .* draw 999 or fewer$"):
+        of(12_000 + 4095).check_space([(0, 1000)])
+    of(0).check_space([])
 
 
 def test_packing_resumes_and_keeps_images_beyond_a_gap(tmp_path):
