@@ -296,7 +296,10 @@ def _listen(lines: Iterable[str], host: int, silence: int) -> None:
         pass
     _tell(words)
     status, _, line = words.partition(" ")
-    _leave(line, int(status), after=_SECONDS_TO_BE_READ if is_primary_host() else 0.0)
+    # The primary host waits until others have read its words; between two hosts the other one has ended already, and
+    # every moment more is one in which the library may abort this process.
+    others = is_primary_host() and len(_links) > 1
+    _leave(line, int(status), after=_SECONDS_TO_BE_READ if others else 0.0)
 
 
 def is_loss_of_a_host(error: BaseException | None) -> bool:

