@@ -32,8 +32,10 @@ def typed(keys: ArrayLike, *, one_per_image: bool = False) -> Array:
     """
     dtype = getattr(keys, "dtype", None)
     if dtype == np.uint32:
+        # Two words are threefry2x32's, whatever generator the environment names.
+        impl = "threefry2x32" if jnp.shape(keys)[-1:] == (2,) else None
         try:
-            keys = jax.random.wrap_key_data(jnp.asarray(keys))
+            keys = jax.random.wrap_key_data(jnp.asarray(keys), impl=impl)
         except TypeError:
             raise TypeError(f"uint32 of shape {jnp.shape(keys)} is no random key: use jax.random.key(0)") from None
     elif dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
