@@ -77,6 +77,12 @@ class DataConfig:
     """Mirror each image left to right with probability 0.5 at every step."""
     on_unreadable: OnUnreadable = "refuse"
     """What to do about unreadable image files in a folder: refuse to train, or skip them with a warning."""
+    max_megapixels: NotNegative = field(default=179.0, metadata=_FREE)
+    """Image files with more megapixels than this count as unreadable (a small file can unpack to many GiB); 0: none."""
+    white: Annotated[int, Range(at_least=1, below=2**16)] = 2**16 - 1
+    """The level of 16-bit gray files that becomes 255: 4095 for scans of 12 bits."""
+    holdout: Probability = 0.0
+    """Fraction of the images, chosen by their pixels, to hold out as the test split of a set that has none."""
     memory_gib: NotNegative = field(default=8.0, metadata=_FREE)
     """Data sets larger than this when decoded are streamed from disk instead of kept in memory."""
     device_gib: NotNegative = field(default=1.0, metadata=_FREE)

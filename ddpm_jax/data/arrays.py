@@ -6,16 +6,21 @@ import math
 import pathlib
 import typing
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.source import Source, fits_memory, no_split, shape_of
 from ddpm_jax.system.errors import NoSuchSplit, UserError
+from ddpm_jax.system.files import printable
 
 _SPLITS = ("train", "test", "all")
-_IMAGES, _LABELS = ("images", "arr_0", "x"), ("labels", "arr_1", "y")
+_IMAGES = ("images", "image", "imgs", "data", "x", "arr_0", "pixels", "samples")
+_LABELS = ("labels", "label", "y", "targets", "target", "classes", "class", "fine_labels", "fine_label", "arr_1")
+_SPELLED = {"train": ("train", "training"), "test": ("test", "testing"), "validation": ("val", "valid", "validation")}
+_MOST_CLASSES = 10_000  # larger labels are numbers of something else, unless there are as many images
+_MOST_CHANNELS = 4  # of pictures
 _LOOKED_AT = 64  # images by which the range of floats is judged
 
 
@@ -31,7 +36,7 @@ class _Array(typing.NamedTuple):
     """When the file was last written, in ns: an array written again is another one."""
 
     def __str__(self) -> str:
-        return f"{self.name} in {self.file}" if self.name else str(self.file)
+        return printable(f"{self.name} in {self.file}" if self.name else self.file)
 
     @property
     def num_bytes(self) -> int:
@@ -41,14 +46,21 @@ class _Array(typing.NamedTuple):
 class _Part(typing.NamedTuple):
     images: _Array
     labels: np.ndarray | None
+    num_classes: int
+    label_fault: str
+    unused: tuple[str, ...]
+    """Names of the other arrays, or files."""
+    label_name: str
 
 
 def load(config: DataConfig) -> Source:
     """Opens arrays of images, (N, H, W, C) or (N, H, W) uint8, with (N,) integer labels or none.
 
-    An .npz holds `images` (or `arr_0`, `x`, or a single array) and `labels` (or `arr_1`, `y`), or both of them for each
-    split, as `x_train` or `train_images`. An .npy has its labels beside it in `NAME_labels.npy`. A folder holds a file
-    for each split, `train.npz` and `test.npz`.
+    An .npz holds `images` (or `data`, `x`, `arr_0`, .., or a single array) and `labels` (or `label`, `y`, `targets`,
+    `class`, `fine_labels`, `arr_1`, ..), or both of them for each split, as `x_train` or `train_images`; in any case
+    of letters. An .npy has its labels beside it in `NAME_labels.npy`. A folder holds a file for each split, `train.npz`
+    and `test.npz`. A validation split is the test split where there is no other. Labels are (N,) or (N, 1) integers, or
+    (N, K) one-hot.
 
     Args:
       config: which images; its `channels` is known.
@@ -68,7 +80,10 @@ def load(config: DataConfig) -> Source:
                 f" set data.height={height} and data.width={width}"
             )
         if channels != shape[2]:
-            raise UserError(f"data.channels: {part.images} has {channels}; set it to {channels}, not {shape[2]}")
+            volumes = " if these are channels (volumes cannot be trained on)" if channels > _MOST_CHANNELS else ""
+            raise UserError(
+                f"data.channels: {part.images} has {channels}; set it to {channels}, not {shape[2]}{volumes}"
+            )
     counts = [part.images.shape[0] for part in parts]
     fits = fits_memory(config, sum(counts))
     for part in parts:
@@ -84,7 +99,8 @@ def load(config: DataConfig) -> Source:
         images = _open(parts[0].images).reshape(-1, *shape)
     else:
         images = np.concatenate([_open(part.images).reshape(-1, *shape) for part in parts])
-    labels, class_names = _labels(parts)
+    labels, class_names, fault = _labels(parts)
+    unused = sorted({name for part in parts for name in part.unused})
     return Source(
         sum(counts),
         shape,
@@ -92,13 +108,22 @@ def load(config: DataConfig) -> Source:
         images=images,
         read_labels=None if labels is None else lambda indices: labels[indices],
         class_names=class_names,
-        name=f"{config.source} {config.path}, {config.split}",
+        name=f"{config.source} {printable(config.path)}, {config.split}",
+        label_fault=fault,
+        notes=(f"not used in {printable(config.path)}: {', '.join(map(printable, unused))}",) if unused else (),
     )
 
 
 def probe(config: DataConfig) -> int:
     """Returns the number of channels, from the headers of the files."""
-    return _image_shape(_parts(config)[0].images)[2]
+    images = _parts(config)[0].images
+    channels = _image_shape(images)[2]
+    if channels > _MOST_CHANNELS:
+        raise UserError(
+            f"data.channels: {images} is {_by(images.shape)}, which would be pictures of {channels} channels: volumes"
+            f" cannot be trained on; if these are channels, say so with --data.channels {channels}"
+        )
+    return channels
 
 
 def _read_parts(arrays: tuple[_Array, ...], shape: tuple[int, int, int], indices: np.ndarray) -> np.ndarray:
@@ -120,49 +145,103 @@ def _parts(config: DataConfig) -> list[_Part]:
     if config.split not in _SPLITS:
         raise no_split(config, _SPLITS)
     if path.is_dir():
-        wanted = ("train", "test") if config.split == "all" else (config.split,)
-        found = [
-            next((path / f"{name}.{end}" for end in ("npz", "npy") if (path / f"{name}.{end}").is_file()), None)
-            for name in wanted
-        ]
-        for name, file in zip(wanted, found, strict=True):
-            if file is None:
-                raise NoSuchSplit(f"data.path: {path} holds no {name}.npz or {name}.npy; name a file, or put it there")
-        return [_part(config, _members(file), "all") for file in found if file is not None]
+        return _parts_of_folder(config, path)
     if not path.is_file():
-        raise UserError(f"data.path: there is no file {config.path}; name the .npz or .npy file that holds the images")
+        raise UserError(
+            f"data.path: there is no file {printable(config.path)}; name the .npz or .npy file that holds the images"
+        )
     arrays = _members(path)
-    if not any(_of_split(arrays, name) for name in ("train", "test")):
+    splits = [name for name in _SPELLED if _find(arrays, _IMAGES, name)]
+    if not splits:
         if config.split == "test":
             raise NoSuchSplit(
-                f"data.split: {config.path} has no test split: name a folder that holds train{path.suffix} and"
-                f" test{path.suffix}, or save them as x_train and x_test in one .npz"
+                f"data.split: {printable(config.path)} has no test split: name a folder that holds train{path.suffix}"
+                f" and test{path.suffix}, or save them as x_train and x_test in one .npz"
             )
         return [_part(config, arrays, "all")]
-    return [_part(config, arrays, name) for name in (("train", "test") if config.split == "all" else (config.split,))]
+    return _without_what_others_use(
+        [_part(config, arrays, name) for name in _wanted(config, splits, ("train", "test"))]
+    )
 
 
-def _of_split(arrays: dict[str, _Array], split: str) -> str | None:
-    return next((name for name in (f"{split}_images", f"x_{split}") if name in arrays), None)
+def _parts_of_folder(config: DataConfig, folder: pathlib.Path) -> list[_Part]:
+    files: dict[str, pathlib.Path] = {}
+    for split, names in _SPELLED.items():
+        for file in (folder / f"{name}.{end}" for name in names for end in ("npz", "npy")):
+            if split not in files and file.is_file():
+                files[split] = file
+    parts = []
+    for split in _wanted(config, list(files), ("train", "test")):
+        if split not in files:
+            raise NoSuchSplit(
+                f"data.path: {printable(folder)} holds no {split}.npz or {split}.npy; name a file, or put it there"
+            )
+        part = _part(config, _members(files[split]), "all")
+        used = {files[split].name, f"{files[split].stem}_labels.npy"}
+        beside = {entry.name for entry in folder.iterdir()} - used
+        parts.append(part._replace(unused=(*part.unused, *beside)))
+    return _without_what_others_use(parts, files=True)
 
 
-def _part(config: DataConfig, arrays: dict[str, _Array], split: str) -> _Part:
-    if split == "all":
-        labels = next((arrays[name] for name in _LABELS if name in arrays), None)
-        images = next((arrays[name] for name in _IMAGES if name in arrays), None)
-        rest = [array for name, array in arrays.items() if name not in _LABELS]
-        if images is None and len(rest) == 1:
-            images = rest[0]
-        wanted = "images"
-    else:
-        images = arrays.get(_of_split(arrays, split) or "")
-        labels = next((arrays[name] for name in (f"{split}_labels", f"y_{split}") if name in arrays), None)
-        wanted = f"x_{split}"
+def _wanted(config: DataConfig, found: Sequence[str], splits: tuple[str, ...]) -> list[str]:
+    """Returns the splits to read; the validation split stands in for a test split that is missing."""
+    wanted = list(splits) if config.split == "all" else [config.split]
+    stand_in = "validation" in found and "test" not in found
+    return ["validation" if name == "test" and stand_in else name for name in wanted]
+
+
+def _without_what_others_use(parts: list[_Part], *, files: bool = False) -> list[_Part]:
+    """Leaves out of what a part does not use what another one does."""
+    used = {name for part in parts for name in _used_by(part, files=files)}
+    return [part._replace(unused=tuple(name for name in part.unused if name not in used)) for part in parts]
+
+
+def _used_by(part: _Part, *, files: bool) -> Iterator[str]:
+    yield part.images.file.name if files else part.images.name
+    if files:
+        yield f"{part.images.file.stem}_labels.npy"
+    elif part.label_name:
+        yield part.label_name
+
+
+def _find(arrays: Mapping[str, _Array], names: Sequence[str], split: str) -> _Array | None:
+    """Finds an array by one of the names it may have, in any case of letters."""
+    lower = {name.lower(): array for name, array in arrays.items()}
+    if split != "all":
+        spelled = _SPELLED[split]
+        bare = spelled if names is _IMAGES else ()
+        names = [*(form for one in spelled for name in names for form in (f"{one}_{name}", f"{name}_{one}")), *bare]
+    return next((lower[name] for name in names if name in lower), None)
+
+
+def _part(config: DataConfig, arrays: Mapping[str, _Array], split: str) -> _Part:
+    images, labels = _find(arrays, _IMAGES, split), _find(arrays, _LABELS, split)
+    if images is None and split == "all":
+        rest = [array for array in arrays.values() if array is not labels]
+        rest = rest if len(rest) == 1 else [array for array in rest if len(array.shape) in (3, 4)]
+        images = rest[0] if len(rest) == 1 else None
     if images is None:
-        kind = UserError if split == "all" else NoSuchSplit
-        raise kind(f"data.path: {config.path} holds no array {wanted}, but {', '.join(arrays) or 'none'}")
+        kind, wanted = (UserError, "images") if split == "all" else (NoSuchSplit, f"x_{split}")
+        raise kind(
+            f"data.path: {printable(config.path)} holds no array {wanted}, but"
+            f" {', '.join(map(printable, arrays)) or 'none'}"
+        )
     _check_images(images)
-    return _Part(images, None if labels is None else _read_labels(labels, images.shape[0]))
+    unused = {name: array for name, array in arrays.items() if array is not images and array is not labels}
+    found, num_classes, fault = None, 0, ""
+    if labels is not None:
+        found, num_classes, fault = _read_labels(labels, images.shape[0])
+    else:
+        alike = [name for name, array in unused.items() if _like_labels(array, images.shape[0])]
+        if alike:
+            fault = (
+                f"{printable(alike[0])} looks like labels: save it as {'labels' if split == 'all' else f'y_{split}'}"
+            )
+    return _Part(images, found, num_classes, fault, tuple(unused), labels.name if labels else "")
+
+
+def _like_labels(array: _Array, number: int) -> bool:
+    return array.shape in ((number,), (number, 1)) and array.dtype.kind in "iu"
 
 
 def _image_shape(images: _Array) -> tuple[int, int, int]:
@@ -170,51 +249,97 @@ def _image_shape(images: _Array) -> tuple[int, int, int]:
     return height, width, channels[0] if channels else 1
 
 
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
 def _check_images(images: _Array) -> None:
-    shape = "x".join(map(str, images.shape))
+    shape = _by(images.shape)
     if len(images.shape) not in (3, 4) or 0 in images.shape:
         raise UserError(
             f"data.path: {images} is {shape}, not (N, H, W, C) or (N, H, W); reshape it so and save it anew"
         )
+    if len(images.shape) == 3 and images.shape[2] in (1, 3, 4) and min(images.shape[:2]) >= 16:
+        raise UserError(f"data.path: {images} is {shape}, which is one picture; save images[None] for a set of one")
     if len(images.shape) == 4 and images.shape[1] in (1, 3, 4) and min(images.shape[2:]) > 4:
         raise UserError(
             f"data.path: {images} is {shape}, which has the channels first; save images.transpose(0, 2, 3, 1)"
         )
     if images.dtype == np.uint8:
         return
-    if images.dtype.kind != "f":
+    if images.dtype.kind not in "biuf":
         raise UserError(f"data.path: {images} is of {images.dtype}, not uint8; save the pixels as 0 to 255 in uint8")
-    some = np.asarray(_open(images)[:_LOOKED_AT])
-    least, most = float(some.min()), float(some.max())
-    if least >= -1.001 and most <= 1.001:
-        recipe = "images * 255" if least >= 0 else "(images + 1) * 127.5"
-        recipe = f"np.round({recipe}).astype(np.uint8)"
-    else:
-        recipe = (
-            "np.round(images).astype(np.uint8)" if least >= 0 and most <= 255 else "the pixels as 0 to 255 in uint8"
-        )
+    chosen = np.arange(number := min(_LOOKED_AT, images.shape[0])) * images.shape[0] // number
+    some = np.asarray(_open(images)[chosen])
+    least, most = some.min(), some.max()
     raise UserError(
-        f"data.path: {images} is of {images.dtype} from {least:.3g} to {most:.3g}, not uint8; save {recipe}"
+        f"data.path: {images} is of {images.dtype} from {least:.5g} to {most:.5g}, not uint8; save"
+        f" {_recipe(images.dtype.kind, float(least), float(most))}"
     )
 
 
-def _read_labels(labels: _Array, number: int) -> np.ndarray:
-    if labels.dtype.kind not in "iu" or labels.shape not in ((number,), (number, 1)):
+def _recipe(kind: str, least: float, most: float) -> str:
+    """Returns how to bring pixels of this range to 0 to 255."""
+    if kind in "iu" and 1 < most <= 255 and least >= 0:
+        return "images.astype(np.uint8)"
+    if kind in "iu" and -128 <= least < -1 and most <= 127:
+        return "(images.astype(np.int16) + 128).astype(np.uint8)"
+    if least >= -1.001 and most <= 1.001:
+        scaled = "images * 255" if least >= 0 else "(images + 1) * 127.5"
+    elif least >= 0 and most <= 255:
+        scaled = "images"
+    elif least >= 0 and most < 2**16:
+        scaled = f"images * (255 / {2 ** int(most).bit_length() - 1})"
+    else:  # one that is not finite, too
+        return "the pixels as 0 to 255 in uint8"
+    return f"np.round({scaled}).astype(np.uint8)"
+
+
+def _read_labels(labels: _Array, number: int) -> tuple[np.ndarray | None, int, str]:
+    """Returns the labels and the number of classes, or None, 0 and why they cannot be used."""
+    try:
+        values, classes = _labels_of(labels, number), 0
+        if values.shape == (number,):
+            numbers = values
+        elif ((values == 0) | (values == 1)).all() and (values.sum(axis=1) == 1).all():
+            numbers, classes = values.argmax(axis=1), values.shape[1]
+        else:
+            raise UserError(
+                f"{labels} has {values.shape[1]} numbers an image, which are not one-hot: give one label an image"
+            )
+    except UserError as error:  # which an unconditional run need not know
+        return None, 0, str(error).removeprefix("data.path: ")
+    least, most = int(numbers.min()), int(numbers.max())
+    renumber = "save np.unique(labels, return_inverse=True)[1]"
+    if least < 0:
+        return None, 0, f"{labels} has a label {least}; number the classes from 0: {renumber}"
+    if most >= max(_MOST_CLASSES, number):
+        return None, 0, f"{labels} has a label {most} for {number} images; number the classes from 0: {renumber}"
+    return numbers.astype(np.int32), max(classes, most + 1), ""
+
+
+def _labels_of(labels: _Array, number: int) -> np.ndarray:
+    """Reads labels as (N,), or (N, K) integers."""
+    if labels.dtype.kind in "US":
+        raise UserError(f"{labels} holds text; save np.unique(labels, return_inverse=True)[1], and note the names")
+    rank, shape = len(labels.shape), labels.shape
+    if labels.dtype.kind not in "biuf" or rank not in (1, 2) or shape[0] != number:
         raise UserError(
-            f"data.path: {labels} is {labels.dtype} of shape {labels.shape}, where {number} images need labels of shape"
+            f"{labels} is {labels.dtype} of shape {labels.shape}, where {number} images need labels of shape"
             f" ({number},), integers from 0"
         )
-    values = np.asarray(_open(labels)).reshape(-1)
-    if values.min() < 0 or values.max() >= 2**31:
-        raise UserError(f"data.path: {labels} has a label {values.min()}; number the classes from 0")
-    return values.astype(np.int32)
+    values = np.asarray(_open(labels))
+    if values.dtype.kind == "f" and not (values == np.round(values)).all():
+        raise UserError(f"{labels} is {labels.dtype} with fractions, where labels are integers from 0")
+    values = values.astype(np.int64)
+    return values.reshape(-1) if values.shape == (number, 1) else values
 
 
-def _labels(parts: Sequence[_Part]) -> tuple[np.ndarray | None, tuple[str, ...]]:
+def _labels(parts: Sequence[_Part]) -> tuple[np.ndarray | None, tuple[str, ...], str]:
     if any(part.labels is None for part in parts):
-        return None, ()
+        return None, (), next((part.label_fault for part in parts if part.label_fault), "")
     labels = np.concatenate([typing.cast(np.ndarray, part.labels) for part in parts])
-    return labels, tuple(str(i) for i in range(int(labels.max()) + 1))
+    return labels, tuple(str(i) for i in range(max(part.num_classes for part in parts))), ""
 
 
 def _members(file: pathlib.Path) -> dict[str, _Array]:

@@ -1,7 +1,7 @@
 """What there is to know of a set before it is trained on, and whether it can be."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,12 @@ from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source
 from ddpm_jax.system import pictures
 from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.progress import say
 
 _GRID = 64
 _CHUNK = 64  # images read at a time
+_FEW_LEVELS = 64  # a picture of fewer levels is hardly meant
+_MOST_LABELS = 200_000
 _BAR_FROM = 32  # chunks from which a progress bar is worth it
 
 
@@ -39,6 +42,82 @@ def histogram(source: Source) -> np.ndarray:
     return counts
 
 
+def for_training(config: Config, source: Source) -> Source:
+    """Prints what there is to know of a set before it is trained on, and returns it as the run sees it.
+
+    Args:
+      config: the whole configuration.
+      source: the images.
+
+    Returns:
+      the source, without its labels if the network is unconditional.
+
+    Raises:
+      UserError: the set has no part that is held out from training.
+    """
+    if config.data.holdout and config.data.split == "all":
+        raise UserError(
+            f"data.holdout={config.data.holdout:g} holds images out, and data.split=all trains on all of them: use"
+            " --data.split train, or --data.holdout 0"
+        )
+    say(source.describe())
+    for line in (*source.notes, *_warnings(config, source)):
+        say(line)
+    return source if config.model.num_classes else dataclasses.replace(source, read_labels=None, class_names=())
+
+
+def _warnings(config: Config, source: Source) -> Iterator[str]:
+    """Finds what is allowed and rarely meant, in evenly spaced images and in the labels if they are wanted."""
+    indices = np.arange(number := min(_GRID, source.num_examples)) * source.num_examples // number
+    images = source.read(indices)
+    least, most = int(images.min()), int(images.max())
+    if most - least < _FEW_LEVELS:
+        yield f"warning: only levels {least} to {most} of 0 to 255 are used{_scaled(config, source, least, most)}"
+    # The labels of a streamed set of millions would take minutes to read.
+    if config.model.num_classes and (source.images is not None or source.num_examples <= _MOST_LABELS):
+        yield from _missing_classes(source)
+
+
+def _scaled(config: Config, source: Source, least: int, most: int) -> str:
+    """Returns the end of a warning: how to use the other levels."""
+    if source.deep and most:
+        # The least that rounds to this level, and the fewest bits that reach it.
+        bits = max(1, int((most - 0.5) * config.data.white / 255).bit_length())
+        if 2**bits - 1 < config.data.white:
+            return f": the files have {bits} bits in 16; use --data.white {2**bits - 1}"
+    if least == most:
+        return ": the images are of one color"
+    images = "images" if not least else f"(images - {least})"
+    return (
+        f": scale the pixels, as by np.round({images} * (255 / {most - least})).astype(np.uint8), if that is not meant"
+    )
+
+
+def _missing_classes(source: Source) -> Iterator[str]:
+    labels = source.labels
+    if labels is None:
+        return
+    missing = np.setdiff1d(np.arange(len(source.class_names)), labels)
+    if len(missing):
+        yield (
+            f"warning: no image of class {_listed(source.class_names[i] for i in missing)}, which the network would be"
+            f" given and never see{_numbered_from(labels)}"
+        )
+
+
+def _numbered_from(labels: np.ndarray) -> str:
+    """Returns the advice for labels that begin later than at 0."""
+    least, most = int(labels.min()), int(labels.max())
+    if not least:
+        return ""
+    return f": the labels are {least} to {most}; save them as labels - {least}, for {most - least + 1} classes"
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:8]) + (f", .. ({len(names)})" if len(names) > 8 else "")
+
+
 def check_classes(config: Config, source: Source, *, training: bool = True) -> None:
     """Checks that images have the class labels that a class-conditional network needs.
 
@@ -55,13 +134,20 @@ def check_classes(config: Config, source: Source, *, training: bool = True) -> N
         return
     if source.read_labels is None:
         raise UserError(
-            f"model.num_classes={num_classes}, but the images have no labels ({source.describe()}): use labeled images"
+            f"model.num_classes={num_classes}, but the images have no labels"
+            f" ({source.label_fault or source.describe()}): use labeled images"
             + (", or train an unconditional network with --model.num-classes 0" if training else "")
         )
     if found > num_classes or (training and found < num_classes):
+        labels = source.labels if source.images is not None or source.num_examples <= _MOST_LABELS else None
+        later = _numbered_from(labels) if labels is not None else ""
         raise UserError(
-            f"model.num_classes={num_classes}, but the images have {found} classes ({source.name})"
-            + (f": use --model.num-classes {found}" if training else "")
+            f"model.num_classes={num_classes}, but the images have {found} classes ({source.name}){later}"
+            + (
+                (f"; or use --model.num-classes {found}" if later else f": use --model.num-classes {found}")
+                if training
+                else ""
+            )
         )
 
 
@@ -84,6 +170,7 @@ def check_data(config: Config, grid: Path) -> Iterator[str]:
         yield from _unreadable(error.files)
         raise
     yield source.describe()
+    yield from source.notes
     counts = histogram(source)
     least, most = np.flatnonzero(counts.sum(0))[[0, -1]]
     shares = counts / counts.sum(1, keepdims=True)
@@ -93,11 +180,12 @@ def check_data(config: Config, grid: Path) -> Iterator[str]:
     yield f"pixels: uint8 from {least} to {most}; mean and deviation of each channel: {spread}"
     labels = source.labels
     if labels is None:
-        yield "classes: none"
+        yield f"classes: none{source.label_fault and f' ({source.label_fault})'}"
     else:
         each = np.bincount(labels, minlength=len(source.class_names))
         named = ", ".join(f"{name} {count}" for name, count in zip(source.class_names, each, strict=True))
         yield f"classes: {len(source.class_names)} ({named})"
+    yield from _warnings(config, source)
     yield from _unreadable(source.unreadable)
     number = min(_GRID, source.num_examples)
     first = batch_indices(config.train.seed, 0, batch_size=number, num_examples=source.num_examples)

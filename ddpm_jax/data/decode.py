@@ -3,77 +3,212 @@
 Resizing is antialiased and bicubic; gray, color and alpha are converted to the requested channels.
 """
 
+import contextlib
+import errno
+import functools
 import io
 import pathlib
+import typing
+import warnings
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import printable
+
+# What Pillow reads well, and by itself: no format that is a program, as EPS, or a stub.
+_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "JPEG2000", "PPM", "QOI", "DIB", "TGA", "PCX")
+_WITH_SIGNATURE = _FORMATS[:-3]  # as the last ones, anything may begin
+_SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"RIFF", b"BM", b"\0\0\0\x0cjP")
+_CONVERTIBLE = frozenset(["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "I"])
+_DEEP = "I"  # begins the modes of 16-bit gray
+WHITE = 2**16 - 1
+"""The level of 16-bit gray that is white."""
 
 
 class Unreadable(Exception):
     """A file is no picture; the reason in a few words."""
 
 
-def decode(file: pathlib.Path | io.BytesIO) -> Image.Image:
+class Facts(typing.NamedTuple):
+    """What is known of a picture in its file."""
+
+    size: tuple[int, int]
+    """(height, width)."""
+    channels: int
+    deep: bool
+    """Whether it is gray with more than 8 bits."""
+    several: bool
+    """Whether there are more frames or pages than the first, which is read."""
+
+
+def decode(file: pathlib.Path | io.BytesIO, *, max_megapixels: float = 0.0) -> Image.Image:
     """Decodes a picture, and turns it as its camera was held.
+
+    Args:
+      file: a file, or its content.
+      max_megapixels: larger pictures are refused; 0: none.
 
     Raises:
       Unreadable: it is no picture, or damaged.
     """
-    try:
-        with Image.open(file) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except Exception as error:  # damaged files make Pillow raise a dozen kinds
-        raise Unreadable(_reason(error)) from error
+    return decode_with_facts(file, max_megapixels=max_megapixels)[0]
 
 
-def look_over(path: pathlib.Path) -> int:
+def decode_with_facts(file: pathlib.Path | io.BytesIO, *, max_megapixels: float = 0.0) -> tuple[Image.Image, Facts]:
+    """Decodes a picture as `decode`, and returns what is known of it in its file as well."""
+    with _reasons(file), _open(file, max_megapixels) as image:
+        facts = _facts(image)
+        _scale_transparency(image)
+        image.load()
+        _check_depth(image)
+        try:
+            return ImageOps.exif_transpose(image), facts
+        except Exception:  # what a camera noted is damaged, and not the picture
+            return image.copy(), facts
+
+
+def look_over(path: pathlib.Path, *, max_megapixels: float = 0.0) -> tuple[int, Facts]:
     """Decodes a file as cheaply as can be, and gives the CRC-32 of its bytes.
 
     Raises:
       Unreadable: it is no picture, or damaged.
     """
-    try:
+    with _reasons(path):
         content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
+        with _open(io.BytesIO(content), max_megapixels) as image:
+            facts = _facts(image)
             image.draft(None, (1, 1))  # a JPEG is decoded at an eighth of its size
             image.load()
+            _check_depth(image)
+    return zlib.crc32(content), facts
+
+
+def header(path: pathlib.Path) -> Facts:
+    """Reads what is known of a picture without decoding it.
+
+    Raises:
+      Unreadable: it is no picture, or damaged.
+    """
+    with _reasons(path), _open(path) as image:
+        return _facts(image)
+
+
+def is_picture(path: pathlib.Path) -> bool:
+    """Returns whether a file begins as a picture does."""
+    try:
+        with _open(path, formats=_WITH_SIGNATURE):
+            return True
+    except Exception:
+        return False
+
+
+@functools.cache
+def _quiet_pillow() -> None:
+    """Leaves limits and warnings to this module, in the whole process; nothing is said twice."""
+    Image.init()  # or the formats below would not be known yet
+    Image.MAX_IMAGE_PIXELS = None
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long notes in a PNG are no damage
+    warnings.filterwarnings("ignore", module="PIL")
+
+
+def _open(
+    file: pathlib.Path | io.BytesIO, max_megapixels: float = 0.0, formats: tuple[str, ...] = _FORMATS
+) -> Image.Image:
+    _quiet_pillow()
+    image = Image.open(file, formats=formats)
+    megapixels = image.width * image.height / 1e6
+    if 0 < max_megapixels < megapixels:
+        image.close()
+        raise Unreadable(
+            f"too large: {megapixels:.3g} megapixels, allowed by --data.max-megapixels {np.ceil(megapixels):.0f}"
+        )
+    return image
+
+
+def _facts(image: Image.Image) -> Facts:
+    several = image.format in ("GIF", "TIFF", "WEBP", "PNG", "AVIF") and getattr(image, "is_animated", False)
+    return Facts(image.size[::-1], channels_of(image), image.mode.startswith(_DEEP), several)
+
+
+@contextlib.contextmanager
+def _reasons(file: pathlib.Path | io.BytesIO) -> Iterator[None]:
+    """Names in a few words why a file cannot be read; damaged files make Pillow raise a dozen kinds."""
+    try:
+        yield
+    except (Unreadable, MemoryError):
+        raise
     except Exception as error:
-        raise Unreadable(_reason(error)) from error
-    return zlib.crc32(content)
+        raise Unreadable(_reason(error, file)) from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, file: pathlib.Path | io.BytesIO) -> str:
     match error:
         case PermissionError():
             return "not permitted"
         case FileNotFoundError():
             return "gone"
+        case OSError() if error.errno is not None and error.errno != errno.EINVAL:
+            return str(error.strerror).lower()
         case Image.UnidentifiedImageError():
-            return "no picture"
-        case Image.DecompressionBombError():
-            return "too many pixels"
+            return _what_it_is(file)
         case _:
             return "damaged"
+
+
+def _what_it_is(file: pathlib.Path | io.BytesIO) -> str:
+    """Names what Pillow found to be no picture by the first bytes."""
+    start = file.getvalue()[:64] if isinstance(file, io.BytesIO) else file.open("rb").read(64)
+    if not start:
+        return "empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS: run git lfs pull"
+    return "damaged, or of a kind that Pillow does not read" if start.startswith(_SIGNATURES) else "no picture"
+
+
+def _check_depth(image: Image.Image) -> None:
+    """Refuses pixels that cannot be converted to 8 bits without a guess."""
+    if image.mode not in _CONVERTIBLE and not image.mode.startswith(_DEEP):
+        kind = "floating-point pixels" if image.mode == "F" else f"pixels of the kind {image.mode}"
+        raise Unreadable(f"{kind}: save it with 8 or 16 bits")
+    if image.mode == "I":
+        least, most = typing.cast(tuple[int, int], image.getextrema())
+        if least < 0 or most > WHITE:
+            raise Unreadable(f"levels from {least} to {most}: save it with 8 or 16 bits")
 
 
 def channels_of(image: Image.Image) -> int:
     """Counts the channels of a picture as it is in its file; palettes count as color."""
     if image.has_transparency_data:
         return 4
-    return 1 if image.mode in ("1", "L") or image.mode.startswith("I") else 3
+    return 1 if image.mode in ("1", "L", "F") or image.mode.startswith(_DEEP) else 3
 
 
-def _to_eight_bit(image: Image.Image) -> Image.Image:
-    """Scales 16-bit gray to 8 bits; Pillow's own conversion clips it at 255."""
-    if not image.mode.startswith("I"):
+def _scale_transparency(image: Image.Image) -> None:
+    """Scales the transparent level of a PNG, which Pillow leaves as it is in the file, like its pixels."""
+    clear = image.info.get("transparency")
+    if not isinstance(image, PngImagePlugin.PngImageFile) or clear is None or not image.tile:
+        return
+    match image.tile[0].args:
+        case "L;2" | "L;4" as raw if isinstance(clear, int):
+            image.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[raw]
+        case "RGB;16B" if isinstance(clear, tuple):
+            image.info["transparency"] = tuple(level >> 8 for level in clear)
+
+
+def _to_eight_bit(image: Image.Image, white: int) -> Image.Image:
+    """Scales 16-bit gray to 8 bits; Pillow's own conversion clips it at 255, and forgets the transparent level."""
+    if not image.mode.startswith(_DEEP):
         return image
-    values = np.clip(np.asarray(image).astype(np.float64), 0, 65535)
-    return Image.fromarray(np.round(values / 257).astype(np.uint8))
+    values = np.asarray(image).astype(np.float64)
+    levels = Image.fromarray(np.round(np.clip(values, 0, white) / (white / 255)).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if clear is None:
+        return levels
+    return Image.merge("LA", (levels, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))))
 
 
 def _convert(image: Image.Image, channels: int) -> Image.Image:
@@ -86,10 +221,19 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def to_array(image: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
-    """Crops a picture in the middle to the aspect ratio of `shape`, resizes it with antialiasing, and converts it."""
+def to_array(image: Image.Image, shape: tuple[int, int, int], *, white: int = WHITE) -> np.ndarray:
+    """Crops a picture in the middle to the aspect ratio of a shape, resizes it with antialiasing, and converts it.
+
+    Args:
+      image: the picture.
+      shape: (H, W, C).
+      white: the level of 16-bit gray that becomes 255.
+
+    Returns:
+      (H, W, C) uint8.
+    """
     height, width, channels = shape
-    image = _convert(_to_eight_bit(image), channels)
+    image = _convert(_to_eight_bit(image, white), channels)
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(shape)
@@ -105,4 +249,4 @@ def open_picture(file: str) -> Image.Image:
         return decode(pathlib.Path(file).expanduser())
     except Unreadable as error:
         reason = "there is no such file" if not pathlib.Path(file).expanduser().is_file() else error
-        raise UserError(f"cannot read {file} as a picture ({reason}): give a PNG or JPEG file") from error
+        raise UserError(f"cannot read {printable(file)} as a picture ({reason}): give a PNG or JPEG file") from error

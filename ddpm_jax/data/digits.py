@@ -5,6 +5,7 @@ import numpy as np
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.source import Source, in_memory, no_split, shape_of
 from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import printable
 
 
 def load(config: DataConfig) -> Source:
@@ -19,6 +20,11 @@ def load(config: DataConfig) -> Source:
     Raises:
       UserError: another shape or split is requested than they have.
     """
+    if config.path:
+        raise UserError(
+            f"data.path: the digits are scikit-learn's own, and {printable(config.path)} would not be looked at: give"
+            " --data.source (folder, npz, npy, idx, ..) as well, or a config such as configs/image_folder.py"
+        )
     from sklearn.datasets import load_digits
 
     if shape_of(config) != (8, 8, 1):

@@ -11,6 +11,7 @@ import numpy as np
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.source import Source, in_memory, no_split
 from ddpm_jax.system.errors import NoSuchSplit, UserError
+from ddpm_jax.system.files import printable
 
 _DEBIAN_FASHION_MNIST = pathlib.Path("/usr/share/datasets/fashion-mnist")
 _PARTS = {"train": ("train",), "test": ("t10k",), "all": ("train", "t10k")}
@@ -31,30 +32,51 @@ def load(config: DataConfig) -> Source:
     folder = _folder(config)
     if config.channels != 1:
         raise UserError(f"data.channels: idx files hold gray images; set it to 1, not {config.channels}")
-    if config.split not in _PARTS:
-        raise no_split(config, _PARTS)
     images, labels = [], []
-    for part in _PARTS[config.split]:
-        images_file = _find(folder, part, "images", 3)
-        if images_file is None:
-            raise NoSuchSplit(f"data.path: {folder} holds no {part}-images-idx3-ubyte or .gz; {_WHERE_FROM}")
+    fault, used = "", set[pathlib.Path | None]()
+    for part, images_file in _images_of(folder, config).items():
         pixels = _read(images_file, 3)
         images.append(_pad(config, pixels))
         labels_file = _find(folder, part, "labels", 1)
         if labels_file is not None:
-            labels.append(_read(labels_file, 1))
+            try:
+                labels.append(_read(labels_file, 1))
+            except UserError as error:  # which an unconditional run need not know
+                fault = str(error)
+                continue
             if len(labels[-1]) != len(pixels):
-                raise UserError(f"data.path: {labels_file} has {len(labels[-1])} labels for {len(pixels)} images")
-    name = f"idx {folder}, {config.split}"
-    if len(labels) < len(images):
-        return in_memory(np.concatenate(images), name=name)
-    return in_memory(np.concatenate(images), np.concatenate(labels), name=name)
+                fault = f"{labels_file} has {len(labels[-1])} labels for {len(pixels)} images"
+        used |= {images_file, labels_file}
+    usable = len(labels) == len(images) and not fault
+    unused = sorted(
+        entry.name for entry in folder.iterdir() if entry not in used and not entry.name.startswith(("t10k", "train"))
+    )
+    return in_memory(
+        np.concatenate(images),
+        np.concatenate(labels) if usable else None,
+        name=f"idx {printable(folder)}, {config.split}",
+        label_fault=fault,
+        notes=(f"not used in {printable(folder)}: {', '.join(map(printable, unused))}",) if unused else (),
+    )
 
 
 _WHERE_FROM = (
     "apt-get install dataset-fashion-mnist puts such files into"
     f" {_DEBIAN_FASHION_MNIST}, MNIST's own are at https://ossci-datasets.s3.amazonaws.com/mnist"
 )
+
+
+def _images_of(folder: pathlib.Path, config: DataConfig) -> dict[str, pathlib.Path]:
+    """Finds the files of images of a split, by part."""
+    if config.split not in _PARTS:
+        raise no_split(config, _PARTS)
+    found = {}
+    for part in _PARTS[config.split]:
+        file = _find(folder, part, "images", 3)
+        if file is None:
+            raise NoSuchSplit(f"data.path: {folder} holds no {part}-images-idx3-ubyte or .gz; {_WHERE_FROM}")
+        found[part] = file
+    return found
 
 
 def _folder(config: DataConfig) -> pathlib.Path:
@@ -111,5 +133,5 @@ def _pad(config: DataConfig, images: np.ndarray) -> np.ndarray:
 
 def probe(config: DataConfig) -> int:
     """Returns the number of channels: the images are gray."""
-    del config
+    _images_of(_folder(config), config)
     return 1

@@ -86,9 +86,13 @@ def probe(config: DataConfig) -> int:
 
 def _decode(config: DataConfig, i: int, image: bytes | np.ndarray) -> np.ndarray:
     if isinstance(image, np.ndarray):
-        return to_array(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), shape_of(config))
+        return to_array(
+            Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), shape_of(config), white=config.white
+        )
     try:
-        return to_array(decode(io.BytesIO(image)), shape_of(config))
+        return to_array(
+            decode(io.BytesIO(image), max_megapixels=config.max_megapixels), shape_of(config), white=config.white
+        )
     except Unreadable as error:
         raise UserError(
             f"data.source: image {i} of {config.source} cannot be read ({error}); prepare it anew"

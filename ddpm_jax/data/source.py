@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import math
 import os
-import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -47,6 +46,12 @@ class Source:
     """All images, (N, H, W, C) uint8, if they are in memory."""
     unreadable: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Files that were skipped, each with what is wrong with it; none of them is among the N."""
+    label_fault: str = ""
+    """Why there are no labels, where something looks like labels and cannot be used."""
+    notes: tuple[str, ...] = ()
+    """Lines about what of the data is not used, or not as it is."""
+    deep: bool = False
+    """Whether images were reduced from gray with more than 8 bits."""
     files_crc32: int | None = None
     """Of images that are on disk: the CRC-32 of the CRC-32s of their N files, where these were read to be checked."""
 
@@ -87,7 +92,7 @@ def in_memory(
     class_names: Sequence[str] = (),
     *,
     name: str = "",
-    unreadable: Mapping[str, str] = types.MappingProxyType({}),
+    **others: typing.Any,
 ) -> Source:
     """Makes a source of arrays.
 
@@ -96,7 +101,7 @@ def in_memory(
       labels: (N,) integers, each in [0, number of classes); None if there are none.
       class_names: names of the classes; "0", "1", .. up to the largest label if not given.
       name: see `Source`.
-      unreadable: see `Source`.
+      others: other fields of `Source`.
 
     Raises:
       ValueError: there is another number of labels than of images.
@@ -114,7 +119,7 @@ def in_memory(
         class_names=tuple(class_names),
         name=name,
         images=images,
-        unreadable=unreadable,
+        **others,
     )
 
 

@@ -13,7 +13,7 @@ import pathlib
 import types
 
 from ddpm_jax.config import FROM_PYTHON, DataConfig
-from ddpm_jax.data import arrays, cifar10, digits, folder, idx, own, prepared
+from ddpm_jax.data import arrays, cifar10, digits, folder, holdout, idx, own, prepared
 from ddpm_jax.data.source import Source
 from ddpm_jax.system import user_code
 from ddpm_jax.system.errors import NoSuchSplit, UserError
@@ -40,14 +40,33 @@ def load_source(config: DataConfig) -> Source:
       The source.
 
     Raises:
-      NoSuchSplit: the images have no part of that name.
+      NoSuchSplit: the images have no split of that name.
       UserError: there is no such source or file, it cannot be read, or its images do not fit the configuration.
     """
-    return _kind(config).load(resolve(config))
+    if not config.holdout or config.split not in ("train", "test"):
+        return _kind(config).load(resolve(config))
+    if has_test_split(config):
+        raise UserError(
+            f"data.holdout={config.holdout:g} is for sets without a test split, and {config.source} has one: use"
+            " --data.holdout 0"
+        )
+    whole = _kind(config).load(resolve(dataclasses.replace(config, split="train")))
+    return holdout.part(whole, config.holdout, held_out=config.split == "test", memory_gib=config.memory_gib)
+
+
+def has_test_split(config: DataConfig) -> bool:
+    """Returns whether the images have a test split of their own, `data.holdout` aside."""
+    try:
+        _kind(config).probe(dataclasses.replace(config, split="test"))
+    except NoSuchSplit:
+        return False
+    except UserError:
+        pass  # there is one, and what is wrong with it is said by whoever reads it
+    return True
 
 
 def load_held_out(config: DataConfig) -> Source:
-    """Opens the test part of the images that a configuration names; where there is none, those themselves.
+    """Opens the test split of the images that a configuration names, or its `holdout`; without one, those themselves.
 
     Args:
       config: which images; `channels` may be None.
@@ -56,7 +75,7 @@ def load_held_out(config: DataConfig) -> Source:
       The source, whose name says which of the two it is.
 
     Raises:
-      UserError: as `load_source`; also where there is a test part and it cannot be read.
+      UserError: as `load_source`; also where there is a test split and it cannot be read.
     """
     try:
         return load_source(dataclasses.replace(config, split="test"))
@@ -93,6 +112,8 @@ def probe_channels(config: DataConfig) -> int:
     Raises:
       UserError: there are no such images, or they do not agree.
     """
+    if config.holdout and config.split == "test":
+        config = dataclasses.replace(config, split="train")
     return _kind(config).probe(config)
 
 

@@ -69,6 +69,23 @@ def copy_file(path: Path, to: Path) -> Path:
     return to
 
 
+def printable(name: object) -> str:
+    r"""Returns a file name with everything that a terminal cannot show escaped: control characters, undecodable bytes.
+
+    >>> print(printable("caf\udce9 \n"))
+    caf\xe9 \n
+    """
+    shown = (
+        char
+        if char.isprintable()
+        else f"\\x{ord(char) - 0xDC00:02x}"
+        if "\udc80" <= char <= "\udcff"  # how Python keeps a byte that is not UTF-8
+        else char.encode("unicode_escape").decode("ascii")
+        for char in str(name)
+    )
+    return "".join(shown)
+
+
 def crc32(array: ArrayLike) -> int:
     """Returns the CRC-32 of an array's bytes in C order."""
     # Not `.data` of the array itself: NumPy exports no buffer of bfloat16.

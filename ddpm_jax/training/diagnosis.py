@@ -13,7 +13,7 @@ from jax import Array
 
 from ddpm_jax.config import Config
 from ddpm_jax.data import prefetch
-from ddpm_jax.data.check import check_classes
+from ddpm_jax.data.check import check_classes, for_training
 from ddpm_jax.data.fingerprint import check_same_set
 from ddpm_jax.data.sources import load_source
 from ddpm_jax.run.build import matmul_precision
@@ -50,7 +50,7 @@ def find_not_finite(config: Config, run: Path) -> str:
         )
     with claimed(run), matmul_precision(config):
         check_same_run(run / "config.json", config)
-        source = load_source(config.data)
+        source = for_training(config, load_source(config.data))
         check_same_set(run / "data.json", source, write=False)
         check_classes(config, source)
         parts = make_setup(config)

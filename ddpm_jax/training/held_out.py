@@ -38,7 +38,8 @@ def load_test_split(config: Config) -> Source:
         return load_source(dataclasses.replace(config.data, split="test"))
     except NoSuchSplit as error:
         raise UserError(
-            f"eval.every={config.eval.every} needs held-out images: {error}; or turn it off with --eval.every 0"
+            f"eval.every={config.eval.every} needs held-out images: {error}; keep some for it with --data.holdout "
+            "0.02, or turn it off with --eval.every 0"
         ) from error
 
 
@@ -63,7 +64,7 @@ def evaluating(parts: Setup, source: Source) -> Callable[[Event], None]:
       UserError: the images have another shape or other classes than those of the run.
     """
     config, mesh, num_steps = parts.config, parts.layout.mesh, parts.schedule.num_steps
-    check_classes(config, source)
+    check_classes(config, source, training=False)
     indices = np.arange(number := min(config.eval.num, source.num_examples)) * source.num_examples // number
     images = source.read(indices)
     labels = source.read_labels(indices) if config.model.num_classes and source.read_labels is not None else None

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from ddpm_jax.config import FROM_PYTHON, Config
-from ddpm_jax.data.check import check_classes
+from ddpm_jax.data.check import check_classes, for_training
 from ddpm_jax.data.fingerprint import check_same_set
 from ddpm_jax.data.own import check_source
 from ddpm_jax.data.source import Source
@@ -85,8 +85,7 @@ def train(
         barrier("the run's folder is adopted")
         if not is_primary_host():
             check_shared(config, run)
-        source = load_source(config.data) if source is None else source
-        say(source.describe())
+        source = for_training(config, load_source(config.data) if source is None else source)
         if is_primary_host():
             check_same_set(run / "data.json", source)
         barrier("the images are checked")

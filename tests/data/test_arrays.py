@@ -3,8 +3,11 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from ddpm_jax.config import Config, ModelConfig
 from ddpm_jax.data import sources
+from ddpm_jax.data.check import check_classes
 from ddpm_jax.data.source import Source
+from ddpm_jax.system.errors import UserError
 
 few = hypothesis.settings(max_examples=20, deadline=None)
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 5, 6, 3), np.uint8)
@@ -36,6 +39,63 @@ def test_labels_are_found_by_name(sets, tmp_path, name, labels):
     np.testing.assert_array_equal(source.labels, LABELS)
     assert source.labels.dtype == np.int32
     assert source.class_names == ("0", "1", "2", "3")
+
+
+@pytest.mark.parametrize(
+    "name", ["label", "Labels", "Y", "targets", "target", "class", "classes", "fine_labels", "arr_1"]
+)
+@pytest.mark.parametrize("labels", [LABELS, LABELS[:, None].astype(float), np.eye(4, dtype=np.uint8)[LABELS]])
+def test_labels_have_the_names_and_shapes_that_are_common(sets, tmp_path, name, labels):
+    np.savez(tmp_path / "a.npz", **{"data": PIXELS, name: labels})
+    source = loaded(sets, tmp_path / "a.npz")
+    np.testing.assert_array_equal(source.labels, LABELS)
+    assert source.class_names == ("0", "1", "2", "3")
+    assert source.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (LABELS[:5], "labels of shape (9,), integers from 0"),
+        (LABELS / 2, "is float64 with fractions"),
+        (LABELS - 1, "has a label -1; number the classes from 0"),
+        (LABELS * 10**6, "has a label 3000000 for 9 images; number the classes from 0: save np.unique(labels"),
+        (np.array(list("abcabcabc")), "holds text; save np.unique(labels, return_inverse=True)[1]"),
+        (np.ones((9, 14), np.uint8), "has 14 numbers an image, which are not one-hot"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_for_those_who_want_labels(sets, tmp_path, labels, said):
+    np.savez(tmp_path / "a.npz", train_images=PIXELS, train_labels=labels)
+    source = loaded(sets, tmp_path / "a.npz")
+    assert source.labels is None
+    assert said in source.label_fault
+    with pytest.raises(UserError, match=r"the images have no labels \(train_labels in .*a.npz "):
+        check_classes(Config(model=ModelConfig(num_classes=4)), source)
+    check_classes(Config(), source)
+
+
+def test_arrays_that_are_not_used_are_named(sets, tmp_path):
+    held = {"train_images": PIXELS, "numbers": LABELS, "val_images": PIXELS, "test_images": PIXELS[:3]}
+    np.savez(tmp_path / "a.npz", **held)
+    source = loaded(sets, tmp_path / "a.npz")
+    assert source.notes == (f"not used in {tmp_path / 'a.npz'}: numbers, test_images, val_images",)
+    assert source.label_fault == "numbers looks like labels: save it as y_train"
+    assert loaded(sets, tmp_path / "a.npz", split="test").num_examples == 3
+    np.savez(tmp_path / "val.npz", PIXELS)
+    np.save(tmp_path / "train.npy", PIXELS)
+    np.save(tmp_path / "train_labels.npy", LABELS)
+    assert loaded(sets, tmp_path, split="train").notes == (f"not used in {tmp_path}: a.npz, val.npz",)
+    assert loaded(sets, tmp_path, split="all").notes == (f"not used in {tmp_path}: a.npz",)
+    assert loaded(sets, tmp_path, split="test").num_examples == 9
+
+
+def test_volumes_are_no_pictures_of_many_channels(sets, tmp_path):
+    np.savez(tmp_path / "a.npz", train_images=np.zeros((3, 28, 28, 28), np.uint8))
+    assert "is 3x28x28x28, which would be pictures of 28 channels: volumes cannot be trained on" in sets.refused(
+        sets.config("npz", tmp_path / "a.npz", (28, 28))
+    )
+    assert "if these are channels" in sets.refused(sets.config("npz", tmp_path / "a.npz", (28, 28), 1))
+    assert sources.load_source(sets.config("npz", tmp_path / "a.npz", (28, 28), 28)).image_shape == (28, 28, 28)
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
@@ -88,15 +148,16 @@ def test_a_set_larger_than_memory_is_read_from_where_it_lies(sets, tmp_path_fact
         ({"images": PIXELS / 255}, "from 0 to 1, not uint8; save np.round(images * 255).astype(np.uint8)"),
         ({"images": PIXELS / np.float32(127.5) - 1}, "save np.round((images + 1) * 127.5).astype(np.uint8)"),
         ({"images": PIXELS.astype(np.float64)}, "save np.round(images).astype(np.uint8)"),
-        ({"images": PIXELS.astype(np.int64)}, "is of int64, not uint8"),
+        ({"images": PIXELS.astype(np.int64)}, "is of int64 from 0 to 255, not uint8; save images.astype(np.uint8)"),
+        ({"images": PIXELS.astype(np.uint16) * 16}, "save np.round(images * (255 / 4095)).astype(np.uint8)"),
+        ({"images": PIXELS.view(np.int8)}, "save (images.astype(np.int16) + 128).astype(np.uint8)"),
+        ({"images": PIXELS > 99}, "save np.round(images * 255).astype(np.uint8)"),
+        ({"images": np.zeros((20, 24, 3), np.uint8)}, "which is one picture; save images[None]"),
         ({"images": PIXELS[0, 0]}, "is 6x3, not (N, H, W, C)"),
         ({"images": PIXELS[:0]}, "is 0x5x6x3, not"),
         ({"images": PIXELS.astype(object)}, "holds Python objects"),
         ({"a": PIXELS, "b": PIXELS}, "holds no array images, but a, b"),
         ({"x_train": PIXELS[:, :4], "y_train": LABELS}, "are of 4x6, not 5x6; set data.height=4 and data.width=6"),
-        ({"images": PIXELS, "labels": LABELS[:5]}, "labels of shape (9,), integers from 0"),
-        ({"images": PIXELS, "labels": LABELS / 2}, "is float64"),
-        ({"images": PIXELS, "labels": LABELS - 1}, "has a label -1; number the classes from 0"),
     ],
 )
 def test_arrays_that_are_no_images_are_refused_with_what_to_do(sets, tmp_path, arrays, said):

@@ -1,3 +1,10 @@
+import errno
+import os
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -118,14 +125,196 @@ def test_a_folder_without_parts_is_all_for_training(sets, tmp_path):
     wanted = sets.config("folder", tmp_path, (4, 4))
     assert sources.load_source(wanted).num_examples == 1
     assert sources.load_source(sets.config("folder", tmp_path, (4, 4), split="all")).num_examples == 1
-    assert "no test part" in sets.refused(sets.config("folder", tmp_path, (4, 4), split="test"))
+    assert "no test split" in sets.refused(sets.config("folder", tmp_path, (4, 4), split="test"))
     assert "choose from train, test, all" in sets.refused(sets.config("folder", tmp_path, (4, 4), split="val"))
 
 
 def test_test_images_are_never_learned_from(sets, tmp_path):
     sets.save(tmp_path / "test" / "a.png", sets.noise(4, 4, 1))
     sets.save(tmp_path / "b.png", sets.noise(4, 4, 1))
-    assert "a sub-folder 'test' but none 'train'" in sets.refused(sets.config("folder", tmp_path, (4, 4)))
+    assert "a subfolder 'test' but none 'train'" in sets.refused(sets.config("folder", tmp_path, (4, 4)))
+
+
+def tree(sets, folder, *names):
+    for i, name in enumerate(names):
+        if name.endswith(("txt", "json", "db")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(name)
+        else:
+            sets.save(folder / name, np.full((4, 4, 3), i, np.uint8))
+    return folder
+
+
+def loaded(sets, folder, **others):
+    return sources.load_source(sets.config("folder", folder, (4, 4), **others))
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "train", "test"),
+    [
+        # Tiny ImageNet's form
+        (["train/n1/images/0.JPEG", "train/n2/images/0.JPEG", "test/images/0.JPEG"], ("n1", "n2"), [0, 1], None),
+        (["Training/cat/0.png", "Training/dog/0.png", "Testing/dog/0.png"], ("cat", "dog"), [0, 1], [1]),
+        (["train/cat/0.png", "train/dog/0.png", "test/0.png"], ("cat", "dog"), [0, 1], None),  # Kaggle's
+        (["train/a/0.png", "valid/a/0.png"], ("a",), [0], [0]),
+        (["train/a/0.png", "val/a/0.png", "val/b/0.png", "test/a/0.png"], ("a",), [0], [0]),
+        (["train/10/0.png", "train/9/0.png", "test/10/0.png"], ("9", "10"), [0, 1], [1]),
+    ],
+)
+def test_the_classes_are_those_of_the_training_split(sets, tmp_path, names, classes, train, test):
+    tree(sets, tmp_path, *names)
+    source, held_out = (loaded(sets, tmp_path, split=split) for split in ("train", "test"))
+    assert source.class_names == classes
+    assert sorted(source.labels) == train
+    assert (None if held_out.labels is None else list(held_out.labels)) == test
+    if test is None:
+        assert "none of the class folders of the training split" in held_out.label_fault
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["train/a/0.png", "training/a/0.png"], "both name the train split"),
+        (["val/a/0.png", "b/0.png"], "a subfolder 'val' but none 'train'"),
+        (["set/train/0.png", "set/test/0.png"], "holds one folder, whose subfolders are splits: use --data.path"),
+    ],
+)
+def test_splits_that_are_not_clear_are_refused(sets, tmp_path, names, said):
+    assert said in sets.refused(sets.config("folder", tree(sets, tmp_path, *names), (4, 4)))
+
+
+def test_a_picture_beside_the_classes_is_named(sets, tmp_path):
+    source = loaded(sets, tree(sets, tmp_path, "a/0.png", "b/0.png", "overview.png", "valid/0.png"))
+    assert source.num_examples == 4
+    assert source.labels is None
+    assert "overview.png is beside the class folders a, b, valid" in source.label_fault
+
+
+def test_what_is_not_used_is_counted_in_one_line(sets, tmp_path):
+    names = ["train/a/0.png", "train/a/notes.txt", "train/a/@eaDir/0.jpg/T.jpg", "train/b/Thumbs.db", "train/c/x.txt"]
+    tree(sets, tmp_path, *names, "train/b/1.TIF", "test/a/2.png", "extra/3.png", "labels.json", ".git/x.txt")
+    (tmp_path / "train" / "a" / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(tmp_path / "train" / "b" / "pipe.png")
+    source = loaded(sets, tmp_path, split="train")
+    assert source.class_names == ("a", "b")
+    assert source.notes == (
+        f"12 files in {tmp_path}: 2 used; passed over: 1 in hidden or system folders (@eaDir); 2 broken links or "
+        "special files (lost.png, pipe.png); 2 without an image ending (.txt 2); 1 hidden or system files (Thumbs.db); "
+        "1 folders without an image (c); 1 of the test split (test); 3 beside the splits (.git, extra, labels.json)",
+    )
+    assert loaded(sets, tree(sets, tmp_path / "all", "0.png", "1.png")).notes == ()
+
+
+def test_every_picture_that_pillow_reads_is_used(sets, tmp_path):
+    pixels = sets.noise(4, 4, 1)
+    for name in ("a.PNG", "b.tif", "c.bmp", "d.gif", "e.pgm", "f.tga", "g.jp2"):
+        sets.save(tmp_path / name, pixels)
+    for name, kind in (("h", "PNG"), ("i.2", "BMP")):
+        sets.save(tmp_path / name, pixels, format=kind)
+    for name in ("x.jfif", "y.JPE", "z.avif"):
+        sets.save(tmp_path / name, pixels, format="AVIF" if name == "z.avif" else "JPEG")
+    source = loaded(sets, tmp_path, channels=1)
+    assert source.num_examples == 12
+    np.testing.assert_array_equal(sets.everything(source)[:9, ..., 0], np.broadcast_to(pixels, (9, 4, 4)))
+
+
+def test_the_first_of_several_frames_is_used_and_said(sets, tmp_path):
+    frames = [Image.fromarray(np.full((4, 4, 3), level, np.uint8)) for level in (10, 200)]
+    for name in ("a.gif", "b.tiff"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    source = loaded(sets, tmp_path, channels=3)
+    assert (sets.everything(source) == 10).all()
+    assert source.notes == ("2 files have several frames or pages, of which the first is used",)
+
+
+def test_the_size_that_pictures_are_given_is_said(sets, tmp_path):
+    sets.save(tmp_path / "a.png", sets.noise(20, 30, 3))
+    sets.save(tmp_path / "b.png", sets.noise(3, 5, 1))
+    (note,) = loaded(sets, tmp_path, channels=1).notes
+    assert note.startswith("the files are 3x5 to 20x30 with 1 or 3 channels, cropped and resized to 4x4 with 1, 1 of")
+
+
+def test_a_folder_that_may_not_be_listed_is_an_error(sets, tmp_path, monkeypatch):
+    tree(sets, tmp_path, "a/0.png", "b/0.png")
+    scandir = os.scandir
+
+    def scan(where):
+        if Path(where).name == "b":
+            raise PermissionError(errno.EACCES, "Permission denied", str(where))
+        return scandir(where)
+
+    monkeypatch.setattr(os, "scandir", scan)  # the tests may run as root, who may list everything
+    assert f"the folder {tmp_path / 'b'} cannot be listed (permission denied)" in sets.refused(
+        sets.config("folder", tmp_path, (4, 4))
+    )
+
+
+def test_names_are_printed_with_escapes(sets, tmp_path):
+    tree(sets, tmp_path, "b/0.png")
+    os.mkdir(bytes(tmp_path) + b"/caf\xe9")
+    shutil.copy(tmp_path / "b" / "0.png", os.fsdecode(bytes(tmp_path) + b"/caf\xe9/bad\n\xff.png"))
+    source = loaded(sets, tmp_path)
+    assert source.class_names == ("b", r"caf\xe9")
+    assert source.describe().isprintable()
+    Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9/bad\n\xff.png")).write_bytes(b"")
+    assert r"caf\xe9/bad\n\xff.png (empty)" in sets.refused(sets.config("folder", tmp_path, (4, 4)))
+
+
+def test_pictures_of_many_pixels_are_allowed_by_an_option(sets, tmp_path, recwarn):
+    Image.new("L", (10_000, 9_000)).save(tmp_path / "map.png")  # from 89 megapixels on, Pillow warns
+    assert loaded(sets, tmp_path).num_examples == 1
+    message = sets.refused(sets.config("folder", tmp_path, (4, 4), max_megapixels=50.0))
+    assert "map.png (too large: 90 megapixels, allowed by --data.max-megapixels 90)" in message
+    assert not recwarn.list
+
+
+def test_what_is_not_damaged_is_not_called_so(sets, tmp_path):
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "f.tif")
+    Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(tmp_path / "i.tif")
+    (tmp_path / "l.png").write_text("version https://git-lfs.github.com/spec/v1")
+    for gib in (1.0, 0.0):
+        message = sets.refused(sets.config("folder", tmp_path, (4, 4), channels=1, memory_gib=gib))
+        assert "f.tif (floating-point pixels: save it with 8 or 16 bits)" in message
+        assert "i.tif (levels from 70000 to 70000: save it with 8 or 16 bits)" in message
+        assert "l.png (a pointer of Git LFS: run git lfs pull)" in message
+        assert "(damaged" not in message
+
+
+@pytest.mark.parametrize(
+    ("bits", "color", "clear"), [(1, 0, 1), (2, 0, 2), (4, 0, 9), (8, 0, 7), (16, 0, 30_000), (8, 2, 7), (16, 2, 770)]
+)
+def test_a_transparent_level_is_clear_at_every_depth(sets, tmp_path, bits, color, clear):
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    samples = 3 if color else 1
+    level = int(clear).to_bytes(2, "big") if bits == 16 else bytes([clear << (8 - bits) if bits < 8 else clear])
+    rows = [b"\0" + content * samples for content in (level, bytes(len(level)))]  # a clear pixel above a black one
+    head = struct.pack(">IIBBBBB", 1, 2, bits, color, 0, 0, 0)
+    clear_level = struct.pack(">H", clear) * samples
+    (tmp_path / "a.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"tRNS", clear_level)
+        + chunk(b"IDAT", zlib.compress(b"".join(rows)))
+        + chunk(b"IEND", b"")
+    )
+    images = {
+        channels: sets.everything(sources.load_source(sets.config("folder", tmp_path, (2, 1), channels)))[0, :, 0]
+        for channels in (1, 3, 4, None)
+    }
+    assert images[1].tolist() == [[255], [0]]
+    assert images[3].tolist() == [[255] * 3, [0] * 3]
+    assert images[4][:, 3].tolist() == [0, 255]
+    np.testing.assert_array_equal(images[None], images[4])
+
+
+def test_scans_of_twelve_bits_are_scaled_by_an_option(sets, tmp_path):
+    levels = np.linspace(0, 4095, 16).reshape(4, 4).astype(np.uint16)
+    sets.save(tmp_path / "a.png", Image.fromarray(levels))
+    dark, scaled = (sets.everything(loaded(sets, tmp_path, white=white))[0, ..., 0] for white in (65535, 4095))
+    assert dark.max() == 16
+    np.testing.assert_array_equal(scaled, np.round(levels / 4095 * 255))
 
 
 def test_links_are_followed_once(sets, tmp_path):
@@ -138,7 +327,12 @@ def test_links_are_followed_once(sets, tmp_path):
 
 @pytest.mark.parametrize(
     ("path", "said"),
-    [("", "name the folder"), ("nowhere", "nowhere does not exist"), ("file", "is not a folder"), ("empty", "no PNG")],
+    [
+        ("", "name the folder"),
+        ("nowhere", "nowhere does not exist"),
+        ("file", "is not a folder"),
+        ("empty", "no image file"),
+    ],
 )
 def test_a_folder_that_is_none_is_refused(sets, tmp_path, path, said):
     (tmp_path / "file").write_text("")
@@ -177,7 +371,7 @@ def test_unreadable_files_are_refused(sets, tmp_path, memory_gib):
     damaged_folder(sets, tmp_path)
     message = sets.refused(sets.config("folder", tmp_path, memory_gib=memory_gib))
     assert "5 of 9 files" in message
-    assert f"{tmp_path / 'bad1.png'} (no picture)" in message
+    assert f"{tmp_path / 'bad1.png'} (empty)" in message
     assert f"{tmp_path / 'bad3.jpg'} (damaged)" in message
     assert "and 2 more" in message
     assert "data.on_unreadable=skip" in message

@@ -65,7 +65,6 @@ def test_the_other_spelling_of_idx_names_is_found(sets, idx_folder):
         (lambda content: gzip.compress(content)[:-20], "cannot be read"),
         (lambda content: b"\x1f\x8b" + content, "cannot be read"),
         (lambda content: content[:4] + bytes(4) + content[8:16], "is empty"),
-        (lambda content: content[:4] + struct.pack(">I", 2) + content[8:-30], "3 labels for 2 images"),
     ],
 )
 def test_damaged_idx_files_are_refused(sets, idx_folder, damage, said):
@@ -74,6 +73,15 @@ def test_damaged_idx_files_are_refused(sets, idx_folder, damage, said):
     message = sets.refused(sets.config("idx", idx_folder, (5, 6), split="test"))
     assert said in message
     assert str(idx_folder) in message
+
+
+def test_damaged_labels_are_for_those_who_want_labels(sets, idx_folder):
+    path = idx_folder / "t10k-labels-idx1-ubyte"
+    for content, said in ((b"", "no idx file of 1 dimensions"), (bytes([0, 0, 8, 1, 0, 0, 0, 1, 5]), "1 labels for 3")):
+        path.write_bytes(content)
+        source = sources.load_source(sets.config("idx", idx_folder, (5, 6), split="test"))
+        assert source.labels is None
+        assert said in source.label_fault
 
 
 @pytest.mark.parametrize(
