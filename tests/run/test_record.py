@@ -135,6 +135,7 @@ def test_what_does_not_change_the_numbers_of_a_step_is_free():
     assert free - always == {
         "name",
         "data.path",
+        "data.max_megapixels",
         "data.memory_gib",
         "data.device_gib",
         "data.workers",
