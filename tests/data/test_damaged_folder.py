@@ -87,7 +87,9 @@ def test_training_refuses_the_folder_or_trains_on_the_rest(folder, train, tmp_pa
     damage(folder)
     status, _, err = train("--data.memory-gib", memory_gib)
     assert status == 2
-    assert re.search(r"^train.py: error: data.path: 3 of 60 files in .* cannot be read as images: .*07.png", err, re.MULTILINE)
+    assert re.search(
+        r"^train.py: error: data.path: 3 of 60 files in .* cannot be read as images: .*07.png", err, re.MULTILINE
+    )
     assert not (tmp_path / "run" / "checkpoints").exists()
     status, _, err = train("--data.memory-gib", memory_gib, "--data.on-unreadable", "skip", workdir="skipping")
     assert status == 0
