@@ -11,10 +11,11 @@ from ddpm_jax.evaluation import bits_per_dim
 from ddpm_jax.evaluation.figures import draw_figures
 from ddpm_jax.evaluation.quality import check_real, config_of, judge_file, summary
 from ddpm_jax.generation.job import default_folder, load_job, run_job
+from ddpm_jax.generation.output import read_out
 from ddpm_jax.generation.sampler_config import SamplerConfig
 from ddpm_jax.run import checkpoints
 from ddpm_jax.run.command import Command, run_command
-from ddpm_jax.run.trained import load_run
+from ddpm_jax.run.trained import Images, load_run, with_images
 from ddpm_jax.run.weights import save_weights
 from ddpm_jax.system.environment import fix_options
 from ddpm_jax.system.errors import UserError
@@ -47,6 +48,7 @@ class LikelihoodOptions:
     fraction of the cost, with its standard error (optimal variances are estimated from as many); 0: all T."""
     out: str | None = None
     """Folder of the job (default: a folder in RUN/likelihood)."""
+    data: Images = Images()
 
 
 def likelihood(options: LikelihoodOptions) -> None:
@@ -55,12 +57,14 @@ def likelihood(options: LikelihoodOptions) -> None:
     Run the same command again to resume. Pixels are bins of 1/255 as for any 8-bit image, even if a data set has fewer
     levels (the digits have 17): its numbers compare only with others of the same data set.
     """
-    trained = load_run(Path(options.run), step=options.step)
+    folder = read_out(options.out).folder
+    trained = with_images(load_run(Path(options.run), step=options.step), options.data)
     request = bits_per_dim.Request(
         options.split, options.num, options.sigma, options.cdf, options.num_strata, options.seed
     )
-    out = bits_per_dim.default_folder(trained, request) if options.out is None else Path(options.out)
+    out = folder or bits_per_dim.default_folder(trained, request)
     print(bits_per_dim.summary(bits_per_dim.run_job(trained, out, request, batch_size=options.batch_size)))
+    print(bits_per_dim.describe_images(trained.config, options.split))
     print(f"{out}: likelihood.json, terms.csv, rate_distortion.csv and their plots")
 
 
@@ -80,6 +84,7 @@ class QualityOptions(SamplerConfig):
     """Training step of the checkpoint (default: the newest)."""
     config: str | None = None
     """For an .npz file outside a run: the config file that names the real images."""
+    data: Images = Images()
 
 
 def quality(options: QualityOptions) -> None:
@@ -91,8 +96,11 @@ def quality(options: QualityOptions) -> None:
         if options.alone() != SamplerConfig():
             raise UserError(f"{given} already contains the images: sampler options need the folder of a run")
         file, config = given, config_of(given, options.config)
+        if options.data.path is not None:
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=options.data.path))
     else:
         job = load_job(given, seed=options.seed, step=options.step, sampler=options.alone())
+        job = job._replace(trained=with_images(job.trained, options.data))
         config = job.trained.config
         check_real(load_source(config.data))  # before anything is drawn
         file = run_job(job, default_folder(job), number=options.num, batch_size=options.batch_size, format="npz")
@@ -108,6 +116,8 @@ class FiguresOptions:
     """Folder of the run, as written by train.py."""
     out: str | None = None
     """Folder of the figures (default: RUN/figures)."""
+    overwrite: bool = False
+    """Replace figures of other settings in that folder."""
     num: int = 8
     """Images or pairs per figure, 1 to 32; the sample grid has num x num images."""
     steps: int | None = None
@@ -118,14 +128,16 @@ class FiguresOptions:
     """Batch size. It does not change the images."""
     step: int | None = None
     """Training step of the checkpoint (default: the newest)."""
+    data: Images = Images()
 
 
 def figures(options: FiguresOptions) -> None:
     """Draws the paper's figures for a run into one folder, with a description of each in figures.md."""
-    run = Path(options.run)
+    run, folder = Path(options.run), read_out(options.out).folder
     job = load_job(run, seed=options.seed, step=options.step, sampler=SamplerConfig(steps=options.steps))
-    out = run / "figures" if options.out is None else Path(options.out)
-    print(draw_figures(job, out, num=options.num, batch_size=options.batch_size))
+    job = job._replace(trained=with_images(job.trained, options.data))
+    out = folder or run / "figures"
+    print(draw_figures(job, out, num=options.num, batch_size=options.batch_size, overwrite=options.overwrite))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from jax import Array
 from ddpm_jax.bound import Cdf
 from ddpm_jax.config import Config
 from ddpm_jax.data.check import check_classes
+from ddpm_jax.data.fingerprint import fingerprint
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source, resolve
 from ddpm_jax.evaluation import plots
@@ -462,7 +463,7 @@ def _describe(trained: TrainedRun, request: Request, images: Images, estimated: 
         "seed": request.seed,
         **describe_run(trained),
         "data.source": config.data.source,
-        "data.path": config.data.path,
+        "data": f"{fingerprint(images.source)['crc32']:08x}",  # not the path: the images may move
         "split": request.split,
         "images": len(images.indices),
         "sigma": request.sigma,
@@ -486,7 +487,7 @@ def _write(
     # The relative error of sqrt(m) is half that of m.
     rmse_error = 127.5 * x0_error / (2 * np.sqrt(np.maximum(x0_mse, np.finfo(np.float64).tiny)))
     columns = {
-        "t": np.arange(len(terms)),
+        "t": np.arange(1, len(terms) + 1),
         "bits": terms,
         "bits_standard_error": terms_error,
         "x0_rmse": rmse,
@@ -513,6 +514,18 @@ def _write_csv(path: Path, columns: dict[str, np.ndarray]) -> None:
     for row in zip(*columns.values(), strict=True):
         writer.writerow([int(value) if isinstance(value, np.integer) else f"{value:.8g}" for value in row])
     write_whole(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def describe_images(config: Config, split: str) -> str:
+    """Returns one line: which images a run was evaluated on, and whether it was trained on them."""
+    own = config.data.split
+    if split == own:
+        relation = "the images that the run was trained on"
+    elif {split, own} == {"test", "train"}:
+        relation = "held out: the run was not trained on them"
+    else:
+        relation = f"the run was trained on split {own}"
+    return f"images: split {split} of {config.data.source} ({relation})"
 
 
 def summary(likelihood: Likelihood) -> str:

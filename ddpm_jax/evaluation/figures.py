@@ -3,7 +3,9 @@
 import json
 import math
 import typing
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +27,11 @@ from ddpm_jax.run.trained import TrainedRun, describe_run
 from ddpm_jax.samplers.chain import initial_noise
 from ddpm_jax.system import pictures
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import claimed, write_whole
+from ddpm_jax.system.files import write_json, write_whole
 from ddpm_jax.system.progress import say
 
 LAMBDAS = np.linspace(0, 1, 11)
+_LAMBDA_TEXTS = [f"{each:.1f}" for each in LAMBDAS]
 _MOST = 32
 _COLUMNS = 10
 _GIF_SECONDS, _GIF_PAUSE, _GIF_SIDE = 0.08, 2.0, 512
@@ -60,16 +63,17 @@ class Real(typing.NamedTuple):
     """(N,), None for no label."""
 
 
-def draw_figures(job: SamplingJob, out: Path, *, num: int = 8, batch_size: int = 64) -> Path:
+def draw_figures(job: SamplingJob, out: Path, *, num: int = 8, batch_size: int = 64, overwrite: bool = False) -> Path:
     """Draws all figures of a run: samples, the chain over time, shared latents, interpolations, inpainting, rate and
     distortion, nearest training images.
 
     Args:
       job: the run, the seed and the sampler ("ancestral", any number of steps). The run's loss curve is copied, and
         the rate-distortion curve of its newest likelihood job, if there is one.
-      out: the folder of the figures; created if missing. Existing figures there are overwritten.
+      out: the folder of the figures; created if missing.
       num: images or pairs per figure, in [1, 32]; the sample grid has num x num images.
       batch_size: at least 1. It does not change the images.
+      overwrite: whether figures of other settings in `out` are replaced.
 
     Returns:
       the file of the captions.
@@ -85,7 +89,9 @@ def draw_figures(job: SamplingJob, out: Path, *, num: int = 8, batch_size: int =
         raise UserError(f"--batch-size must be at least 1, not {batch_size}")
     editor = Editor(job, batch_size=batch_size)
     pictures.check_channels(editor.shape[-1])
-    with claimed(out):
+    description = edits.describe_results("figures", job, editor.num_steps, num=num)
+    with edits.results_folder(description, out, overwrite=overwrite):
+        write_json(out / "job.json", description)
         samples, frames = editor.sample(num**2, editor.job_labels(num**2), watched=min(num**2, 16))
         drawn = [*_of_noise(editor, out, samples, frames, num=num)]
         left_out = [*_NEVER]
@@ -139,7 +145,7 @@ def _of_noise(
 ) -> typing.Iterator[Figure]:
     """Draws the figures that need only the run's weights."""
     number = len(samples)
-    _save(out / "samples.png", samples.reshape(num, num, *editor.shape))
+    pictures.save_png(out / "samples.png", edits.lay_out(samples.reshape(num, num, *editor.shape)))
     yield Figure(
         "samples.png",
         f"{number} samples, the first of the job with seed {editor.job.seed} (Figs. 1, 3, 4, 11, 13, 16-19).",
@@ -150,14 +156,18 @@ def _of_noise(
     pictures.save_gif(out / "reverse.gif", pictures.enlarge(grids, side=_GIF_SIDE), seconds)
     yield Figure("reverse.gif", f"The reverse process of the first {frames.shape[1]} of them: x_t from t = T to 0.")
 
+    title = lambda *details: edits.describe_chain(editor.job, editor.num_steps, *details)
+    classes = [edits.describe_class(editor.job, label) for label in editor.job_labels(num) or ()]
     levels = editor.levels(_COLUMNS)
     _, over_time = editor.trajectory(num, editor.job_labels(num), levels=levels)
-    t = ", ".join(str(editor.paper_t(level)) for level in levels)
+    paper_t = [editor.paper_t(level) for level in levels]
+    t = ", ".join(map(str, paper_t))
     for file, frames_of, what in (
         ("progressive_x0.png", over_time.x0, "the predicted x_0"),
         ("progressive_x_t.png", over_time.x_t, "x_t"),
     ):
-        _save(out / file, edits.over_time(frames_of, samples[:num]))
+        columns = [*edits.at_t(paper_t), "image"]
+        _save(out / file, edits.over_time(frames_of, samples[:num]), rows=classes, columns=columns, title=title(what))
         yield Figure(
             file, f"Progressive generation: {what} at t = {t}, and the final image; one sample per row (Figs. 6, 14)."
         )
@@ -166,8 +176,15 @@ def _of_noise(
     key = jax.random.fold_in(make_key(editor.job.seed), _FIGURES)
     latent_key, slerp_key = jax.random.split(key)
     latents, drawn = editor.share_latents(latent_key, editor.job_labels(1), levels=levels, draws=num)
-    _save(out / "shared_latents.png", np.concatenate([latents[:, None], drawn], axis=1))
-    t = ", ".join(str(editor.paper_t(level)) for level in levels)
+    paper_t = [editor.paper_t(level) for level in levels]
+    _save(
+        out / "shared_latents.png",
+        np.concatenate([latents[:, None], drawn], axis=1),
+        rows=edits.at_t(paper_t),
+        columns=["x_t", *edits.numbered(num)],
+        title=title(*classes[:1]),
+    )
+    t = ", ".join(map(str, paper_t))
     yield Figure(
         "shared_latents.png",
         f"Each row starts with x_t of one chain, at t = {t}, followed by {num} images drawn from it, which share what "
@@ -175,7 +192,8 @@ def _of_noise(
     )
 
     x_a, x_b = (initial_noise(image_keys(each, jnp.arange(num)), editor.shape) for each in jax.random.split(slerp_key))
-    _save(out / "slerp_of_noise.png", editor.ddim_between(x_a, x_b, LAMBDAS))
+    between = editor.ddim_between(x_a, x_b, LAMBDAS, labels=_unless_unlabeled(editor, editor.job_labels(num)))
+    _save(out / "slerp_of_noise.png", between, columns=_LAMBDA_TEXTS, title=title(editor.settings["ddim"]))
     yield Figure(
         "slerp_of_noise.png",
         f"Interpolation along the great circle between pairs of noises, 11 steps; {editor.settings['ddim']} (DDIM, "
@@ -190,15 +208,26 @@ def _of_images(editor: Editor, out: Path, real: Real) -> typing.Iterator[Figure]
     reconstruction_key, pair_key, level_key, inpainting_key = jax.random.split(key, 4)
     a, b = real.images[:num], real.images[num:]
     labels = np.array(real.labels[:num], object)
+    of_pairs = _unless_unlabeled(editor, real.labels[:num])
+    title = lambda *details: edits.describe_chain(editor.job, editor.num_steps, *details)
+    classes = [edits.describe_class(editor.job, label) for label in real.labels[:num]]
+    ends = ["given", *_LAMBDA_TEXTS, "given"]
     pairs = "first and last the images, between them lambda = 0, 0.1, .., 1"
 
     levels = np.array([0, *editor.levels(8)[::-1]])
-    t = ", ".join(str(editor.paper_t(level)) for level in levels)
+    paper_t = [editor.paper_t(level) for level in levels]
+    t = ", ".join(map(str, paper_t))
     each = len(levels) - 1
     reconstructed = editor.reconstruct(
         reconstruction_key, a.repeat(each, axis=0), np.repeat(labels, each), np.tile(levels[1:], num)
     ).reshape(num, each, *editor.shape)
-    _save(out / "reconstruction.png", np.concatenate([a[:, None], reconstructed], axis=1))
+    _save(
+        out / "reconstruction.png",
+        np.concatenate([a[:, None], reconstructed], axis=1),
+        rows=classes,
+        columns=edits.at_t(paper_t),
+        title=title(),
+    )
     yield Figure(
         "reconstruction.png",
         f"One image per row, first the original, then noised to t and denoised: t = {t} (stochastic encoding and "
@@ -206,8 +235,13 @@ def _of_images(editor: Editor, out: Path, real: Real) -> typing.Iterator[Figure]
     )
 
     half = np.full(num, math.ceil(editor.num_steps / 2))
-    between = editor.interpolate(pair_key, a, b, LAMBDAS, half)
-    _save(out / "interpolation.png", np.concatenate([a[:, None], between, b[:, None]], axis=1))
+    between = editor.interpolate(pair_key, a, b, LAMBDAS, half, labels=of_pairs)
+    _save(
+        out / "interpolation.png",
+        np.concatenate([a[:, None], between, b[:, None]], axis=1),
+        columns=ends,
+        title=title(f"t = {editor.paper_t(int(half[0]))}"),
+    )
     yield Figure(
         "interpolation.png",
         f"Interpolation at t = {editor.paper_t(int(half[0]))}, one pair per row: {pairs}; the noise of a row is fixed "
@@ -216,16 +250,28 @@ def _of_images(editor: Editor, out: Path, real: Real) -> typing.Iterator[Figure]
 
     number = len(levels)
     a0, b0 = a[:1].repeat(number, axis=0), b[:1].repeat(number, axis=0)
-    between = editor.interpolate(level_key, a0, b0, LAMBDAS, levels, indices=np.zeros(number, int))
-    _save(out / "interpolation_over_t.png", np.concatenate([a0[:, None], between, b0[:, None]], axis=1))
+    of_pair = None if of_pairs is None else number * of_pairs[:1]
+    between = editor.interpolate(level_key, a0, b0, LAMBDAS, levels, labels=of_pair, indices=np.zeros(number, int))
+    _save(
+        out / "interpolation_over_t.png",
+        np.concatenate([a0[:, None], between, b0[:, None]], axis=1),
+        rows=edits.at_t(paper_t),
+        columns=ends,
+        title=title(),
+    )
     yield Figure(
         "interpolation_over_t.png",
         f"One pair, one row for each of t = {t}: {pairs}; at t = 0 pixels are mixed, at t = T the images are new "
         "(Fig. 9).",
     )
 
-    between = editor.ddim_interpolate(a, b, LAMBDAS)
-    _save(out / "slerp.png", np.concatenate([a[:, None], between, b[:, None]], axis=1))
+    between = editor.ddim_interpolate(a, b, LAMBDAS, labels=of_pairs)
+    _save(
+        out / "slerp.png",
+        np.concatenate([a[:, None], between, b[:, None]], axis=1),
+        columns=ends,
+        title=title(editor.settings["ddim"]),
+    )
     yield Figure(
         "slerp.png",
         f"Interpolation along the great circle between the images' DDIM noises, one pair per row: {pairs}; "
@@ -237,7 +283,13 @@ def _of_images(editor: Editor, out: Path, real: Real) -> typing.Iterator[Figure]
     twice = a.repeat(len(masks), axis=0)
     filled = editor.inpaint(inpainting_key, twice, known, np.repeat(labels, len(masks)), draws=4)
     hidden = edits.hide(twice, known)
-    _save(out / "inpainting.png", np.concatenate([twice[:, None], hidden[:, None], filled], axis=1))
+    _save(
+        out / "inpainting.png",
+        np.concatenate([twice[:, None], hidden[:, None], filled], axis=1),
+        rows=[name for name in classes for _ in masks],
+        columns=["given", "known", *edits.numbered(4)],
+        title=title(editor.settings["repaint"]),
+    )
     yield Figure(
         "inpainting.png",
         "An image, its known part (all but the right half, or a box in the middle), and four ways to fill in the rest; "
@@ -309,7 +361,14 @@ def _neighbors(samples: np.ndarray, source: Source, out: Path) -> Figure:
     """Draws samples beside their nearest images in the run's own set."""
     indices = nearest(samples, source, number=_NEIGHBORS, most=_NEIGHBORS_AMONG)
     found = source.read(indices.reshape(-1)).reshape(*indices.shape, *source.image_shape)
-    _save(out / "nearest_neighbors.png", np.concatenate([samples[:, None], found], axis=1))
+    columns = ["sample", *edits.numbered(indices.shape[1])]
+    title = f"nearest images in {source.name}"
+    _save(
+        out / "nearest_neighbors.png",
+        np.concatenate([samples[:, None], found], axis=1),
+        columns=columns,
+        title=title,
+    )
     total = source.num_examples
     among = f"all {total}" if total <= _NEIGHBORS_AMONG else f"the first {_NEIGHBORS_AMONG} of the {total}"
     return Figure(
@@ -333,8 +392,14 @@ def _masks(shape: tuple[int, int, int]) -> np.ndarray:
     return known
 
 
-def _save(path: Path, rows: np.ndarray) -> None:
-    pictures.save_png(path, edits.lay_out(rows))
+def _unless_unlabeled(editor: Editor, labels: Sequence[int | None] | None) -> list[int | None] | None:
+    """Returns the labels for a network that was trained without label dropout, else None for no label."""
+    config = editor.job.trained.config
+    return list(labels) if labels and config.model.num_classes and not config.train.label_dropout else None
+
+
+def _save(path: Path, images: np.ndarray, **texts: Any) -> None:
+    pictures.save_png(path, edits.lay_out(images, **texts))
 
 
 def _captions(editor: Editor, drawn: list[Figure], left_out: list[str], *, num: int, real: str) -> str:
@@ -353,9 +418,10 @@ def _captions(editor: Editor, drawn: list[Figure], left_out: list[str], *, num: 
         "",
     ]
     if config.model.num_classes:
+        of_pairs = "none" if config.train.label_dropout else "that of their first image"
         lines += [
             f"The run is class-conditional: samples take the {config.model.num_classes} classes in turn, "
-            "reconstructions and inpainting have their images' labels, interpolations none.",
+            f"reconstructions and inpainting have their images' labels, interpolations {of_pairs}.",
             "",
         ]
     for file, caption in drawn:

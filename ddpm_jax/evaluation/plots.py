@@ -34,7 +34,7 @@ def plot_terms(path: Path, terms: np.ndarray, standard_errors: np.ndarray) -> No
     axes.plot(number, bits, color="C0", linewidth=1, label="term of the bound")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("t + 1")
+    axes.set_xlabel("t")
     axes.set_ylabel("bits/dim")
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()

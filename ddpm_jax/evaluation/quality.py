@@ -87,6 +87,10 @@ class Quality:
     """`fd_own / fd_own_of_real`: 1 if samples are as close to real images as real images are to each other."""
     images_compared: int
     """Number of images on each side of a distance."""
+    real: str
+    """Which real images they are compared with."""
+    held_out: str | None
+    """Which real images were kept from the classifier; None if there are none."""
 
 
 def own_frechet_distances(generated: np.ndarray, real: np.ndarray) -> tuple[float, float, int]:
@@ -178,6 +182,8 @@ def _judge(images: np.ndarray, source: Source, held_out: Source | None) -> Quali
         fd_own_of_real=fd_own_of_real,
         ratio=fd_own / fd_own_of_real,
         images_compared=compared,
+        real=f"{source.name} ({len(real)} images)",
+        held_out=None if confidence_of_real is None or held_out is None else f"{held_out.name} ({len(unseen)} images)",
     )
 
 
@@ -250,7 +256,7 @@ def config_of(file: Path, experiment: str | None) -> Config:
 
 
 def summary(quality: Quality) -> str:
-    """Returns the quality as three lines of text."""
+    """Returns the quality as four lines of text."""
     counts = "  ".join(f"{name}: {count}" for name, count in quality.counts.items())
     unseen = (
         ""
@@ -261,7 +267,8 @@ def summary(quality: Quality) -> str:
         f"confidence of the classifier: {quality.confidence:.3f}{unseen}\n"
         f"classes: {counts}\n"
         f"FD-own {quality.fd_own:.3f}; real vs real {quality.fd_own_of_real:.3f}; ratio {quality.ratio:.2f} "
-        f"({quality.images_compared} images per side)"
+        f"({quality.images_compared} images per side)\n"
+        f"real images: {quality.real}; held out: {quality.held_out or 'none, there is no labeled test split'}"
     )
 
 

@@ -97,11 +97,11 @@ def draw_progressive(
     _check_number(columns, "--columns")
     labels, levels = editor.job_labels(num), editor.levels(columns)
     t = [editor.paper_t(level) for level in levels]
-    description = _describe("progressive", job, editor.num_steps, t=t, num=num, labels=labels)
-    with _results(description, job, out, overwrite=overwrite) as folder:
+    description = describe_results("progressive", job, editor.num_steps, t=t, num=num, labels=labels)
+    with results_folder(description, out or _default_folder(description, job), overwrite=overwrite) as folder:
         drawn, frames = editor.trajectory(num, labels, levels=levels)
         images = np.asarray(to_uint8(drawn))
-        texts = dict(rows=[describe_class(job, label) for label in labels or ()], columns=[*_at(t), "image"])
+        texts = dict(rows=[describe_class(job, label) for label in labels or ()], columns=[*at_t(t), "image"])
         shown = {
             f"{file}.png": lay_out(
                 over_time(over, images), title=describe_chain(job, editor.num_steps, f"{name} at t"), **texts
@@ -145,13 +145,13 @@ def share_latents(
     editor = _editor(job, draws, "--draws", extra_t=t)
     _check_random(job, draws)
     labels, levels = _labels(editor, label), [editor.level_at(each) for each in t]
-    description = _describe("share", job, editor.num_steps, t=list(t), draws=draws, label=label)
-    with _results(description, job, out, overwrite=overwrite) as folder:
+    description = describe_results("share", job, editor.num_steps, t=list(t), draws=draws, label=label)
+    with results_folder(description, out or _default_folder(description, job), overwrite=overwrite) as folder:
         latents, drawn = editor.share_latents(make_key(job.seed), labels, levels=levels, draws=draws)
         shown = lay_out(
             np.concatenate([latents[:, None], drawn], axis=1),
-            rows=_at(t),
-            columns=["x_t", *_numbers(draws)],
+            rows=at_t(t),
+            columns=["x_t", *numbered(draws)],
             title=describe_chain(job, editor.num_steps, describe_class(job, label)),
         )
         _save(folder, description, {"share.png": shown})
@@ -190,11 +190,11 @@ def reconstruct_picture(
         _check_random(job, draws)
     labels, (image, _), level = _labels(editor, label), _read(job, file), editor.level_at(t)
     options = dict(t=t, pictures=[file], draws=draws, label=label)
-    description = _describe("reconstruct", job, editor.num_steps, content=_crc(image), **options)
-    with _results(description, job, out, overwrite=overwrite) as folder:
+    description = describe_results("reconstruct", job, editor.num_steps, content=_crc(image), **options)
+    with results_folder(description, out or _default_folder(description, job), overwrite=overwrite) as folder:
         made = editor.reconstruct(make_key(job.seed), image[None], labels, np.array([level]), draws=draws)[0]
         title = describe_chain(job, editor.num_steps, f"t = {t}", describe_class(job, label))
-        texts = dict(columns=["given", *_numbers(draws)], title=title)
+        texts = dict(columns=["given", *numbered(draws)], title=title)
         _save(folder, description, _in_a_row(made, [image], [], **texts))
     return folder / "row.png"
 
@@ -255,8 +255,8 @@ def interpolate_pictures(
         num_steps, where = editor.ddim_steps, "between DDIM latents"
     else:
         num_steps, where, options["t"] = editor.num_steps, f"t = {t}", t
-    description = _describe("interpolate", job, num_steps, **options)
-    with _results(description, job, out, overwrite=overwrite) as folder:
+    description = describe_results("interpolate", job, num_steps, **options)
+    with results_folder(description, out or _default_folder(description, job), overwrite=overwrite) as folder:
         if t is None:
             made = editor.ddim_interpolate(*pair, lambdas, labels=labels)[0]
         else:
@@ -302,20 +302,22 @@ def inpaint_picture(
     known = read_mask(mask, editor.shape, size=size)
     content = _crc(hide(image, known))
     options = dict(pictures=[file], mask=mask, draws=draws, label=label)
-    description = _describe("inpaint", job, editor.repaint_steps, content=content, **options)
-    with _results(description, job, out, overwrite=overwrite) as folder:
+    description = describe_results("inpaint", job, editor.repaint_steps, content=content, **options)
+    with results_folder(description, out or _default_folder(description, job), overwrite=overwrite) as folder:
         made = editor.inpaint(make_key(job.seed), image[None], known[None], labels, draws=draws)[0]
         title = describe_chain(job, editor.repaint_steps, "RePaint", describe_class(job, label))
-        texts = dict(columns=["given", "known", *_numbers(draws)], title=title)
+        texts = dict(columns=["given", "known", *numbered(draws)], title=title)
         _save(folder, description, _in_a_row(made, [image, hide(image, known)], [], **texts))
     return folder / "row.png"
 
 
-def _at(t: Sequence[int]) -> list[str]:
+def at_t(t: Sequence[int]) -> list[str]:
+    """Returns the texts of rows or columns at timesteps."""
     return [f"t = {each}" for each in t]
 
 
-def _numbers(number: int) -> list[str]:
+def numbered(number: int) -> list[str]:
+    """Returns the texts of columns of several results."""
     return [str(i + 1) for i in range(number)]
 
 
@@ -381,24 +383,28 @@ def _in_a_row(
     return {**each, "row.png": lay_out(np.stack([*before, *made, *after])[None], **texts)}
 
 
-def _default_folder(description: Mapping[str, Any], run: Path) -> Path:
+def _default_folder(description: Mapping[str, Any], job: SamplingJob) -> Path:
     """Returns the folder of a command's results in the folder of a run."""
     left_out = {"command": description["command"], "weights": description["weights"], "label": None}
     left_out |= {"sampler": "ancestral", "guidance_scale": 1.0}
     text = lambda value: "-".join(Path(str(each)).name for each in (value if isinstance(value, list) else [value]))
     parts = [f"{name}_{text(value)}" for name, value in description.items() if left_out.get(name, ()) != value]
-    return run / "samples" / description["command"] / short_name("_".join(parts))
+    return job.trained.folder / "samples" / description["command"] / short_name("_".join(parts))
 
 
 @contextlib.contextmanager
-def _results(description: dict[str, Any], job: SamplingJob, out: Path | None, *, overwrite: bool) -> Iterator[Path]:
+def results_folder(description: dict[str, Any], out: Path, *, overwrite: bool) -> Iterator[Path]:
     """Claims the folder of a command's results, and yields it.
+
+    Args:
+      description: the command, the checkpoint, the seed and all else that the results depend on.
+      out: the folder; created if missing.
+      overwrite: whether results of the same command with other settings are replaced.
 
     Raises:
       UserError: it contains something else, or another process is writing to it.
     """
     command = description["command"]
-    out = _default_folder(description, job.trained.folder) if out is None else out
     file = out / "job.json"
     if file.is_file():
         try:
@@ -421,7 +427,7 @@ def _results(description: dict[str, Any], job: SamplingJob, out: Path | None, *,
         yield out
 
 
-def _describe(command: str, job: SamplingJob, num_steps: int | None, **options: Any) -> dict[str, Any]:
+def describe_results(command: str, job: SamplingJob, num_steps: int | None, **options: Any) -> dict[str, Any]:
     """Returns a description of results, as JSON values."""
     return {
         "command": command,
@@ -436,7 +442,7 @@ def _describe(command: str, job: SamplingJob, num_steps: int | None, **options: 
 
 
 def _save(out: Path, description: dict[str, Any], shown: Mapping[str, np.ndarray]) -> None:
-    """Writes results into a folder of `_results`, and removes others of the same command."""
+    """Writes results into a folder of `results_folder`, and removes others of the same command."""
     write_json(out / "job.json", description)
     for path in out.iterdir():
         if re.fullmatch(r"\d\d\.png", path.name) and path.name not in shown:

@@ -73,7 +73,9 @@ def list_classes(names: Sequence[str], numbers: Sequence[int] | None = None) -> 
     '0 (cat), 1 (dog)'
     """
     numbers = range(len(names)) if numbers is None else numbers
-    return ", ".join(f"{number} ({names[number]})" for number in numbers)
+    return ", ".join(
+        f"{number} ({names[number]})" if names[number] != f"{number}" else f"{number}" for number in numbers
+    )
 
 
 def default_columns(config: Config, sampler_config: SamplerConfig, number: int) -> int:
@@ -115,7 +117,7 @@ def number_of_class(given: str | int, names: Sequence[str], num_classes: int, *,
         known = " and ".join(f"class {number} ({names[number]})" for number in found)
         raise UserError(f"{option} {given} may be {known}: write name:{rest} or number:{rest}")
     every = f"0 to {num_classes - 1}"
-    if names:
+    if [*names] != [str(number) for number in range(len(names))]:
         shown = list_classes(names)
         every = shown if len(shown) <= _MOST_SHOWN else f"{every}; {option} help lists their names"
     hint = nearest(rest, names) if names and not rest.lstrip("-").isdecimal() else ""

@@ -122,7 +122,7 @@ def test_the_job_computes_the_bound_of_the_whole_set(trained, test_set, whole):
     assert likelihood.l_simple == pytest.approx(bound.eps_mse.mean(), rel=1e-5)
 
     terms = table(out / "terms.csv")
-    assert terms["t"].tolist() == list(range(T))
+    assert terms["t"].tolist() == list(range(1, T + 1))
     np.testing.assert_allclose(terms["bits"], bound.terms.mean(axis=1), rtol=1e-5)
     np.testing.assert_allclose(terms["bits_standard_error"], bound.terms.std(axis=1, ddof=1) / np.sqrt(359), rtol=1e-3)
     np.testing.assert_allclose(terms["x0_rmse"], 127.5 * np.sqrt(bound.x0_mse.mean(axis=1)), rtol=1e-5)
