@@ -51,7 +51,8 @@ def describe_class(job: SamplingJob, label: int | None) -> str:
     """Returns a class as pictures name it; empty if the run has none."""
     if label is None:
         return "no label" if job.trained.config.model.num_classes else ""
-    return job.trained.class_names[label] if job.trained.class_names else f"class {label}"
+    names = job.trained.class_names
+    return names[label] if names and names[label] != str(label) else f"class {label}"
 
 
 def describe_chain(job: SamplingJob, num_steps: int | None, *details: str) -> str:
@@ -59,7 +60,7 @@ def describe_chain(job: SamplingJob, num_steps: int | None, *details: str) -> st
     sampler, scale = job.sampler, job.sampler.guidance_scale
     guidance = "" if scale == 1 else f"guidance scale {scale:g}"
     chain = f"{sampler.sampler}, {num_steps} steps"
-    return ", ".join(filter(None, [f"{job.trained.config.name}, step {job.trained.step}", chain, guidance, *details]))
+    return ", ".join(filter(None, [f"{job.trained.config.name}, training step {job.trained.step}", chain, guidance, *details]))
 
 
 def hide(images: np.ndarray, known: np.ndarray) -> np.ndarray:
