@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_jax.config import DataConfig
+from ddpm_jax.data.fingerprint import check_same_set
 from ddpm_jax.data.sources import load_source
 from ddpm_jax.evaluation import bits_per_dim
 from ddpm_jax.evaluation.bits_per_dim import (
@@ -352,6 +354,28 @@ def test_the_script_computes_bits_and_prints_where(run, whole, run_script):
         Likelihood(**{k: v for k, v in json.loads((out / "likelihood.json").read_text()).items() if k != "job"}),
         likelihood,
     )
+
+
+def test_images_that_moved_are_found_and_checked(runs, tmp_path, run_script):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    images = np.random.default_rng(0).integers(0, 255, (6, 8, 8, 1), np.uint8)
+    for name in ("train", "test"):
+        np.save(first / f"{name}.npy", images)
+    config = runs.make_config(data=DataConfig(source="npy", path=str(first)))
+    run = runs.save_runs(runs.make_trained(config), folder=tmp_path / "run")
+    check_same_set(run / "data.json", load_source(config.data))
+    words = ("evaluate.py", "likelihood", run, "--num-strata", 2)
+    assert run_script(*words)[0] == 0
+    first.rename(second)
+    status, _, error = run_script(*words)
+    assert (status, f"data.path: {first} does not exist" in error) == (2, True)
+    status, printed, error = run_script(*words, "--data.path", second)  # the same job
+    assert status == 0, error
+    assert "images: split test of npy (held out: the run was not trained on them)\n" in printed
+    np.save(second / "train.npy", images[::-1])
+    status, _, error = run_script(*words, "--data.path", second)
+    assert (status, "was begun on other images than" in error) == (2, True)
 
 
 def test_the_script_draws_and_judges(run, run_script):

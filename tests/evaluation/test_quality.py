@@ -91,7 +91,8 @@ def test_a_file_is_judged_and_the_result_written_beside_it(shuffled, tmp_path):
     assert quality.images == 80
     assert quality.accuracy > 0.95
     assert json.loads((file.parent / "quality.json").read_text()) == dataclasses.asdict(quality)
-    confidence, _, distance = summary(quality).splitlines()
+    confidence, _, distance, images = summary(quality).splitlines()
+    assert images == "real images: digits, train (1438 images); held out: digits, test (359 images)"
     assert re.search(r"\(held-out real images: 0\.\d{3}, accuracy \d\d\.\d%\)$", confidence)
     assert re.fullmatch(r"FD-own [\d.]+; real vs real [\d.]+; ratio [\d.]+ \(80 images per side\)", distance)
 
@@ -130,5 +131,5 @@ def test_a_damaged_test_split_is_not_taken_for_none(train, tmp_path):
     (tmp_path / "test.npy").write_bytes((tmp_path / "train.npy").read_bytes()[:-1])
     np.savez(tmp_path / "drawn.npz", train.images[:4])
     config = Config(data=dataclasses.replace(DATA, source="npy", path=str(tmp_path)))
-    with pytest.raises(UserError, match="test.npy is cut short"):
+    with pytest.raises(UserError, match="test.npy is not a readable"):
         judge_file(tmp_path / "drawn.npz", config, number=4)
