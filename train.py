@@ -1,6 +1,6 @@
 """Trains a run: python train.py [CONFIG] [--workdir DIR] [--section.field VALUE ..].
 
-Run the same command again to resume.
+Run the same command again to resume, or: python train.py RUN [--train.steps N ..], with the folder of the run.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from ddpm_jax.run.checkpoints import silence_orbax
 from ddpm_jax.run.command import parse_run
 from ddpm_jax.run.validation import validate, warnings_of
 from ddpm_jax.system.environment import fix_options
+from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.exits import exit_at_once, run_script
 from ddpm_jax.system.hosts import Hosts, join
 from ddpm_jax.system.progress import say
@@ -37,7 +38,7 @@ class Options:
 
 
 def main() -> None:
-    options, config = parse_run(Options, description=__doc__)
+    options, config, folder = parse_run(Options, description=__doc__)
     fix_options()
     silence_orbax()
     validate(config)
@@ -45,7 +46,12 @@ def main() -> None:
     if options.summary:
         print(summary(build_network(config), image_shape(config)))
         return
-    run = Path(options.workdir or Path("runs") / config.name)
+    if folder is not None and Path(options.workdir or folder).resolve() != folder.resolve():
+        raise UserError(
+            f"{folder} is resumed in its own folder, not in --workdir {options.workdir}: leave --workdir out, or give "
+            "a config file to start another run"
+        )
+    run = folder or Path(options.workdir or Path("runs") / config.name)
     if options.check_data:
         for line in check_data(config, run / "data.png"):
             print(line, flush=True)

@@ -223,7 +223,7 @@ class LogConfig:
     num_samples: Count = field(default=64, metadata=_FREE)
     """Images per grid."""
     sample_steps: CountOrZero = field(default=0, metadata=_FREE)
-    """DDIM steps for a grid; 0: all T steps of Algorithm 2."""
+    """DDIM steps for a grid, all T of them if T is smaller; 0: all T steps of Algorithm 2."""
     tensorboard: bool = field(default=False, metadata=_FREE)
     """Also write metrics and grids for TensorBoard, into the run's folder (needs tensorboardX)."""
     wandb: str = field(default="", metadata=_FREE)

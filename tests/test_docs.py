@@ -226,8 +226,7 @@ def read_command(monkeypatch, tmp_path, default_precision):
             with pytest.raises(Read) as end:
                 module.main()
         if name == "train":
-            _, config = end.value.args[0]
-            validate(config)
+            validate(end.value.args[0].config)
         asked = end.value.args[0]
         if isinstance(asked, SamplerConfig):
             betas, predict = make_betas("linear", 1000), lambda x_t, t: x_t

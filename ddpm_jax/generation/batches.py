@@ -205,7 +205,7 @@ def grid_drawer(config: Config, network: Network, key: Array, *, mesh: Mesh) -> 
     It is one program over all devices of all hosts.
 
     Args:
-      config: of the run: `log.sample_steps` steps (0: Algorithm 2, else DDIM), `log.num_samples` images.
+      config: of the run: `log.sample_steps` steps, T at most (0: Algorithm 2, else DDIM), `log.num_samples` images.
       network: of the run.
       key: of the grids.
       mesh: where the weights lie.
@@ -213,7 +213,7 @@ def grid_drawer(config: Config, network: Network, key: Array, *, mesh: Mesh) -> 
     Returns:
       `draw(params)`, which returns (N, H, W, C) uint8.
     """
-    steps, number = config.log.sample_steps, config.log.num_samples
+    steps, number = min(config.log.sample_steps, config.diffusion.num_steps), config.log.num_samples
     sampler_config = SamplerConfig(sampler="ddim", steps=steps) if steps else SamplerConfig()
     make = make_chain(config, network, sampler_config)
     drawn = math.ceil(number / mesh.size) * mesh.size

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,9 @@ _FOLDER = "checkpoints"
 # Old steps are moved here at once and then deleted: a kill leaves no half-deleted step under its number.
 _DELETED = "deleted"
 _ITEMS = ("params", "ema", "optimizer", "time_sampling")
+
+# How long a reader tries to be faster than a run that trains and keeps a single checkpoint.
+_SECONDS_OF_TRIES = 60
 
 Warn = Callable[[str], None]
 
@@ -477,25 +481,33 @@ def load_ema(run: Path, *, step: int | None = None, warn: Warn) -> tuple[int, Pa
     Raises:
       UserError: the folder is not a run's, has no intact checkpoint, or none at `step`.
     """
-    with _reading(run) as (manager, steps):
+    device = jax.local_devices()[0]
+    damaged: dict[int, Damage] = {}
+    for manager, steps in _while_replaced(run):
         if step is not None and step not in steps:
             raise UserError(f"{run} has no checkpoint of step {step}: there are {', '.join(map(str, steps))}")
-        device = jax.local_devices()[0]
         for candidate in reversed(steps) if step is None else [step]:
+            if candidate in damaged:
+                continue
             try:
                 items, _ = _restore(
                     manager, candidate, {"ema": _abstract(manager, candidate, "ema", device)}, of=["ema"]
                 )
-            except Damage as damage:
+            except (Damage, UserError) as failure:
+                if _is_gone(run, candidate):
+                    continue
+                if isinstance(failure, UserError):
+                    raise
                 if step is not None:
                     others = ", ".join(str(other) for other in steps if other != step)
                     there = f"other checkpoints: {others}" if others else "there is no other"
-                    raise UserError(f"checkpoint {step} of {run} is damaged ({damage}): {there}") from damage
-                warn(f"checkpoint {candidate} is damaged ({damage})")
+                    raise UserError(f"checkpoint {step} of {run} is damaged ({failure}): {there}") from failure
+                warn(f"checkpoint {candidate} is damaged ({failure})")
+                damaged[candidate] = failure
                 continue
             return candidate, items["ema"]
     raise UserError(
-        f"no checkpoint in {run / _FOLDER} is intact ({len(steps)} damaged): restore the folder from a backup"
+        f"no checkpoint in {run / _FOLDER} is intact ({len(damaged)} damaged): restore the folder from a backup"
     )
 
 
@@ -525,7 +537,8 @@ def verify(run: Path) -> Iterator[Verdict]:
       UserError: the folder is not a run's, or has no checkpoint.
     """
     cpu = jax.local_devices(backend="cpu")[0]
-    with _reading(run) as (manager, steps):
+    any_verified = False
+    for manager, steps in _while_replaced(run):
         for step in steps:
             saved: dict[str, Any] = {}
             try:
@@ -533,11 +546,14 @@ def verify(run: Path) -> Iterator[Verdict]:
                 _check_items(manager, step, {_tokens(name): leaf["crc32"] for name, leaf in saved.items()}, cpu)
                 damage = None
             except Exception as error:  # damage raises half a dozen types
-                if not (run / _FOLDER / str(step)).exists():  # the run is training and has deleted it
+                if _is_gone(run, step):
                     continue
                 damage = _first_line(error)
             sizes = [math.prod(leaf["shape"]) * np.dtype(leaf["dtype"]).itemsize for leaf in saved.values()]
+            any_verified = True
             yield Verdict(step, len(saved), sum(sizes), damage)
+        if any_verified:
+            return
 
 
 def _tokens(name: str) -> tuple[str, ...]:
@@ -560,6 +576,33 @@ def _check_items(
                 raise Damage(f"the checksum of {name} differs")
     for missing in sorted(set(crcs) - found):
         raise Damage(f"{'.'.join(missing)} is missing")
+
+
+def _is_gone(run: Path, step: int) -> bool:
+    """Returns whether a checkpoint was deleted while it was read: the run is training."""
+    return not (run / _FOLDER / str(step)).exists()
+
+
+def _while_replaced(run: Path) -> Iterator[tuple[ocp.CheckpointManager, list[int]]]:
+    """Opens the checkpoints of a run, again while it deletes some of them, as a run that trains with few to keep does.
+
+    Yields:
+      as `_reading`.
+
+    Raises:
+      UserError: as `_reading`; or no checkpoint stays for long enough to be read.
+    """
+    until = time.monotonic() + _SECONDS_OF_TRIES
+    while True:
+        with _reading(run) as (manager, steps):
+            yield manager, steps
+        if not any(_is_gone(run, step) for step in steps):
+            return
+        if time.monotonic() > until:
+            raise UserError(
+                f"{run} is training, and its checkpoints are deleted before they can be read: try again, or train "
+                "with more --checkpoints.keep"
+            )
 
 
 @contextlib.contextmanager

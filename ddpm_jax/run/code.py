@@ -66,13 +66,30 @@ def check_same_code(recorded: dict[str, str], config: Config, run: Path) -> None
             )
 
 
-def use_copies(recorded: dict[str, str], config: Config, run: Path) -> Config:
+def is_same_function(field: str, saved: Config, requested: Config) -> bool:
+    """Returns whether a field names the same function of a file of the user's in both, wherever the file is.
+
+    `check_same_code` compares the files.
+    """
+    names = [value_of(config, field) for config in (saved, requested)] if field in _COPIES else [""]
+    return all(map(user_code.is_named, names)) and len({name.rpartition(":")[2] for name in names}) == 1
+
+
+def use_copies(recorded: dict[str, str], config: Config, run: Path, *, only_changed: bool = False) -> Config:
     """Returns a run's configuration with the copies in its folder in place of the user's files.
+
+    Args:
+      recorded: `checksums` in the run's record.
+      config: the configuration in it.
+      run: the run's folder.
+      only_changed: whether a file that still is what was recorded is used where it is.
 
     Raises:
       UserError: a copy is missing or not what was recorded.
     """
     for field, name in _named(config).items():
+        if only_changed and user_code.checksum_or_none(name) == recorded.get(field):
+            continue
         copied = user_code.renamed(name, run / _COPIES[field])
         if user_code.checksum(field, copied) != recorded.get(field):
             raise UserError(f"{run / _COPIES[field]} is not the file that {run} was trained with: put that back")

@@ -18,6 +18,7 @@ import tyro
 from ddpm_jax.config import Config
 from ddpm_jax.run.experiments import load_config
 from ddpm_jax.run.fields import Leaf, describe, leaves, nearest
+from ddpm_jax.run.record import is_run, read_to_resume
 from ddpm_jax.system.errors import UserError
 
 Options = typing.TypeVar("Options")
@@ -59,14 +60,27 @@ def parse_options(
     return read
 
 
+class RunCommand(typing.NamedTuple, typing.Generic[Options]):
+    """A command line that trains a run."""
+
+    options: Options
+    """The script's own options."""
+    config: Config
+    """The configuration, with the fields that the command line sets."""
+    folder: Path | None
+    """The folder of an existing run, if the command names one in place of a config file."""
+
+
 def parse_run(
     kind: type[Options],
     arguments: Sequence[str] | None = None,
     *,
     description: str = "",
     default: str = "configs/digits.py",
-) -> tuple[Options, Config]:
-    """Parses a command line of the form `[CONFIG_FILE] [options] [--section.field value ...]`.
+) -> RunCommand[Options]:
+    """Parses a command line of the form `[CONFIG_FILE or RUN] [options] [--section.field value ...]`.
+
+    The folder of a run stands for the configuration that is recorded in it.
 
     Args:
       kind: the script's own options: a frozen dataclass whose fields all have defaults.
@@ -75,11 +89,10 @@ def parse_run(
       default: the config file if none is given.
 
     Returns:
-      the script's options, and the configuration of the file with the fields that the command line sets. `validate`
-      checks their values.
+      the `RunCommand`. `validate` checks the values of its configuration.
 
     Raises:
-      UserError: as `parse_options` and `load_config`.
+      UserError: as `parse_options`, `load_config` and `read_to_resume`.
       SystemExit: `--help` was given and has been printed, with the defaults of the config file.
     """
     given = _words(arguments)
@@ -88,7 +101,7 @@ def parse_run(
     run = dataclasses.make_dataclass(
         "Run",
         [
-            ("config_file", Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=_CONFIG_FILE)], default),
+            ("config_or_run", Annotated[tyro.conf.Positional[str], tyro.conf.arg(help=_CONFIG_OR_RUN)], default),
             ("options", Annotated[kind, tyro.conf.arg(name="")], dataclasses.field(default_factory=kind)),
             ("config", Annotated[Config, tyro.conf.arg(name="")], Config()),
         ],
@@ -96,18 +109,23 @@ def parse_run(
     )
     file = default
     try:
-        file = _parse(run, words, known).config_file
+        file = _parse(run, words, known).config_or_run
     except UserError:
         # A mistake may be why help is asked for.
         if words == given:
             raise
     _refuse_value_of_flag(file)
-    defaults = run(config_file=file, config=load_config(file))
+    folder = Path(file) if is_run(Path(file)) else None
+    config = load_config(file) if folder is None else read_to_resume(folder)
+    defaults = run(config_or_run=file, config=config)
     read = _parse(run, given, known, description=description, default=defaults)
-    return read.options, read.config
+    return RunCommand(read.options, read.config, folder)
 
 
-_CONFIG_FILE = "The experiment: a Python file that sets `config`, or the name of one in configs/."
+_CONFIG_OR_RUN = (
+    "The experiment: a Python file that sets `config`, or the name of one in configs/; or the folder of a run, to "
+    "resume it with its own configuration."
+)
 
 Command = Callable[[Any], None]
 """A command of a script: its parameter `options` is annotated with their dataclass, its docstring is the help."""
@@ -209,7 +227,7 @@ def _check_names(words: Sequence[str], known: Mapping[str, Leaf]) -> None:
             continue
         last = name.rpartition(".")[2]
         if last == "resume":
-            raise UserError(f"unknown option {given}: run the same command again to resume")
+            raise UserError(f"unknown option {given}: run the same command again, or train.py RUN, to resume")
         meant = [each for each in _MEANT.get(last, ()) if each in known]
         hint = f": did you mean {' and '.join(map(_option, meant))}?" if meant else nearest(name, known, form=_option)
         raise UserError(f"unknown option {given}{hint or ': see --help'}")

@@ -35,6 +35,10 @@ def load_config(path: str | Path) -> Config:
       UserError: there is no such file, it fails, or it does not set `config`.
     """
     found = next((candidate for candidate in _candidates(str(path)) if candidate.is_file()), None)
+    if found is None and Path(path).is_dir():
+        raise UserError(
+            f"{path} is not the folder of a run: it has no config.json; give such a folder, or a config file"
+        )
     if found is None:
         folders = (Path("configs"), _CONFIGS)
         known = dict.fromkeys(file.stem for folder in folders for file in sorted(folder.glob("*.py")))

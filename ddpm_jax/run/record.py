@@ -51,6 +51,28 @@ def read_run(folder: Path) -> Config:
     return code.use_copies(checksums, config, folder)
 
 
+def is_run(folder: Path) -> bool:
+    """Returns whether a folder is that of a run: it has a record."""
+    return (folder / "config.json").is_file()
+
+
+def read_to_resume(folder: Path) -> Config:
+    """Reads the configuration that resumes a run, with the copies in its folder for those of the user's own files that
+    were moved or changed.
+
+    Args:
+      folder: the run's folder.
+
+    Returns:
+      the `Config`.
+
+    Raises:
+      UserError: as `read_run`.
+    """
+    config, checksums = _read(folder / "config.json")
+    return code.use_copies(checksums, config, folder, only_changed=True)
+
+
 def read_config(path: str | Path) -> Config:
     """Reads what `save_config` wrote.
 
@@ -167,7 +189,7 @@ def differences(saved: Config, requested: Config) -> list[str]:
     pairs = {
         name: (value_of(saved, name), value_of(requested, name))
         for name, leaf in leaves(Config).items()
-        if not leaf.free
+        if not leaf.free and not code.is_same_function(name, saved, requested)
     }
     return [f"{name}: {old!r} saved, {new!r} requested" for name, (old, new) in pairs.items() if old != new]
 
@@ -189,6 +211,6 @@ def check_same_run(file: Path, config: Config) -> None:
     if different:
         raise UserError(
             f"{file.parent} contains a run with a different configuration ({'; '.join(different)}): use the saved one "
-            "or another --workdir"
+            f"(python train.py {file.parent} resumes with it) or another --workdir"
         )
     code.check_same_code(checksums, config, file.parent)

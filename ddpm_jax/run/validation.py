@@ -41,11 +41,6 @@ def validate(config: Config) -> None:
             f"train.parallel=pmap keeps a full copy of the state on every device, and train.fsdp={train.fsdp} shards "
             "it: use --train.parallel jit or --train.fsdp 1"
         )
-    if config.log.samples_every and config.log.sample_steps > diffusion.num_steps:
-        raise UserError(
-            f"log.sample_steps={config.log.sample_steps} is more than diffusion.num_steps={diffusion.num_steps}: "
-            f"use --log.sample-steps {diffusion.num_steps} or fewer, or 0 for the whole chain"
-        )
     every, evaluated = config.checkpoints.every, config.eval.every
     if config.checkpoints.best_by == "eval_loss" and (not evaluated or every % evaluated):
         raise UserError(

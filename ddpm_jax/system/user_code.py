@@ -36,9 +36,21 @@ def checksum(field: str, name: str) -> str:
       UserError: the file cannot be read; the message begins with the name of the field.
     """
     try:
-        return hashlib.sha256(file_of(name).read_bytes()).hexdigest()
+        return _checksum(name)
     except OSError as error:
         raise UserError(f"{field}: cannot read {file_of(name)} ({error.strerror}); use file.py:function") from error
+
+
+def checksum_or_none(name: str) -> str | None:
+    """Returns the checksum of the file of `file.py:function`; None if it cannot be read."""
+    try:
+        return _checksum(name)
+    except OSError:
+        return None
+
+
+def _checksum(name: str) -> str:
+    return hashlib.sha256(file_of(name).read_bytes()).hexdigest()
 
 
 def load(field: str, name: str) -> Callable[..., Any]:

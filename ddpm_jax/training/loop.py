@@ -69,7 +69,7 @@ def train(
     Raises:
       UserError: the folder holds a different run or is in use, the images cannot be read, the batch does not fit the
         devices, a checkpoint cannot be read or written, or the loss is not finite.
-      Stopped: SIGINT or SIGTERM was received; a checkpoint is saved.
+      Stopped: SIGINT, SIGTERM, SIGUSR1 or SIGHUP was received; a checkpoint is saved.
     """
     source = source and check_source(source, "source")
     held_out = held_out and check_source(held_out, "held_out")

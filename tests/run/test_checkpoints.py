@@ -503,3 +503,24 @@ class TestFailingDisk:
             checkpoints.save(1, state_at(1), notes={})
             shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
             raise ZeroDivisionError
+
+
+def test_a_checkpoint_that_training_replaces_while_it_is_read_is_not_damaged(tmp_path, monkeypatch):
+    """As `checkpoints.keep` 1 does: the next one is read."""
+    restore, left = ocp.CheckpointManager.restore, [2, 3]
+
+    def replaced_meanwhile(manager, step, **rest):
+        if left:
+            save(tmp_path, left.pop(0), keep=1)
+        return restore(manager, step, **rest)
+
+    save(tmp_path, 1)
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", replaced_meanwhile)
+    step, ema = load_ema(tmp_path, warn=pytest.fail)
+    assert step == 3
+    chex.assert_trees_all_equal(ema, state_at(3)["ema"])
+    left.append(4)
+    assert [(verdict.step, verdict.damage) for verdict in verify(tmp_path)] == [(4, None)]
+    left.append(5)
+    with pytest.raises(UserError, match="has no checkpoint of step 4: there are 5"):
+        load_ema(tmp_path, step=4, warn=pytest.fail)

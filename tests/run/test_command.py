@@ -16,6 +16,7 @@ from ddpm_jax.config import Config, DataConfig
 from ddpm_jax.run.command import parse_options, parse_run, run_command
 from ddpm_jax.run.experiments import load_config
 from ddpm_jax.run.fields import cast, leaves, members, value_of
+from ddpm_jax.run.record import save_config
 from ddpm_jax.system.errors import UserError
 
 
@@ -107,13 +108,13 @@ def test_every_field_is_set_in_every_spelling():
 
 
 def test_fields_that_are_not_set_are_those_of_the_config_file():
-    assert parse_run(RunOptions, []) == (RunOptions(), DIGITS)
+    assert parse_run(RunOptions, []) == (RunOptions(), DIGITS, None)
     cifar10 = load_config("cifar10")
     for words in (
         ["cifar10", "--summary", "--train.steps=5"],
         ["--train.steps", "5", "--summary", "configs/cifar10.py"],
     ):
-        options, config = parse_run(RunOptions, words)
+        options, config, _ = parse_run(RunOptions, words)
         assert options == RunOptions(summary=True)
         assert config == dataclasses.replace(cifar10, train=dataclasses.replace(cifar10.train, steps=5))
 
@@ -213,7 +214,7 @@ WORDS = st.sampled_from([*FIELDS, *FLAGS, *VALUES, *(f"{field}={value}" for fiel
 @given(words=st.lists(WORDS | st.text(max_size=6), max_size=5))
 def test_any_line_is_parsed_or_refused(words):
     try:
-        options, config = parse_run(RunOptions, words)
+        options, config, _ = parse_run(RunOptions, words)
     except UserError:
         return
     except SystemExit:
@@ -223,6 +224,23 @@ def test_any_line_is_parsed_or_refused(words):
         cast(leaf.kind, value_of(config, name))
     for name, leaf in leaves(RunOptions).items():
         cast(leaf.kind, value_of(options, name))
+
+
+# The folder of a run
+
+
+def test_the_folder_of_a_run_stands_for_its_configuration(small, tmp_path):
+    save_config(small, tmp_path / "config.json")
+    options, config, folder = parse_run(RunOptions, [str(tmp_path), "--train.steps", "2000", "--summary"])
+    assert folder == tmp_path
+    assert options == RunOptions(summary=True)
+    assert config == dataclasses.replace(small, train=dataclasses.replace(small.train, steps=2000))
+
+
+def test_a_folder_that_is_no_runs_is_one_line(tmp_path):
+    assert refused(parse_config, str(tmp_path)).startswith(
+        f"{tmp_path} is not the folder of a run: it has no config.js"
+    )
 
 
 # Commands

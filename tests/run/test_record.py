@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm_jax.config import Config
+from ddpm_jax.run import code
 from ddpm_jax.run.fields import leaves, members, value_of
-from ddpm_jax.run.record import check_environment, check_same_run, differences, read_config, save_config
+from ddpm_jax.run.record import check_environment, check_same_run, differences, read_config, read_to_resume, save_config
 from ddpm_jax.system.errors import UserError
 
 _OF_TYPE = {
@@ -171,3 +172,22 @@ def test_a_run_is_resumed_under_the_settings_of_its_record(small, tmp_path, monk
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
     with pytest.raises(UserError, match=r"a different NVIDIA_TF32_OVERRIDE \(not set saved, 0 now\), which changes"):
         check_environment(path)
+
+
+def test_a_run_whose_own_file_was_moved_is_resumed_with_its_copy(small, with_value, tmp_path):
+    file, moved, run = tmp_path / "net.py", tmp_path / "moved.py", tmp_path / "run"
+    file.write_text("def make(config): ...")
+    config = with_value(small, "model.network", f"{file}:make")
+    save_config(config, run / "config.json")
+    code.keep_copies(config, run)
+    assert read_to_resume(run) == config
+    file.rename(moved)
+    resumed = read_to_resume(run)
+    assert resumed.model.network == f"{run / 'code' / 'network.py'}:make"
+    check_same_run(run / "config.json", resumed)
+    check_same_run(run / "config.json", with_value(small, "model.network", f"{moved}:make"))
+    with pytest.raises(UserError, match=r"different configuration \(model\.network: "):
+        check_same_run(run / "config.json", with_value(small, "model.network", f"{moved}:other"))
+    moved.write_text("def make(config): pass")
+    with pytest.raises(UserError, match="has changed since"):
+        check_same_run(run / "config.json", with_value(small, "model.network", f"{moved}:make"))

@@ -114,7 +114,7 @@ def two(cache, tmp_path_factory):
 def test_two_hosts_train_as_one(two, tmp_path, monkeypatch, record_property):
     network = runpy.run_path(str(REPOSITORY / "tests" / "faults" / "linear.py"), run_name="linear")["Linear"]
     monkeypatch.setattr(setup, "build_network", lambda config: from_linen(network(), image_shape(config)))
-    _, config = parse_run(Hosts, WORDS)
+    config = parse_run(Hosts, WORDS).config
     assert jax.device_count() == 8
     with jax.numpy_dtype_promotion("standard"):
         train(config, tmp_path)

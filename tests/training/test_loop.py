@@ -206,7 +206,7 @@ def signal_at(step, number):
     return Periodic(1, send)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_stops_the_run_after_its_step_and_the_same_command_resumes(trained, tmp_path, capsys, number):
     before = signal.getsignal(number)
     with pytest.raises(
