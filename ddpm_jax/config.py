@@ -185,6 +185,8 @@ class TrainConfig:
     """Precision of float32 products on accelerators (default: TF32 on recent GPUs, bfloat16 passes on TPUs)."""
     parallel: Parallel = field(default="jit", metadata=_FREE)
     """How a step is spread over the devices: jit over a mesh, or pmap."""
+    devices: CountOrZero = field(default=0, metadata=_FREE)
+    """Number of devices to train on, the first of those that JAX sees (on one host); 0: all of them."""
     fsdp: Count = field(default=1, metadata=_FREE)
     """Number of devices that share one copy of parameters, EMA weights and optimizer state."""
     grad_accum_steps: Count = field(default=1, metadata=_FREE)

@@ -1,6 +1,7 @@
 """The folder of a run: claimed by one process, and seen by every host."""
 
 import contextlib
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,14 +17,17 @@ from ddpm_jax.system.progress import say
 
 # A network file system may show a file to other hosts this much later.
 _SECONDS_TO_APPEAR = 60
+# What a start writes before its first step.
+_OF_A_START = ("config.json", "data.json", "init_from.json", "checkpoints", "tensorboard", "wandb", "wandb_id", ".lock")
 
 
 @contextlib.contextmanager
 def adopted(config: Config, run: Path) -> Iterator[Callable[[], None]]:
     """Claims a run's folder for this process and writes the configuration into it.
 
-    A refused start leaves no trace: unless the yielded function is called, the previous configuration is put back. A
-    folder whose run has saved nothing yet accepts any configuration.
+    A refused start leaves no trace: unless the yielded function is called, the previous configuration is put back and
+    what is new in the folder is deleted, with the folder itself if it is new. A folder whose run has saved nothing yet
+    accepts any configuration.
 
     Args:
       config: the configuration of the run.
@@ -36,13 +40,15 @@ def adopted(config: Config, run: Path) -> Iterator[Callable[[], None]]:
       UserError: the folder is in use or holds a different run.
     """
     file = run / "config.json"
-    with claimed(run):
+    moved = False
+    with _without_a_trace(run) as keep, claimed(run):
         if not has_saved(run):
             (run / "data.json").unlink(missing_ok=True)
         elif file.exists():
             check_same_run(file, config)
             if warning := check_environment(file):
                 say(f"warning: {warning}")
+            moved = read_config(file).data.path != config.data.path
         else:
             raise UserError(
                 f"{run} has checkpoints but no config.json, which says what run they belong to: put it back, or use "
@@ -56,13 +62,34 @@ def adopted(config: Config, run: Path) -> Iterator[Callable[[], None]]:
             def begin() -> None:
                 keep_copies(config, run)
                 begun.append(True)
+                if moved:
+                    say(f"{run}: data.path is now {config.data.path}")
+                keep()
 
             yield begin
         finally:
-            if not begun and before is None:
-                file.unlink(missing_ok=True)
-            elif not begun and before is not None:
+            if not begun and before is not None:
                 write_whole(file, lambda opened: opened.write(before))
+
+
+@contextlib.contextmanager
+def _without_a_trace(folder: Path) -> Iterator[Callable[[], None]]:
+    """Deletes at the end what is new in a folder, and the folder if it is new, unless the yielded function is called."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    new = [folder / name for name in _OF_A_START if not (folder / name).exists()]
+    kept: list[bool] = []
+    try:
+        yield lambda: kept.append(True)
+    finally:
+        for path in new if not kept else []:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        for each in made if not kept else []:
+            with contextlib.suppress(OSError):  # something else is in it
+                each.rmdir()
 
 
 def check_shared(config: Config, run: Path) -> None:

@@ -160,7 +160,7 @@ def fit(params: Params, weights: Mapping[str, Any]) -> tuple[Params, Fitted]:
     return traverse_util.unflatten_dict(merged, sep=_SEPARATOR), fitted
 
 
-def start_from(init_from: Path, params: Params, ema: Params, *, run: Path) -> tuple[Params, Params]:
+def start_from(init_from: Path, params: Params, ema: Params, *, run: Path, config: Config) -> tuple[Params, Params]:
     """Replaces a new run's weights, where they fit, by another run's EMA weights or those in a .safetensors file.
 
     The run's numbers depend on them, so it records which they were: started again (killed before its first
@@ -171,6 +171,7 @@ def start_from(init_from: Path, params: Params, ema: Params, *, run: Path) -> tu
       params: the parameters as initialized, without an axis of devices.
       ema: their EMA, likewise.
       run: the folder of the run that starts; gets a file `init_from.json`.
+      config: its configuration. Where the weights were trained for another diffusion, a warning names the difference.
 
     Returns:
       the parameters and their EMA.
@@ -182,11 +183,13 @@ def start_from(init_from: Path, params: Params, ema: Params, *, run: Path) -> tu
     if init_from.is_dir():
         step, average = load_ema(init_from, warn=say)
         weights = jax.tree.map(np.asarray, average)  # from the host they can go to any devices
+        trained_by = (init_from / "config.json").read_text() if (init_from / "config.json").is_file() else ""
     elif not init_from.exists():
         raise UserError(f"train.init_from={init_from}: there is no such run folder or .safetensors file")
     else:
         weights, metadata = load_weights(init_from)
         step = int(metadata["step"]) if metadata.get("step", "").isdigit() else None
+        trained_by = metadata.get("config", "")
     try:
         params, fitted = fit(params, weights)
         ema, _ = fit(ema, weights)
@@ -194,7 +197,25 @@ def start_from(init_from: Path, params: Params, ema: Params, *, run: Path) -> tu
         raise UserError(f"train.init_from={init_from}: {error}") from None
     _note(run / "init_from.json", {"from": str(init_from), "step": step, "crc32": checksum(weights)})
     say(f"starting from the weights of {init_from}{'' if step is None else f', step {step}'}:\n{fitted.table()}")
+    if different := _other_diffusion(trained_by, config):
+        say(
+            f"warning: these weights were trained with {', '.join(different)}: the network's input or output means "
+            "something else here, so it has to relearn it"
+        )
     return params, ema
+
+
+def _other_diffusion(trained_by: str, config: Config) -> list[str]:
+    """Lists the fields of the diffusion that differ from those in a JSON text of a configuration; [] if it is none."""
+    try:
+        theirs = dict(json.loads(trained_by)["diffusion"])
+    except (ValueError, TypeError, KeyError):
+        return []
+    ours = dataclasses.asdict(config.diffusion)
+    different = {name for name in ours if theirs.get(name, ours[name]) != ours[name]} - {"clip_x0"}
+    if "schedule" in different or ours["schedule"] in ("jsd", "cosine"):
+        different -= {"beta_start", "beta_end"}  # of one schedule only
+    return [f"diffusion.{name}={theirs[name]} ({ours[name]} here)" for name in ours if name in different]
 
 
 def _note(file: Path, found: dict[str, Any]) -> None:

@@ -69,7 +69,9 @@ def evaluating(parts: Setup, source: Source) -> Callable[[Event], None]:
     images = source.read(indices)
     labels = source.read_labels(indices) if config.model.num_classes and source.read_labels is not None else None
     # As many at a time as a device trains on at a time.
-    each = max(1, config.train.batch_size // (config.train.grad_accum_steps * jax.device_count()))
+    each = max(
+        1, config.train.batch_size // (config.train.grad_accum_steps * (config.train.devices or jax.device_count()))
+    )
     size = mesh.size * min(each, math.ceil(number / mesh.size))
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))

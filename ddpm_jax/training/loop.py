@@ -32,7 +32,7 @@ from ddpm_jax.training import plots
 from ddpm_jax.training.held_out import evaluating, load_test_split
 from ddpm_jax.training.hooks import Event, Periodic, Saving, append_metrics, drawing, logging
 from ddpm_jax.training.input_pipeline import make_input_pipeline, with_inputs
-from ddpm_jax.training.metric_writers import open_metric_writers
+from ddpm_jax.training.metric_writers import check_packages, open_metric_writers
 from ddpm_jax.training.metrics import Diagnostics, StepNumbers, read_lines, rewind
 from ddpm_jax.training.setup import Setup, make_setup
 from ddpm_jax.training.speed import SpeedMeter, forward_flops, peak_tflops
@@ -71,6 +71,7 @@ def train(
         devices, a checkpoint cannot be read or written, or the loss is not finite.
       Stopped: SIGINT, SIGTERM, SIGUSR1 or SIGHUP was received; a checkpoint is saved.
     """
+    check_packages(config)
     source = source and check_source(source, "source")
     held_out = held_out and check_source(held_out, "held_out")
     config = _with_given(config, network, source)
@@ -147,6 +148,8 @@ def _train(
         for name in ("metrics.jsonl", "timing.jsonl") if is_primary_host() else ():
             rewind(run / name, first, warn=say)
         if first >= num_steps:
+            if first == num_steps:
+                begun()  # its images may have moved
             say(f"{run} has done its {first} steps; --train.steps {2 * first} would train it further")
             return
         if first:
@@ -156,7 +159,6 @@ def _train(
         say(f"training on {environment.devices()}: {size:,} parameters")
         evaluation = [Periodic(config.eval.every, evaluating(parts, held_out))] if held_out else []
         grids = _make_draw(parts)
-        begun()
         training_step = layout.lift(with_inputs(parts.make_step, pipeline))
         window = [StepNumbers(*numbers) for numbers in notes.get("window", [])]
         diagnostics = Diagnostics(window, check=functools.partial(_check_finite, run, checkpoints))
@@ -167,6 +169,7 @@ def _train(
             pipeline.open(first, num_steps) as batches,
             Progress(num_steps, initial=first, unit="step", description=config.name) as progress,
         ):
+            begun()
             say("compiling the training step")
             meter = _make_meter(parts, first, lambda: batches.seconds_waited)
             log = functools.partial(append_metrics, run, writers)

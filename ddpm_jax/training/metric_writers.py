@@ -6,6 +6,7 @@ the same numbers.
 
 import contextlib
 import dataclasses
+import importlib.util
 import secrets
 import socket
 import time
@@ -82,7 +83,7 @@ def open_metric_writers(config: Config, run: Path, *, first: int) -> Iterator[Me
       the `MetricWriters`; empty on all hosts but the primary one.
 
     Raises:
-      UserError: a package is missing, the run's folder is not writable (then or later), or Weights & Biases cannot be
+      UserError: the run's folder is not writable (then or later), or Weights & Biases cannot be
         reached or rejects the login.
     """
     with contextlib.ExitStack() as opened:
@@ -95,8 +96,18 @@ def open_metric_writers(config: Config, run: Path, *, first: int) -> Iterator[Me
         yield MetricWriters(writers)
 
 
-def _missing(field: str, package: str) -> UserError:
-    return UserError(f"{field} needs the package {package}, which is not installed: pip install {package}")
+def check_packages(config: Config) -> None:
+    """Checks that the packages of the metric writers that a configuration requests are installed.
+
+    Raises:
+      UserError: one is not.
+    """
+    for field, wanted, package in (
+        ("log.tensorboard", config.log.tensorboard, "tensorboardX"),
+        ("log.wandb", config.log.wandb, "wandb"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(f"{field} needs the package {package}, which is not installed: pip install {package}")
 
 
 class _TensorBoard:
@@ -107,11 +118,9 @@ class _TensorBoard:
 
     def __init__(self, config: Config, run: Path, first: int):
         del config
-        try:
-            from tensorboardX import record_writer, summary
-            from tensorboardX.proto.event_pb2 import Event, SessionLog
-        except ImportError:
-            raise _missing("log.tensorboard", "tensorboardX") from None
+        from tensorboardX import record_writer, summary
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
         self._summary, self._event = summary, Event
         self._folder = run / "tensorboard"
         with self._writing():
@@ -160,10 +169,8 @@ class _TensorBoard:
 class _WandB:
     def __init__(self, config: Config, run: Path, first: int):
         del first
-        try:
-            import wandb
-        except ImportError:
-            raise _missing("log.wandb", "wandb") from None
+        import wandb
+
         self._wandb: types.ModuleType = wandb
         # The run's id there, kept so that a resumed run continues it.
         file = run / "wandb_id"

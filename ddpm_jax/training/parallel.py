@@ -77,7 +77,8 @@ def make_layout(
         in_parts = f" in {parts} parts" if parts > 1 else ""
         raise UserError(
             f"train.batch_size={batch_size} cannot be shared out evenly over {len(devices)} devices{in_parts}: "
-            f"use a multiple of {shares}"
+            f"use {_way_that_works(batch_size, len(devices), parts, fsdp)}, or, for a new run, a --train.batch-size "
+            f"that is a multiple of {shares}"
         )
     # The gradient of a convolution in a loop is 20 times slower on a CPU; elsewhere a loop compiles sooner.
     steps = {"parts": parts, "unroll": devices[0].platform == "cpu"}
@@ -86,6 +87,20 @@ def make_layout(
     if jax.process_count() > 1:
         raise UserError("train.parallel=pmap is for the devices of one host: use --train.parallel jit for many")
     return _pmap_layout(devices, steps)
+
+
+def _way_that_works(batch_size: int, devices: int, parts: int, fsdp: int) -> str:
+    """Returns the options that share out a batch over as many of the devices as can be, in about as many parts."""
+    fewer = range(devices, 0, -1) if jax.process_count() == 1 else [devices]
+    for number in fewer:
+        if batch_size % number or number % fsdp:
+            continue
+        fitting = [each for each in range(1, batch_size // number + 1) if batch_size // number % each == 0]
+        nearest = min(fitting, key=lambda each: (each < parts, abs(each - parts)))  # rather more parts: less memory
+        options = [f"--train.devices {number}"] if number < devices else []
+        options += [f"--train.grad-accum-steps {nearest}"] if nearest != parts else []
+        return " ".join(options)
+    return "another number of devices" if fsdp == 1 else f"another --train.fsdp than {fsdp}"
 
 
 def _jit_layout(mesh: jax.sharding.Mesh, batch_size: int, steps: dict[str, Any]) -> Layout:

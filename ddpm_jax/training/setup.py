@@ -11,6 +11,7 @@ from ddpm_jax.keys import make_key
 from ddpm_jax.networks import Network
 from ddpm_jax.run.build import build_network, build_schedule
 from ddpm_jax.schedules import Schedule
+from ddpm_jax.system.errors import UserError
 from ddpm_jax.time_sampling import TimeSampler, make_time_sampler
 from ddpm_jax.training.objective import Objective, make_objective
 from ddpm_jax.training.parallel import Layout, make_layout
@@ -73,7 +74,7 @@ def make_setup(config: Config, *, network: Network | None = None) -> Setup:
       network: the network; the one that the configuration describes if not given.
 
     Raises:
-      UserError: the batch does not fit the devices.
+      UserError: the batch cannot be shared out evenly over the devices, or there are fewer than requested.
     """
     seed_key = make_key(config.train.seed)
     schedule = build_schedule(config)
@@ -92,5 +93,17 @@ def make_setup(config: Config, *, network: Network | None = None) -> Setup:
             batch_size=config.train.batch_size,
             parts=config.train.grad_accum_steps,
             fsdp=config.train.fsdp,
+            devices=_devices(config.train.devices),
         ),
     )
+
+
+def _devices(number: int) -> list[jax.Device]:
+    devices = jax.devices()
+    if number > len(devices):
+        raise UserError(
+            f"train.devices={number}, but JAX sees {len(devices)}: use --train.devices {len(devices)}, or 0"
+        )
+    if number and jax.process_count() > 1:
+        raise UserError("train.devices chooses devices of one host: leave it out where several hosts train together")
+    return devices[: number or None]

@@ -32,6 +32,8 @@ def first_state(parts: Setup, checkpoints: Checkpoints, run: Path) -> tuple[Trai
     state = layout.init(parts.init, key)
     if parts.config.train.init_from:
         drawn = layout.saved_state(state)
-        params, ema = start_from(Path(parts.config.train.init_from), drawn.params, drawn.ema, run=run)
+        params, ema = start_from(
+            Path(parts.config.train.init_from), drawn.params, drawn.ema, run=run, config=parts.config
+        )
         state = layout.place_state(dataclasses.replace(drawn, params=params, ema=ema))
     return state, {}

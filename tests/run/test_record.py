@@ -142,6 +142,7 @@ def test_what_does_not_change_the_numbers_of_a_step_is_free():
         "data.workers",
         "train.steps",
         "train.parallel",
+        "train.devices",
         "train.fsdp",
         "train.grad_accum_steps",
         "train.remat",

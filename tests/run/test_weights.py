@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ddpm_jax.config import CheckpointConfig, Config, LogConfig, TrainConfig
+from ddpm_jax.config import CheckpointConfig, Config, DiffusionConfig, LogConfig, TrainConfig
 from ddpm_jax.run.checkpoints import Checkpoints, load_ema
 from ddpm_jax.run.weights import checksum, fit, load_weights, save_weights, start_from
 from ddpm_jax.system.errors import UserError
@@ -31,9 +31,9 @@ def weights_of(seed, **more):
     return {"down": {"conv": {"kernel": draw(3, 3, 2, 4), "bias": draw(4)}}, "out": {"bias": draw(2)}, **more}
 
 
-def begin(init_from, run):
+def begin(init_from, run, config=CONFIG):
     drawn = jax.tree.map(jnp.asarray, weights_of(1))
-    return start_from(init_from, drawn, drawn, run=run)
+    return start_from(init_from, drawn, drawn, run=run, config=config)
 
 
 @pytest.fixture
@@ -127,6 +127,16 @@ class TestStart:
             noted = json.loads((run / "init_from.json").read_text())
             assert noted == {"from": str(init_from), "step": 70, "crc32": checksum(weights_of(0))}
             assert f"starting from the weights of {init_from}, step 70:\nloaded" in capsys.readouterr().err
+
+    def test_of_another_diffusion_is_warned_about(self, file, tmp_path, capsys):
+        begin(file, tmp_path / "same", dataclasses.replace(CONFIG, diffusion=DiffusionConfig(clip_x0=False)))
+        assert "warning" not in capsys.readouterr().err
+        diffusion = DiffusionConfig(num_steps=100, prediction="v")
+        begin(file, tmp_path / "other", dataclasses.replace(CONFIG, diffusion=diffusion))
+        assert (
+            "warning: these weights were trained with diffusion.num_steps=1000 (100 here), diffusion.prediction=eps "
+            "(v here): " in capsys.readouterr().err
+        )
 
     def test_again_from_others_is_refused(self, file, tmp_path):
         run = tmp_path / "run"

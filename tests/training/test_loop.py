@@ -115,6 +115,25 @@ def test_a_longer_run_goes_on_by_pmap_as_by_jit(trained, tmp_path):
     assert load_ema(runs["pmap"], warn=pytest.fail)[0] == 8
 
 
+def test_a_run_goes_on_on_fewer_devices(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    train(with_train(steps=8, devices=4), tmp_path / "run")
+    shutil.copytree(trained, tmp_path / "all")
+    train(with_train(steps=8), tmp_path / "all")
+    here, there = (lines_of(tmp_path / name / "metrics.jsonl")[-1] for name in ("run", "all"))
+    np.testing.assert_allclose(here["loss"], there["loss"], rtol=1e-5)
+
+
+def test_a_finished_run_takes_the_new_place_of_its_images(tmp_path, capsys):
+    images, run = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), np.uint8), tmp_path / "run"
+    for name in ("images.npy", "moved.npy"):
+        np.save(tmp_path / name, images)
+        data = DataConfig(source="npy", path=str(tmp_path / name))
+        train(dataclasses.replace(with_train(steps=2), data=data), run)
+    assert read_config(run / "config.json").data == data
+    assert f"data.path is now {tmp_path / 'moved.npy'}" in capsys.readouterr().err
+
+
 def contents(run):
     return {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
@@ -134,14 +153,23 @@ def test_a_command_that_is_refused_leaves_the_folder_as_it_was(trained, choices,
     assert contents(trained) == before
 
 
-def test_what_a_refused_first_start_said_can_be_done(tmp_path):
-    run = tmp_path / "run"
+def test_a_refused_first_start_leaves_nothing_and_what_it_said_can_be_done(tmp_path):
+    run = tmp_path / "runs" / "run"
     classes = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, num_classes=5))
     with pytest.raises(UserError, match="num-classes 10|num_classes=10|10"):
         train(classes, run, network=None)
-    assert not (run / "config.json").exists()
     with pytest.raises(UserError, match="there is no such run folder"):
         train(with_train(init_from=str(tmp_path / "typo")), run)
+    with pytest.raises(
+        UserError, match="use --train.devices 6, or, for a new run, a --train.batch-size that is a mult"
+    ):
+        train(with_train(batch_size=12), run)
+    assert not list(tmp_path.iterdir())
+    run.mkdir(parents=True)
+    (run / "notes.txt").write_text("the user's own")
+    with pytest.raises(UserError, match="train.devices=9, but JAX sees 8: use --train.devices 8, or 0"):
+        train(with_train(devices=9), run)
+    assert [path.name for path in run.iterdir()] == ["notes.txt"]
     train(with_train(steps=1, seed=3), run)
     assert read_config(run / "config.json").train.seed == 3
 
