@@ -12,6 +12,8 @@ import pytest
 
 from ddpm_jax.generation.sampler_config import SamplerConfig
 from ddpm_jax.run import command
+from ddpm_jax.run.experiments import load_config
+from ddpm_jax.run.record import save_config
 from ddpm_jax.run.validation import validate
 from ddpm_jax.samplers.by_name import make_sampler
 from ddpm_jax.schedules import make_betas
@@ -207,6 +209,7 @@ class Read(Exception):
 def read_command(monkeypatch, tmp_path, default_precision):
     """Runs a script as far as its command line; what it reads there is checked, and nothing is done."""
     monkeypatch.chdir(tmp_path)
+    save_config(load_config("digits"), tmp_path / "runs" / "digits" / "config.json")  # the run of the documents
 
     def ending(parse):
         def parse_and_end(*arguments, **keywords):

@@ -74,7 +74,7 @@ def adopted(config: Config, run: Path) -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def _without_a_trace(folder: Path) -> Iterator[Callable[[], None]]:
-    """Deletes at the end what is new in a folder, and the folder if it is new, unless the yielded function is called."""
+    """Deletes at the end what is new in a folder, and a new folder itself, unless the yielded function is called."""
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     new = [folder / name for name in _OF_A_START if not (folder / name).exists()]
     kept: list[bool] = []

@@ -162,7 +162,7 @@ def test_positional_and_named_options():
         (["--train.lr", "1e-3"], "unknown option --train.lr: did you mean --train.learning-rate?"),
         (["--train.ema", "0.9"], "unknown option --train.ema: did you mean --train.ema-decay?"),
         (["--image-size=32"], "unknown option --image-size: did you mean --data.height and --data.width?"),
-        (["--resume"], "unknown option --resume: run the same command again to resume"),
+        (["--resume"], "unknown option --resume: run the same command again, or train.py RUN, to resume"),
         (["--train.steps", "many"], "--train.steps needs an integer, not 'many'"),
         (["--train.steps=1e5"], "--train.steps needs an integer, not '1e5'"),
         (["--train.steps"], "--train.steps needs an integer, but no value follows it"),
