@@ -28,7 +28,7 @@ FROM_PYTHON = "<python>"
 
 _FREE: dict[str, bool] = {"free": True}
 # A field marked so may change when a run is resumed: it changes how far or how fast the run goes and what it logs, but
-# none of its numbers at a given step.
+# none of its numbers at a given step. The learning rate does; where it changed is part of the record of the run.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,10 +165,10 @@ class TrainConfig:
     """Total number of training steps; a run with fewer is resumed to this many."""
     batch_size: Count = 128
     """Images per step, over all devices and hosts."""
-    learning_rate: Positive = 2e-4
-    """Learning rate of Adam after the warmup."""
-    warmup_steps: CountOrZero = 5000
-    """Steps over which the learning rate rises linearly from 0."""
+    learning_rate: Positive = field(default=2e-4, metadata=_FREE)
+    """Learning rate of Adam after the warmup; another one on resume applies from there on."""
+    warmup_steps: CountOrZero = field(default=5000, metadata=_FREE)
+    """Steps from the beginning over which the learning rate rises linearly from 0; may change like the rate."""
     grad_clip: NotNegative = 1.0
     """Clip the global norm of the gradient to this; 0: no clipping."""
     label_dropout: Probability = 0.1

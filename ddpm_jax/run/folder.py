@@ -10,7 +10,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.run.checkpoints import has_saved
 from ddpm_jax.run.code import keep_copies
 from ddpm_jax.run.fields import leaves, value_of
-from ddpm_jax.run.record import check_environment, check_same_run, read_config, save_config
+from ddpm_jax.run.record import LearningRates, check_environment, check_same_run, rates_so_far, read_config, save_config
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import claimed, write_whole
 from ddpm_jax.system.progress import say
@@ -22,7 +22,7 @@ _OF_A_START = ("config.json", "data.json", "init_from.json", "checkpoints", "ten
 
 
 @contextlib.contextmanager
-def adopted(config: Config, run: Path) -> Iterator[Callable[[], None]]:
+def adopted(config: Config, run: Path) -> Iterator[Callable[[LearningRates], None]]:
     """Claims a run's folder for this process and writes the configuration into it.
 
     A refused start leaves no trace: unless the yielded function is called, the previous configuration is put back and
@@ -34,13 +34,14 @@ def adopted(config: Config, run: Path) -> Iterator[Callable[[], None]]:
       run: its folder; made if it does not exist.
 
     Yields:
-      the function to call once training begins.
+      the function to call once training begins, with the learning rates of the run.
 
     Raises:
       UserError: the folder is in use or holds a different run.
     """
     file = run / "config.json"
     moved = False
+    rates: LearningRates = ()
     with _without_a_trace(run) as keep, claimed(run):
         if not has_saved(run):
             (run / "data.json").unlink(missing_ok=True)
@@ -48,6 +49,7 @@ def adopted(config: Config, run: Path) -> Iterator[Callable[[], None]]:
             check_same_run(file, config)
             if warning := check_environment(file):
                 say(f"warning: {warning}")
+            rates = rates_so_far(file, config)
             moved = read_config(file).data.path != config.data.path
         else:
             raise UserError(
@@ -55,11 +57,12 @@ def adopted(config: Config, run: Path) -> Iterator[Callable[[], None]]:
                 "another --workdir"
             )
         before = file.read_bytes() if file.exists() else None
-        save_config(config, file)
+        save_config(config, file, rates)
         begun: list[bool] = []
         try:
 
-            def begin() -> None:
+            def begin(rates: LearningRates) -> None:
+                save_config(config, file, rates)
                 keep_copies(config, run)
                 begun.append(True)
                 if moved:

@@ -17,14 +17,35 @@ FORMAT = 2
 """Version of the record: raised whenever a field gets another name or meaning. New fields with defaults need none."""
 
 
-def save_config(config: Config, path: str | Path) -> None:
+class LearningRate(typing.NamedTuple):
+    """The learning rate of a run from a step on."""
+
+    step: int
+    """Number of steps done before it applies."""
+    learning_rate: float
+    """As in `TrainConfig`."""
+    warmup_steps: int
+    """As in `TrainConfig`: counted from the beginning of the run."""
+
+    def is_of(self, config: Config) -> bool:
+        """Returns whether a configuration has the same learning rate."""
+        return self[1:] == (config.train.learning_rate, config.train.warmup_steps)
+
+
+LearningRates = tuple[LearningRate, ...]
+"""All learning rates that a run had, in order, the first from step 0; () if it never changed."""
+
+
+def save_config(config: Config, path: str | Path, rates: LearningRates = ()) -> None:
     """Writes the record of a run, whole or not at all: its sections beside `"format"` and `"environment"`, as JSON.
 
-    If the configuration names the user's own files, their checksums are beside them as `"code"`.
+    If the configuration names the user's own files, their checksums are beside them as `"code"`; if the learning rate
+    changed, all of them as `"learning_rates"`.
 
     Args:
       config: any configuration.
       path: the file; its folder is made if missing.
+      rates: the learning rates that the run had.
 
     Raises:
       UserError: the file cannot be written; the message gives the reason.
@@ -32,7 +53,46 @@ def save_config(config: Config, path: str | Path) -> None:
     here = {**environment.platform(), **environment.settings()}
     checksums = code.checksums(config)
     record = {"format": FORMAT, "environment": here, **dataclasses.asdict(config)}
-    write_json(Path(path), {**record, **({"code": checksums} if checksums else {})})
+    extra = {"code": checksums, "learning_rates": [rate._asdict() for rate in rates]}
+    write_json(Path(path), record | {name: value for name, value in extra.items() if value})
+
+
+def rates_so_far(file: Path, config: Config) -> LearningRates:
+    """Reads the learning rates of a run that is to be resumed.
+
+    Args:
+      file: the record of the run; if there is none, its learning rate never changed.
+      config: the configuration to resume it with.
+
+    Returns:
+      the learning rates up to now: that of its beginning, if the configuration is the first to change it.
+
+    Raises:
+      UserError: as `read_config`.
+    """
+    if not file.exists():
+        return ()
+    saved, _, rates = _read(file)
+    first = LearningRate(0, saved.train.learning_rate, saved.train.warmup_steps)
+    return rates if rates or first.is_of(config) else (first,)
+
+
+def rates_from(so_far: LearningRates, config: Config, step: int) -> LearningRates:
+    """Returns the learning rates of a run that is resumed from a step, with those of its past.
+
+    If the configuration asks for the last of them, all of them stay as they are, also those after the step, which
+    another start had reached.
+
+    >>> config = Config()
+    >>> rates_from((LearningRate(0, 1e-3, 5000),), config, 700)[-1]
+    LearningRate(step=700, learning_rate=0.0002, warmup_steps=5000)
+    """
+    if not so_far or so_far[-1].is_of(config):
+        return so_far
+    past = [rate for rate in so_far if rate.step < step]
+    if not past or not past[-1].is_of(config):
+        past.append(LearningRate(step, config.train.learning_rate, config.train.warmup_steps))
+    return tuple(past) if len(past) > 1 else ()
 
 
 def read_run(folder: Path) -> Config:
@@ -47,7 +107,7 @@ def read_run(folder: Path) -> Config:
     Raises:
       UserError: as `read_config`; also if a copy is missing or has changed.
     """
-    config, checksums = _read(folder / "config.json")
+    config, checksums, _ = _read(folder / "config.json")
     return code.use_copies(checksums, config, folder)
 
 
@@ -69,7 +129,7 @@ def read_to_resume(folder: Path) -> Config:
     Raises:
       UserError: as `read_run`.
     """
-    config, checksums = _read(folder / "config.json")
+    config, checksums, _ = _read(folder / "config.json")
     return code.use_copies(checksums, config, folder, only_changed=True)
 
 
@@ -91,8 +151,8 @@ def read_config(path: str | Path) -> Config:
     return _read(path)[0]
 
 
-def _read(path: str | Path) -> tuple[Config, dict[str, str]]:
-    """Returns the configuration in a record, and the checksums of the user's files that it names."""
+def _read(path: str | Path) -> tuple[Config, dict[str, str], LearningRates]:
+    """Returns the configuration in a record, the checksums of the user's files in it, and its learning rates."""
     loaded = _load(path)
     found = loaded.pop("format", 1)
     loaded.pop("environment", None)
@@ -103,7 +163,11 @@ def _read(path: str | Path) -> tuple[Config, dict[str, str]]:
         )
     checksums = loaded.pop("code", {})
     try:
-        return _from_json(Config, loaded, ""), checksums
+        rates = tuple(LearningRate(**each) for each in loaded.pop("learning_rates", []))
+    except TypeError as error:
+        raise UserError(f"{path}: learning_rates: {error}") from None
+    try:
+        return _from_json(Config, loaded, ""), checksums, rates
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -180,7 +244,7 @@ def differences(saved: Config, requested: Config) -> list[str]:
       requested: the configuration to resume it with.
 
     Returns:
-      one line per field; fields that change no number of a step (how many steps, how often to save) are left out.
+      one line per field; those that may change (how many steps, how often to save, the learning rate) are left out.
 
     >>> from ddpm_jax.config import TrainConfig
     >>> differences(Config(), Config(train=TrainConfig(batch_size=64, steps=10)))
@@ -206,7 +270,7 @@ def check_same_run(file: Path, config: Config) -> None:
     """
     if not file.exists():
         return
-    saved, checksums = _read(file)
+    saved, checksums, _ = _read(file)
     different = differences(saved, config)
     if different:
         raise UserError(

@@ -18,7 +18,7 @@ from ddpm_jax.data.fingerprint import check_same_set
 from ddpm_jax.data.sources import load_source
 from ddpm_jax.run.build import matmul_precision
 from ddpm_jax.run.checkpoints import Checkpoints
-from ddpm_jax.run.record import check_same_run
+from ddpm_jax.run.record import check_same_run, rates_so_far
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import claimed
 from ddpm_jax.system.progress import Progress, say
@@ -55,13 +55,14 @@ def find_not_finite(config: Config, run: Path) -> str:
         check_classes(config, source)
         parts = make_setup(config)
         layout, keys = parts.layout, parts.keys
-        step = layout.lift(parts.make_step)
         rules = config.checkpoints
         with Checkpoints(
             run, keep=rules.keep, keep_every=rules.keep_every, keep_best=rules.keep_best, warn=say
         ) as checkpoints:
             state, _ = first_state(parts, checkpoints, run)
         first = int(jax.device_get(layout.saved_state(state).step))
+        parts = parts.resumed(rates_so_far(run / "config.json", config), first)
+        step = layout.lift(parts.make_step)
         train = config.train
         batches: prefetch.Prefetch[prefetch.Examples] = prefetch.batches(
             source, train.seed, first, train.steps, batch_size=train.batch_size

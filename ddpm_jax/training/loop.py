@@ -22,6 +22,7 @@ from ddpm_jax.networks import Network, Params, parameter_shapes
 from ddpm_jax.run.build import check_fits, image_shape, matmul_precision
 from ddpm_jax.run.checkpoints import Checkpoints
 from ddpm_jax.run.folder import adopted, check_shared
+from ddpm_jax.run.record import LearningRates, rates_so_far
 from ddpm_jax.system import environment, pictures
 from ddpm_jax.system.errors import Stopped, UserError
 from ddpm_jax.system.exits import advice_for_memory
@@ -82,10 +83,11 @@ def train(
             stop_signals("stopping after this step and saving a checkpoint; press Ctrl-C again to quit without saving")
         )
         held.enter_context(matmul_precision(config))
-        begun = held.enter_context(adopted(config, run)) if is_primary_host() else lambda: None
+        begun = held.enter_context(adopted(config, run)) if is_primary_host() else lambda rates: None
         barrier("the run's folder is adopted")
         if not is_primary_host():
             check_shared(config, run)
+        so_far = rates_so_far(run / "config.json", config)
         source = for_training(config, load_source(config.data) if source is None else source)
         if is_primary_host():
             check_same_set(run / "data.json", source)
@@ -100,7 +102,7 @@ def train(
             f"a batch of {config.train.batch_size} images" + (f" in {number} parts" if number > 1 else ""),
             f"use --train.grad-accum-steps {2 * number} or more, --train.remat, or a smaller --train.batch-size",
         ):
-            _train(make_setup(config, network=network), run, source, held_out, hooks, received, begun)
+            _train(make_setup(config, network=network), run, source, held_out, hooks, received, so_far, begun)
 
 
 def _with_given(config: Config, network: Network | None, source: Source | None) -> Config:
@@ -128,7 +130,8 @@ def _train(
     held_out: Source | None,
     hooks: Sequence[Periodic],
     received: Sequence[int],
-    begun: Callable[[], None],
+    so_far: LearningRates,
+    begun: Callable[[LearningRates], None],
 ) -> None:
     config, layout, rules, num_steps = parts.config, parts.layout, parts.config.checkpoints, parts.config.train.steps
     pipeline = make_input_pipeline(
@@ -145,15 +148,18 @@ def _train(
     ) as checkpoints:
         state, notes = first_state(parts, checkpoints, run)
         first = int(jax.device_get(layout.saved_state(state).step))
+        parts = parts.resumed(so_far, first)
         for name in ("metrics.jsonl", "timing.jsonl") if is_primary_host() else ():
             rewind(run / name, first, warn=say)
         if first >= num_steps:
             if first == num_steps:
-                begun()  # its images may have moved
+                begun(parts.rates)  # its images may have moved
             say(f"{run} has done its {first} steps; --train.steps {2 * first} would train it further")
             return
         if first:
             say(f"{run}: resuming from step {first}")
+        if parts.rates and parts.rates[-1].step == first:
+            say(f"from step {first} on, the learning rate is {config.train.learning_rate:g} after the warmup")
         say(f"the images are {pipeline.kept}")
         size = sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(parts.network)))
         say(f"training on {environment.devices()}: {size:,} parameters")
@@ -169,12 +175,15 @@ def _train(
             pipeline.open(first, num_steps) as batches,
             Progress(num_steps, initial=first, unit="step", description=config.name) as progress,
         ):
-            begun()
+            begun(parts.rates)
             say("compiling the training step")
             meter = _make_meter(parts, first, lambda: batches.seconds_waited)
             log = functools.partial(append_metrics, run, writers)
             hooks = [
-                Periodic(config.log.every, logging(run, diagnostics, meter, writers, learning_rate(config.train))),
+                Periodic(
+                    config.log.every,
+                    logging(run, diagnostics, meter, writers, learning_rate(config.train, parts.rates)),
+                ),
                 *evaluation,
                 *(Periodic(config.log.samples_every, drawing(run, draw, writers)) for draw in grids),
                 *hooks,
@@ -221,8 +230,8 @@ def _check_finite(run: Path, checkpoints: Checkpoints, step: int, numbers: StepN
     last = f"the last good checkpoint is step {max(kept)}" if kept else "no checkpoint was saved yet"
     raise UserError(
         f"step {step}: loss {numbers.loss}, gradient norm {numbers.grad_norm}, parameter norm {numbers.param_norm}: "
-        f"training stopped, {last} in {run}; the same command with --debug-nans names the layer; or try a smaller "
-        "--train.learning-rate in another --workdir"
+        f"training stopped, {last} in {run}; the same command with --debug-nans names the layer; or resume with a "
+        "smaller --train.learning-rate"
     )
 
 

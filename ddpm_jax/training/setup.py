@@ -10,6 +10,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.keys import make_key
 from ddpm_jax.networks import Network
 from ddpm_jax.run.build import build_network, build_schedule
+from ddpm_jax.run.record import LearningRates, rates_from
 from ddpm_jax.schedules import Schedule
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.time_sampling import TimeSampler, make_time_sampler
@@ -46,6 +47,17 @@ class Setup(typing.NamedTuple):
     objective: Objective
     time_sampler: TimeSampler
     layout: Layout
+    rates: LearningRates = ()
+
+    def resumed(self, so_far: LearningRates, step: int) -> "Setup":
+        """Returns the parts of the run resumed from a step, whose learning rate may be another from there on.
+
+        Args:
+          so_far: the learning rates that it had.
+          step: number of steps done.
+        """
+        rates = rates_from(so_far, self.config, step)
+        return self._replace(rates=rates, optimizer=make_optimizer(self.config.train, rates))
 
     def init(self, key: Array) -> TrainState:
         """Makes the first state."""

@@ -12,6 +12,7 @@ from jax import Array
 
 from ddpm_jax.config import TrainConfig
 from ddpm_jax.networks import Network, Params
+from ddpm_jax.run.record import LearningRates
 from ddpm_jax.time_sampling import TimeSampler
 
 
@@ -54,19 +55,37 @@ def from_items(step: int, items: Mapping[str, Any], sharding: jax.sharding.Shard
     return TrainState(count, items["params"], items["ema"], items["optimizer"], items["time_sampling"])
 
 
-def learning_rate(config: TrainConfig) -> optax.Schedule:
+def learning_rate(config: TrainConfig, rates: LearningRates = ()) -> optax.Schedule:
     r"""Returns the learning rate of update k = 0, 1, ..
 
     .. math:: \mathrm{lr}_k = \mathrm{lr} \cdot \min(k / \mathrm{warmup}, 1)
 
     The first update has rate 0, as in the original code, which reads the step before it is counted.
+
+    Args:
+      config: lr and warmup.
+      rates: the same by the step from which they apply, if they changed; the last of them are those of `config`.
     """
-    if config.warmup_steps == 0:
-        return optax.constant_schedule(config.learning_rate)
-    return optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    if not rates:
+        return _warmed_up(config.learning_rate, config.warmup_steps)
+    pieces = [(rate.step, _warmed_up(rate.learning_rate, rate.warmup_steps)) for rate in rates]
+
+    def schedule(count: Any) -> Any:
+        if isinstance(count, int):
+            return next(piece(count) for step, piece in reversed(pieces) if step <= count)
+        value = pieces[0][1](count)
+        for step, piece in pieces[1:]:
+            value = jnp.where(count >= step, piece(count), value)
+        return value
+
+    return schedule
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+def _warmed_up(rate: float, steps: int) -> optax.Schedule:
+    return optax.linear_schedule(0.0, rate, steps) if steps else optax.constant_schedule(rate)
+
+
+def make_optimizer(config: TrainConfig, rates: LearningRates = ()) -> optax.GradientTransformation:
     """Makes the paper's optimizer: Adam, after the gradient of the whole batch is clipped to a global norm.
 
     The original clips on every TPU core before the cores are averaged, so that its result depends on their number;
@@ -74,7 +93,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
     Ho et al. 2020, app. B, and its code.
     """
-    adam = optax.adam(learning_rate(config), b1=0.9, b2=0.999, eps=1e-8)
+    adam = optax.adam(learning_rate(config, rates), b1=0.9, b2=0.999, eps=1e-8)
     return optax.chain(optax.clip_by_global_norm(config.grad_clip), adam) if config.grad_clip > 0 else adam
 
 

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from ddpm_jax.config import Config
 from ddpm_jax.run import code
 from ddpm_jax.run.fields import leaves, members, value_of
-from ddpm_jax.run.record import check_environment, check_same_run, differences, read_config, read_to_resume, save_config
+from ddpm_jax.run.record import (
+    LearningRate,
+    check_environment,
+    check_same_run,
+    differences,
+    rates_from,
+    rates_so_far,
+    read_config,
+    read_to_resume,
+    save_config,
+)
 from ddpm_jax.system.errors import UserError
 
 _OF_TYPE = {
@@ -141,6 +151,8 @@ def test_what_does_not_change_the_numbers_of_a_step_is_free():
         "data.device_gib",
         "data.workers",
         "train.steps",
+        "train.learning_rate",  # where it changed is recorded
+        "train.warmup_steps",
         "train.parallel",
         "train.devices",
         "train.fsdp",
@@ -173,6 +185,26 @@ def test_a_run_is_resumed_under_the_settings_of_its_record(small, tmp_path, monk
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
     with pytest.raises(UserError, match=r"a different NVIDIA_TF32_OVERRIDE \(not set saved, 0 now\), which changes"):
         check_environment(path)
+
+
+def test_a_learning_rate_that_changes_is_recorded_with_its_step(small, with_value, tmp_path):
+    path, other = tmp_path / "config.json", with_value(small, "train.learning_rate", 1e-5)
+    first = LearningRate(0, small.train.learning_rate, small.train.warmup_steps)
+    assert rates_so_far(path, small) == ()
+    save_config(small, path)
+    assert rates_so_far(path, small) == ()
+    assert rates_so_far(path, other) == (first,)
+    rates = rates_from((first,), other, 70)
+    assert rates == (first, LearningRate(70, 1e-5, small.train.warmup_steps))
+    save_config(other, path, rates)
+    assert read_config(path) == other
+    assert rates_so_far(path, other) == rates_so_far(path, small) == rates
+    for step in (50, 70, 90):  # 50: the newest checkpoints were damaged
+        assert rates_from(rates, other, step) == rates
+    assert rates_from(rates, small, 60) == rates_from(rates, small, 70) == ()
+    assert rates_from(rates, small, 90) == (*rates, first._replace(step=90))
+    path.write_text(path.read_text().replace('"step": 70', '"stap": 70'))
+    refused(path, "learning_rates: .*stap")
 
 
 def test_a_run_whose_own_file_was_moved_is_resumed_with_its_copy(small, with_value, tmp_path):

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -251,6 +252,29 @@ def test_a_signal_stops_the_run_after_its_step_and_the_same_command_resumes(trai
     assert (tmp_path / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
 
 
+def test_a_learning_rate_that_changes_on_resume_is_part_of_the_run(trained, tmp_path):
+    """From where it was changed; however often the run is stopped after that, and from wherever it is resumed."""
+    rules = CheckpointConfig(every=2, keep=10)
+    slower = dataclasses.replace(with_train(steps=12, learning_rate=1e-4), checkpoints=rules)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for run in (whole, parts):
+        shutil.copytree(trained, run)
+    train(slower, whole)
+    lines = lines_of(whole / "metrics.jsonl")
+    np.testing.assert_allclose([line["learning_rate"] for line in lines], [5e-4, 1e-3, 1e-3, 1e-4, 1e-4, 1e-4])
+    assert lines[:3] == lines_of(trained / "metrics.jsonl")
+    with pytest.raises(Stopped):
+        train(slower, parts, hooks=[signal_at(8, signal.SIGTERM)])
+    for saved in (parts / "checkpoints").iterdir():
+        if saved.name != "4":  # before the change
+            shutil.rmtree(saved)
+    train(slower, parts)
+    for name in ("metrics.jsonl", "config.json"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
+    (_, ema), (_, ema_there) = (load_ema(run, warn=pytest.fail) for run in (whole, parts))
+    chex.assert_trees_all_equal(ema, ema_there)
+
+
 def test_a_thread_that_is_not_the_main_one_trains_without_signal_handlers(trained, tmp_path):
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         threads.submit(jax.numpy_dtype_promotion("standard")(train), TINY, tmp_path).result()
@@ -335,10 +359,8 @@ class TestGivenInPython:
 
 class TestRefused:
     def test_another_configuration(self, trained):
-        with pytest.raises(
-            UserError, match=r"different configuration \(train.learning_rate: 0.001 saved, 0.1 requested\)"
-        ):
-            train(with_train(learning_rate=0.1, steps=9), trained)
+        with pytest.raises(UserError, match=r"different configuration \(train.ema_decay: 0.5 saved, 0.1 requested\)"):
+            train(with_train(ema_decay=0.1, steps=9), trained)
         assert read_config(trained / "config.json") == RECORDED
 
     def test_a_folder_in_use(self, tmp_path):
