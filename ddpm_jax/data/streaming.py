@@ -67,7 +67,13 @@ def stream(
       an iterator of (images,) or (images, labels), with `close()`. An error in reading is raised by the `next` whose
       batch it befell, also from another process; a process that was killed is a `UserError`.
     """
-    import grain  # takes a second, which runs that need no streaming do not have to spend
+    try:
+        import grain  # takes a second, which runs that need no streaming do not have to spend
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"a data set that is streamed from disk needs the package {error.name}, which is not installed: "
+            f"pip install {error.name}; or keep the set in memory, with a larger --data.memory-gib"
+        ) from error
 
     places = np.arange(batch_size)[rows]
     count = len(places)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 
 import chex
 import jax
@@ -173,6 +174,15 @@ def test_a_refused_first_start_leaves_nothing_and_what_it_said_can_be_done(tmp_p
     assert [path.name for path in run.iterdir()] == ["notes.txt"]
     train(with_train(steps=1, seed=3), run)
     assert read_config(run / "config.json").train.seed == 3
+
+
+def test_a_package_that_is_missing_is_named_and_nothing_is_left(tmp_path, monkeypatch):
+    np.save(tmp_path / "images.npy", np.zeros((16, 8, 8, 1), np.uint8))
+    data = DataConfig(source="npy", path=str(tmp_path / "images.npy"), memory_gib=0, device_gib=0)
+    monkeypatch.setitem(sys.modules, "grain", None)
+    with pytest.raises(UserError, match="streamed from disk needs the package grain, which is not installed: pip inst"):
+        train(dataclasses.replace(TINY, data=data), tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["images.npy"]
 
 
 def test_checkpoints_without_a_configuration_are_no_run(trained, tmp_path):
