@@ -18,7 +18,10 @@ from ddpm_jax.system.progress import say
 # A network file system may show a file to other hosts this much later.
 _SECONDS_TO_APPEAR = 60
 # What a start writes before its first step.
-_OF_A_START = ("config.json", "data.json", "init_from.json", "checkpoints", "tensorboard", "wandb", "wandb_id", ".lock")
+_OF_A_START = (
+    *("config.json", "data.json", "init_from.json", "metrics.jsonl", "timing.jsonl", "checkpoints", "tensorboard"),
+    *("wandb", "wandb_id", ".lock"),
+)
 
 
 @contextlib.contextmanager
