@@ -1,4 +1,4 @@
-"""A folder of your own images, 64x64: PNG, JPEG or WebP of any size, grayscale, color or with alpha.
+"""A folder of your own images, 64x64: PNG, JPEG, TIFF and more, of any size, grayscale, color or with alpha.
 
     python train.py configs/image_folder.py --data.path FOLDER
 

@@ -80,11 +80,9 @@ def _warnings(config: Config, source: Source) -> Iterator[str]:
 
 def _scaled(config: Config, source: Source, least: int, most: int) -> str:
     """Returns the end of a warning: how to use the other levels."""
-    if source.deep and most:
-        # The least that rounds to this level, and the fewest bits that reach it.
-        bits = max(1, int((most - 0.5) * config.data.white / 255).bit_length())
-        if 2**bits - 1 < config.data.white:
-            return f": the files have {bits} bits in 16; use --data.white {2**bits - 1}"
+    bits = source.deep.bit_length()
+    if 0 < 2**bits - 1 < config.data.white:
+        return f": the files have {bits} bits in 16; use --data.white {2**bits - 1}"
     if least == most:
         return ": the images are of one color"
     images = "images" if not least else f"(images - {least})"

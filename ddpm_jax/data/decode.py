@@ -39,8 +39,8 @@ class Facts(typing.NamedTuple):
     size: tuple[int, int]
     """(height, width)."""
     channels: int
-    deep: bool
-    """Whether it is gray with more than 8 bits."""
+    deep: int
+    """The highest level of gray with more than 8 bits, once it is decoded; 0: it has 8 bits."""
     several: bool
     """Whether there are more frames or pages than the first, which is read."""
 
@@ -64,7 +64,7 @@ def decode_with_facts(file: pathlib.Path | io.BytesIO, *, max_megapixels: float 
         facts = _facts(image)
         _scale_transparency(image)
         image.load()
-        _check_depth(image)
+        facts = facts._replace(deep=_check_depth(image))
         try:
             return ImageOps.exif_transpose(image), facts
         except Exception:  # what a camera noted is damaged, and not the picture
@@ -83,7 +83,7 @@ def look_over(path: pathlib.Path, *, max_megapixels: float = 0.0) -> tuple[int, 
             facts = _facts(image)
             image.draft(None, (1, 1))  # a JPEG is decoded at an eighth of its size
             image.load()
-            _check_depth(image)
+            facts = facts._replace(deep=_check_depth(image))
     return zlib.crc32(content), facts
 
 
@@ -131,7 +131,7 @@ def _open(
 
 def _facts(image: Image.Image) -> Facts:
     several = image.format in ("GIF", "TIFF", "WEBP", "PNG", "AVIF") and getattr(image, "is_animated", False)
-    return Facts(image.size[::-1], channels_of(image), image.mode.startswith(_DEEP), several)
+    return Facts(image.size[::-1], channels_of(image), 0, several)
 
 
 @contextlib.contextmanager
@@ -169,15 +169,18 @@ def _what_it_is(file: pathlib.Path | io.BytesIO) -> str:
     return "damaged, or of a kind that Pillow does not read" if start.startswith(_SIGNATURES) else "no picture"
 
 
-def _check_depth(image: Image.Image) -> None:
-    """Refuses pixels that cannot be converted to 8 bits without a guess."""
+def _check_depth(image: Image.Image) -> int:
+    """Refuses pixels that cannot be converted to 8 bits without a guess; returns the highest level of deeper gray."""
     if image.mode not in _CONVERTIBLE and not image.mode.startswith(_DEEP):
         kind = "floating-point pixels" if image.mode == "F" else f"pixels of the kind {image.mode}"
         raise Unreadable(f"{kind}: save it with 8 or 16 bits")
-    if image.mode == "I":
-        least, most = typing.cast(tuple[int, int], image.getextrema())
-        if least < 0 or most > WHITE:
-            raise Unreadable(f"levels from {least} to {most}: save it with 8 or 16 bits")
+    if not image.mode.startswith(_DEEP):
+        return 0
+    levels = np.asarray(image)
+    least, most = int(levels.min()), int(levels.max())
+    if least < 0 or most > WHITE:
+        raise Unreadable(f"levels from {least} to {most}: save it with 8 or 16 bits")
+    return most
 
 
 def channels_of(image: Image.Image) -> int:

@@ -380,7 +380,7 @@ def load(config: DataConfig) -> Source:
         unreadable=unreadable,
         label_fault=files.label_fault,
         notes=(*_note_of_files(config, files, len(unreadable)), *_notes_of_pictures(all_facts, shape)),
-        deep=any(facts.deep for facts in all_facts),
+        deep=max((facts.deep for facts in all_facts), default=0),
     )
     if images is not None:
         return in_memory(images[: len(readable)], labels, files.class_names, name=name, **others)

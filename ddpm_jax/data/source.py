@@ -50,8 +50,8 @@ class Source:
     """Why there are no labels, where something looks like labels and cannot be used."""
     notes: tuple[str, ...] = ()
     """Lines about what of the data is not used, or not as it is."""
-    deep: bool = False
-    """Whether images were reduced from gray with more than 8 bits."""
+    deep: int = 0
+    """The highest level of gray files with more than 8 bits; 0: there are none."""
     files_crc32: int | None = None
     """Of images that are on disk: the CRC-32 of the CRC-32s of their N files, where these were read to be checked."""
 

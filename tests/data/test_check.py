@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from ddpm_jax.config import Config, DataConfig, ModelConfig
-from ddpm_jax.data.check import check_classes, check_data, histogram
+from ddpm_jax.data.check import check_classes, check_data, for_training, histogram
 from ddpm_jax.data.source import in_memory
 from ddpm_jax.data.sources import load_source
 from ddpm_jax.system.errors import UserError
@@ -77,3 +77,39 @@ def test_a_held_out_set_may_lack_classes_but_not_have_others():
     for source, message in ((in_memory(images, [0, 3]), "have 4 classes"), (in_memory(images), "have no labels")):
         with pytest.raises(UserError, match=message):
             check_classes(config, source, training=False)
+
+
+def test_images_of_few_levels_are_told_of_in_training_too(sets, tmp_path, capsys):
+    for i in range(3):
+        levels = np.random.default_rng(i).integers(0, 4096, (9, 9)).astype(np.uint16)
+        levels[0, 0] = 4095
+        sets.save(tmp_path / "deep" / f"{i}.png", Image.fromarray(levels))
+    config = Config(data=sets.config("folder", tmp_path / "deep", (4, 4)))
+    lines, _ = looked_at(config, tmp_path / "data.png")
+    (warning,) = (line for line in lines if line.startswith("warning"))
+    assert warning.endswith("are used: the files have 12 bits in 16; use --data.white 4095")
+    for_training(config, load_source(config.data))
+    assert warning in capsys.readouterr().err.splitlines()
+    scaled = Config(data=sets.config("folder", tmp_path / "deep", (4, 4), white=4095))
+    assert not [line for line in looked_at(scaled, tmp_path / "data.png")[0] if line.startswith("warning")]
+    np.save(tmp_path / "a.npy", np.arange(17, dtype=np.uint8).reshape(1, 1, 17, 1))
+    lines, _ = looked_at(Config(data=sets.config("npy", tmp_path / "a.npy", (1, 17))), tmp_path / "data.png")
+    assert (
+        "warning: only levels 0 to 16 of 0 to 255 are used: scale the pixels, as by np.round(images * (255 / 16))"
+        in ("".join(lines))
+    )
+
+
+def test_classes_without_an_image_are_told_of_with_advice_that_can_be_followed(tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 1), np.uint8)
+    source = in_memory(images, np.arange(20) % 10 + 1)
+    with pytest.raises(UserError, match=r"the labels are 1 to 10; save them as labels - 1, .*; or use .*-classes 11$"):
+        check_classes(Config(model=ModelConfig(num_classes=10)), source)
+    config = Config(model=ModelConfig(num_classes=11))
+    check_classes(config, for_training(config, source))
+    assert "warning: no image of class 0, which" in capsys.readouterr().err
+    followed = in_memory(images, source.labels - 1)
+    config = Config(model=ModelConfig(num_classes=10))
+    check_classes(config, for_training(config, followed))
+    assert "warning" not in capsys.readouterr().err
+    assert for_training(Config(), source).read_labels is None

@@ -77,3 +77,35 @@ def test_a_path_is_where_it_was_named(tmp_path, monkeypatch):
     assert sources.resolve(DataConfig(source="folder", path="images", channels=3)).path == str(tmp_path / "images")
     assert sources.resolve(DataConfig(source="tfds:cifar10", path="gs://bucket/data")).path == "gs://bucket/data"
     assert sources.resolve(DataConfig()).path == ""
+
+
+@pytest.mark.parametrize("memory_gib", [1.0, 0.0])
+def test_what_is_held_out_follows_from_the_pixels_alone(sets, tmp_path, memory_gib):
+    pixels = np.stack([sets.noise(4, 4, 1, i) for i in range(100)])
+
+    def parts(order):
+        np.save(tmp_path / "set.npy", pixels[order])
+        np.save(tmp_path / "set_labels.npy", order)
+        config = sets.config("npy", tmp_path / "set.npy", (4, 4), holdout=0.2, memory_gib=memory_gib)
+        train, held_out = sources.load_source(config), sources.load_held_out(config)
+        assert (train.images is None) == (memory_gib == 0)
+        for source in (train, held_out):  # labels stay with their images
+            np.testing.assert_array_equal(sets.everything(source)[..., 0], pixels[source.labels])
+        return set(train.labels), set(held_out.labels)
+
+    some, few = parts(np.arange(60))
+    assert some | few == set(range(60))
+    assert 0 < len(few) < 30
+    train, held_out = parts(np.arange(100)[::-1])
+    assert some < train
+    assert few < held_out
+
+
+def test_a_part_is_held_out_of_a_set_that_has_no_other(sets, tmp_path):
+    assert "use --data.holdout 0" in sets.refused(sets.config("digits", holdout=0.1))
+    save_part(sets, "folder", tmp_path, "train", np.stack([sets.noise(4, 4, 1, i) for i in range(3)]))
+    assert "holds out 0 of 3 images" in sets.refused(sets.config("folder", tmp_path, (4, 4), holdout=1e-9))
+
+
+def test_a_path_that_would_not_be_looked_at_is_refused(sets, tmp_path):
+    assert "would not be looked at: give --data.source" in sets.refused(sets.config("digits", tmp_path))
