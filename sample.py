@@ -1,6 +1,7 @@
 """Samples images from a trained run: `python sample.py runs/digits`, `python sample.py progressive runs/digits`, .."""
 
 import dataclasses
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def draw(options: Options) -> None:
         raise UserError(f"--out {options.out}: --format {options.format} is not written as this file: name a folder")
     job = load_job(Path(options.run), seed=options.seed, step=options.step, sampler=options.alone())
     if job.trained.class_names:
-        say(f"classes in turn: {list_classes(job.trained.class_names, cycle_of(job.trained.config, job.sampler))}")
+        classes = list_classes(job.trained.class_names, cycle_of(job.trained.config, job.sampler))
+        say(f"classes in turn: {textwrap.shorten(classes, 200, placeholder=' ..')}")
     shown = run_job(
         job,
         out.folder or default_folder(job),
