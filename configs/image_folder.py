@@ -1,6 +1,6 @@
 """A folder of your own images, 64x64: PNG, JPEG, TIFF and more, of any size, grayscale, color or with alpha.
 
-    python train.py configs/image_folder.py --data.path FOLDER
+    python train.py configs/image_folder.py --data.path my_images
 
 Images are center-cropped and resized; for other sizes: `--data.height 128 --data.width 96` (each divisible by 16). For
 one GPU with 16 GB or more, a day or two; with few images, train for fewer steps (`--train.steps 100000`) and watch the

@@ -1,7 +1,7 @@
 """Your own images, from arrays in memory or read one by one:
 
-    python train.py configs/digits.py --data.source examples/own_data.py:make_source --data.height 16 --data.width 16 \
-        --data.channels 3 --model.num-classes 2
+    python train.py --data.source examples/own_data.py:make_source --data.height 16 --data.width 16 --data.channels 3 \
+        --model.num-classes 2 --workdir runs/shapes
 
 The function gets the data section of the run's configuration and returns a `Source` of uint8 images (N, H, W, C), of
 exactly that height, width and number of channels; None for a split that does not exist. The run's folder keeps a copy

@@ -1,8 +1,8 @@
 """Your own network, in Flax Linen, in Flax NNX, or as plain functions:
 
-    python train.py configs/digits.py --model.network examples/own_network.py:make_network
+    python train.py --model.network examples/own_network.py:make_network --workdir runs/own
 
-Sampling and evaluation need nothing more: the run's folder keeps a copy of this file (`python sample.py runs/digits`).
+Sampling and evaluation need nothing more: the run's folder keeps a copy of this file (`python sample.py runs/own`).
 The function gets the run's whole configuration. It returns a Linen module or a `Network`, which maps x_t, (B, H, W, C)
 in about [-1, 1], and t, (B,) in 0 .. T-1, to the prediction (by default of the noise), float32 shaped as x_t.
 """

@@ -2,22 +2,10 @@
 
 import ast
 import functools
-import importlib.util
 import re
-import shlex
-import sys
 from pathlib import Path
 
 import pytest
-
-from ddpm_jax.generation.sampler_config import SamplerConfig
-from ddpm_jax.run import command
-from ddpm_jax.run.experiments import load_config
-from ddpm_jax.run.record import save_config
-from ddpm_jax.run.validation import validate
-from ddpm_jax.samplers.by_name import make_sampler
-from ddpm_jax.schedules import make_betas
-from ddpm_jax.system.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -89,42 +77,6 @@ def numbers(cell):
         first, _, last = part.partition(" to ")
         found |= set(range(int(first), int(last or first) + 1))
     return found
-
-
-def commands(document):
-    """The calls of the scripts that a document shows, in blocks of code or in a line: (script, words)."""
-    text = document.read_text()
-    shown = "\n".join(FENCE.findall(text)).replace("\\\n", " ").splitlines() + SPAN.findall(FENCE.sub("", text))
-    for line in shown:
-        for part in re.split(r"&&|;", line.split(" #")[0]):
-            found = COMMAND.search(part)
-            # A line with brackets shows a form, not a command.
-            if found and "[" not in part:
-                yield found.group(1), tuple(shlex.split(found.group(2)))
-
-
-def option_spans(document):
-    """The options that a document names in a line, `--x 4` or `sample.py --x 4`: (front, words).
-
-    The front holds the script and what stands before the first option; it is empty for options alone.
-    """
-    for span in SPAN.findall(FENCE.sub("", document.read_text())):
-        found = re.fullmatch(r"((?:train|sample|evaluate)\.py [^-]*|)(--\w.*)", span)
-        if found:
-            yield tuple(found.group(1).split()), tuple(shlex.split(found.group(2)))
-
-
-# What stands before the options in a whole command of each kind; RUN is the folder.
-WHOLE = [
-    ("train.py",),
-    ("sample.py", "RUN"),
-    *(("sample.py", mode, "RUN") for mode in ("progressive", "share", "reconstruct", "interpolate", "inpaint")),
-    *(("evaluate.py", name, "RUN") for name in ("likelihood", "quality", "figures", "verify", "export")),
-]
-# Of other programs: `tfds build`.
-NOT_OURS = {"--data_dir"}
-
-COMMANDS = sorted({(document.name, *each) for document in DOCUMENTS for each in commands(document)})
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
@@ -199,116 +151,6 @@ def test_docstrings_that_cite_an_equation_are_in_the_map():
                 missing += [f"{file.stem}.{name}"] if (file, name) not in named else []
     assert cited > 20
     assert not missing, f"not in docs/paper_to_code.md: {', '.join(missing)}"
-
-
-class Read(Exception):
-    """Ends a script as soon as its command line is read."""
-
-
-@pytest.fixture
-def read_command(monkeypatch, tmp_path, default_precision):
-    """Runs a script as far as its command line; what it reads there is checked, and nothing is done."""
-    monkeypatch.chdir(tmp_path)
-    save_config(load_config("digits"), tmp_path / "runs" / "digits" / "config.json")  # the run of the documents
-
-    def ending(parse):
-        def parse_and_end(*arguments, **keywords):
-            raise Read(parse(*arguments, **keywords))
-
-        return parse_and_end
-
-    def read(name, words):
-        spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)  # where tyro looks the annotations up
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
-        with monkeypatch.context() as patch:
-            patch.setattr(command, "parse_options", ending(command.parse_options))
-            patch.setattr(command, "parse_run", ending(command.parse_run))
-            spec.loader.exec_module(module)
-            with pytest.raises(Read) as end:
-                module.main()
-        if name == "train":
-            validate(end.value.args[0].config)
-        asked = end.value.args[0]
-        if isinstance(asked, SamplerConfig):
-            betas, predict = make_betas("linear", 1000), lambda x_t, t: x_t
-            make_sampler(asked.sampler, betas, predict, num_steps=asked.steps, spacing=asked.spacing, eta=asked.eta)
-
-    return read
-
-
-def test_documents_show_commands():
-    scripts = [script for _, script, _ in COMMANDS]
-    assert {script: scripts.count(script) > 1 for script in ("train", "sample", "evaluate")} == dict.fromkeys(
-        ("train", "sample", "evaluate"), True
-    )
-    assert {name for name, _, _ in COMMANDS} >= {"README.md", "paper_to_code.md"}
-
-
-@pytest.mark.parametrize(
-    ("document", "script", "words"), COMMANDS, ids=lambda part: " ".join(part) if isinstance(part, tuple) else part
-)
-def test_commands_can_be_typed(read_command, document, script, words):
-    read_command(script, words)
-
-
-OPTIONS = sorted({(document.name, *each) for document in DOCUMENTS for each in option_spans(document)})
-
-
-def read_options(read_command, front, words):
-    """Reads options as those of some whole command with that front; without their value it is enough that they are."""
-    wholes = [whole for whole in WHOLE if tuple(word for word in whole if word != "RUN") == front or not front]
-    assert wholes, f"there is no command {' '.join(front)}"
-    lines = []
-    for script, *between in wholes:
-        try:
-            return read_command(script.removesuffix(".py"), [*between, *words])
-        except (UserError, ValueError) as error:
-            if len(words) == 1 and "but no value follows it" in str(error):
-                return None
-            lines.append(str(error))
-    raise UserError("; ".join(dict.fromkeys(lines)))
-
-
-@pytest.mark.parametrize(
-    ("document", "front", "words"),
-    [each for each in OPTIONS if each[2][0] not in {*NOT_OURS, "--help"}],
-    ids=lambda part: " ".join(part) if isinstance(part, tuple) else part,
-)
-def test_options_can_be_typed(read_command, document, front, words):
-    read_options(read_command, front, words)
-
-
-@pytest.mark.parametrize(
-    ("front", "words", "line"),
-    [
-        ((), ["--train.remat", "true"], "a flag takes no value"),
-        ((), ["--train.stps"], "did you mean --train.steps"),
-        ((), ["--train.parallel", "pmaps"], "needs one of"),
-        (("sample.py",), ["--train.steps", "5"], "unknown option --train.steps"),
-        (("evaluate.py", "likelihood"), ["--clip", "off"], "unknown option --clip"),
-    ],
-)
-def test_wrong_options_would_be_found(read_command, front, words, line):
-    with pytest.raises(UserError, match=line):
-        read_options(read_command, front, words)
-
-
-@pytest.mark.parametrize(
-    ("script", "words", "line"),
-    [
-        ("train", ["configs/cifar10.py", "--train.batchsize", "64"], "did you mean --train.batch-size"),
-        ("train", ["configs/cifar100.py"], "no config file"),
-        ("sample", ["runs/digits", "--sampler", "dim"], "needs one of"),
-        ("sample", ["runs/digits", "--steps", "5", "--spacing", "quadratc"], "unknown spacing"),
-        ("train", ["--diffusion.variance", "learned_range"], "not trained by L_simple"),
-        ("evaluate", ["likelihood", "runs/digits", "--sgma", "optimal"], "--sigma"),
-    ],
-)
-def test_wrong_commands_would_be_found(read_command, script, words, line):
-    with pytest.raises((UserError, ValueError), match=line):
-        read_command(script, words)
 
 
 def test_wrong_links_would_be_found(tmp_path):
