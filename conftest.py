@@ -1,6 +1,7 @@
 """Settings of every test and doctest: 8 simulated CPU devices, and jax at its strictest."""
 
 import os
+import signal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Read when jax starts, so set before it is imported. Compiling is most of what the tests do: without LLVM's
@@ -26,6 +27,10 @@ from ddpm_jax.keys import image_keys
 from ddpm_jax.samplers.ancestral import ancestral
 from ddpm_jax.samplers.chain import sample
 from ddpm_jax.schedules import make_schedule
+
+# Under nohup, as some runners start tests, it is ignored, and the tests of stopping by it would wait forever.
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -39,6 +39,8 @@ def advice_for_memory(what: str, advice: str) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:  # says itself what is wrong, such as a full disk
+        raise
     except Exception as error:
         if not _is_out_of_memory(error):
             raise
@@ -157,6 +159,8 @@ _REMEDIES: dict[int | None, str] = {
 def _is_out_of_memory(error: BaseException | None) -> bool:
     while error is not None:
         told = f"{type(error).__name__}: {error}"
+        if "os_error_code" in told:  # TensorStore calls a full disk an exhausted resource, too
+            return False
         if isinstance(error, MemoryError) or re.search(r"RESOURCE_EXHAUSTED|OUT_OF_MEMORY|XlaRuntime.*bad_alloc", told):
             return True
         error = error.__cause__
