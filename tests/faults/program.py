@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ddpm_jax.run.checkpoints import verify
+from ddpm_jax.run.checkpoints import silence_orbax, verify
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 60
@@ -564,6 +564,7 @@ def table(seen: collections.Counter) -> str:
 
 
 def main() -> None:
+    silence_orbax()
     parser = argparse.ArgumentParser(
         description="Breaks training runs in every way we know; exits with status 1 if data is lost."
     )
