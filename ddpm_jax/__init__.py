@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "keys": ("make_key", "image_keys"),
-    "schedules": ("make_schedule", "make_betas", "schedule_from_betas", "Schedule"),
+    "schedules": ("make_schedule", "make_betas", "schedule_from_betas", "zero_terminal_snr", "Schedule"),
     "forward": ("q_sample", "q_posterior"),
     "reverse": ("p_mean_variance", "predict_x0"),
     "losses": ("l_simple", "l_vlb", "l_hybrid"),
@@ -81,6 +81,7 @@ if typing.TYPE_CHECKING:
     from ddpm_jax.schedules import make_betas as make_betas
     from ddpm_jax.schedules import make_schedule as make_schedule
     from ddpm_jax.schedules import schedule_from_betas as schedule_from_betas
+    from ddpm_jax.schedules import zero_terminal_snr as zero_terminal_snr
     from ddpm_jax.system.errors import UserError as UserError
     from ddpm_jax.time_sampling import uniform_times as uniform_times
     from ddpm_jax.training.loop import train as train

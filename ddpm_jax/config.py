@@ -103,6 +103,8 @@ class DiffusionConfig:
     """The first beta; not used by jsd, cosine and const."""
     beta_end: Beta = 0.02
     """The last beta; not used by jsd and cosine."""
+    zero_terminal_snr: bool = False
+    """Rescale the betas so that no signal is left at the last step; not with prediction eps or mean."""
     prediction: Prediction = "eps"
     """What the network predicts."""
     variance: Variance = "fixed_large"

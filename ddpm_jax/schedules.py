@@ -156,6 +156,39 @@ def make_betas(name: ScheduleName, num_steps: int, *, beta_start: float = 1e-4, 
     return _BETAS[name](num_steps, beta_start, beta_end)
 
 
+def zero_terminal_snr(betas: ArrayLike) -> np.ndarray:
+    r"""Rescales betas so that nothing of x_0 is left at the last step, where chains start from pure noise.
+
+    .. math::
+      \sqrt{\bar\alpha_t} \leftarrow \frac{\sqrt{\bar\alpha_t} - \sqrt{\bar\alpha_{T-1}}}
+                                      {\sqrt{\bar\alpha_0} - \sqrt{\bar\alpha_{T-1}}}\, \sqrt{\bar\alpha_0}
+
+    The first step keeps its :math:`\bar\alpha`, and the last beta becomes 1. Train with prediction "v" or "x0": there,
+    eps does not determine x_0.
+
+    Args:
+      betas: (T,), T >= 2, each in (0, 1]; 1 is allowed only at the last step.
+
+    Returns:
+      (T,) float64.
+
+    Raises:
+      ValueError: there is one step only, which cannot both keep its signal and lose it.
+
+    Lin et al. 2024 (Common diffusion noise schedules and sample steps are flawed), Algorithm 1.
+
+    >>> [round(float(beta), 4) for beta in zero_terminal_snr([0.1, 0.2, 0.3])]
+    [0.1, 0.5981, 1.0]
+    """
+    betas = numbers(betas)
+    if betas.ndim != 1 or len(betas) < 2:
+        raise ValueError(f"zero terminal SNR needs the betas of at least 2 steps, not an array of shape {betas.shape}")
+    root = np.sqrt(np.cumprod(1 - betas))
+    root = (root - root[-1]) / (root[0] - root[-1]) * root[0]
+    ratio = np.append(root[0], root[1:] / root[:-1])
+    return 1 - ratio**2
+
+
 def schedule_from_betas(betas: ArrayLike, *, timesteps: ArrayLike | None = None) -> Schedule:
     r"""Computes the tables of a schedule from :math:`\beta_t`: in float64, each rounded once to float32.
 

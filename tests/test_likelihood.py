@@ -23,7 +23,8 @@ from ddpm_jax.likelihood import (
     total_bits,
 )
 from ddpm_jax.pixels import to_float
-from ddpm_jax.schedules import make_schedule, schedule_from_betas
+from ddpm_jax.reverse import from_x0
+from ddpm_jax.schedules import make_betas, make_schedule, schedule_from_betas, zero_terminal_snr
 
 SHAPE = (2, 3, 1)
 DIM = 6
@@ -127,6 +128,18 @@ def test_standard_normal_data_cost_what_the_schedule_says(on_nodes, variance, bi
     if variance == "fixed_large":
         assert bound.terms[1:].sum() + bound.prior == pytest.approx(0.5 * np.log2(1 / 1e-4), abs=2e-5)
         assert 0.5 * np.log2(1 / 1e-4) == pytest.approx(6.6438562, abs=1e-7)
+
+
+def test_standard_normal_data_cost_the_same_on_a_schedule_without_signal_at_its_end(on_nodes):
+    schedule, data = schedule_from_betas(zero_terminal_snr(make_betas("linear", 1000))), standard_normal()
+
+    def predict(x_t, t):
+        x0 = data.predict(schedule)(x_t, t)
+        return from_x0(schedule, x0, x_t, t, target="v")
+
+    bound = on_nodes(schedule, predict, *data.nodes(), prediction="v", variance="fixed_large")
+    assert bound.prior == 0
+    assert bound.terms[1:].sum() == pytest.approx(0.5 * np.log2(1 / 1e-4), abs=2e-5)
 
 
 def test_standard_normal_data_cost_it_also_when_drawn():

@@ -15,7 +15,7 @@ from ddpm_jax.samplers.ddim import ddim
 from ddpm_jax.samplers.dpm_solver import dpm_solver_pp_2m, dpm_solver_pp_2m_sde
 from ddpm_jax.samplers.respacing import evenly_spaced, leading, respace, trailing
 from ddpm_jax.samplers.unipc import unipc
-from ddpm_jax.schedules import make_betas
+from ddpm_jax.schedules import make_betas, zero_terminal_snr
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -171,3 +171,8 @@ def test_unipc(noise, order, prediction, spacing):
     sampler = unipc(respace(BETAS, times), predict, order=order, prediction=prediction, clip_x0=False)
     step = lambda k, output, t, x: scheduler.step(output, t, x).prev_sample
     assert_same_steps(sampler, predict, scheduler, noise, step)
+
+
+def test_zero_terminal_snr():
+    theirs = diffusers.schedulers.scheduling_ddim.rescale_zero_terminal_snr(torch.from_numpy(BETAS)).numpy()
+    np.testing.assert_allclose(zero_terminal_snr(BETAS), theirs, rtol=0, atol=1e-14)

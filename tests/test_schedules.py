@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddpm_jax.schedules import Schedule, make_betas, make_schedule, schedule_from_betas
+from ddpm_jax.schedules import Schedule, make_betas, make_schedule, schedule_from_betas, zero_terminal_snr
 
 NAMES = ("linear", "quad", "const", "warmup10", "warmup50", "jsd", "sigmoid", "cosine")
 ROUNDING = 1.2e-7  # of a number stored as float32
@@ -121,6 +121,10 @@ class TestRefusals:
     def test_no_steps(self, num_steps):
         with pytest.raises(ValueError, match=f"num_steps={num_steps}"):
             make_schedule("linear", num_steps)
+
+    def test_zero_terminal_snr_in_one_step(self):
+        with pytest.raises(ValueError, match="at least 2 steps"):
+            zero_terminal_snr([0.5])
 
     def test_unknown_name(self):
         with pytest.raises(ValueError, match="unknown schedule 'linaer': choose one of linear, quad"):
@@ -259,6 +263,13 @@ class TestNumbersOfThePaper:
         self.close(longer.betas[0], 9.8658188e-06)
         self.close(longer.alphas_bar[np.array([1999, 3999])], [0.49384359, 1.5179805e-10])
         self.close(longer.posterior_variance[1], 5.0076834e-06)
+
+    @pytest.mark.parametrize("name", ["linear", "cosine", "jsd"])
+    def test_zero_terminal_snr_moves_only_what_is_left_at_the_end(self, name):
+        betas = make_betas(name, 1000)
+        root, rescaled = (np.sqrt(np.cumprod(1 - values)) for values in (betas, zero_terminal_snr(betas)))
+        assert rescaled[-1] == 0
+        np.testing.assert_allclose(rescaled, (root - root[-1]) * root[0] / (root[0] - root[-1]), rtol=1e-9, atol=1e-15)
 
     def test_linear_rescaled_to_4000_steps(self):
         schedule = make_schedule("linear", 4000, beta_start=2.5e-5, beta_end=0.005)

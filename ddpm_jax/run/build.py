@@ -14,7 +14,7 @@ from ddpm_jax.config import FROM_PYTHON, Config
 from ddpm_jax.data.source import shape_of
 from ddpm_jax.networks import Network, check_network, from_linen
 from ddpm_jax.reverse import LEARNED_VARIANCES
-from ddpm_jax.schedules import Schedule, make_betas, schedule_from_betas
+from ddpm_jax.schedules import Schedule, make_betas, schedule_from_betas, zero_terminal_snr
 from ddpm_jax.system import user_code
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.unet import UNet
@@ -23,9 +23,10 @@ from ddpm_jax.unet import UNet
 def build_betas(config: Config) -> np.ndarray:
     """Returns the betas, (T,) float64, of a configuration that `validate` accepts."""
     diffusion = config.diffusion
-    return make_betas(
+    betas = make_betas(
         diffusion.schedule, diffusion.num_steps, beta_start=diffusion.beta_start, beta_end=diffusion.beta_end
     )
+    return zero_terminal_snr(betas) if diffusion.zero_terminal_snr else betas
 
 
 def build_schedule(config: Config) -> Schedule:

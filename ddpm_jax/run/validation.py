@@ -63,6 +63,8 @@ def validate(config: Config) -> None:
             f"loss.weighting={config.loss.weighting} applies to L_simple, not to loss.kind=vlb: use --loss.weighting "
             "none"
         )
+    if diffusion.zero_terminal_snr and diffusion.num_steps < 2:
+        raise UserError("diffusion.zero_terminal_snr needs diffusion.num_steps of at least 2, not 1")
     _check_end(config)
     try:
         if not model.network:
@@ -77,10 +79,10 @@ def _check_end(config: Config) -> None:
     before, last = np.append(1, np.cumprod(1 - betas))[-2:]
     weights = {"eps": np.sqrt(last), "mean": np.sqrt(before) * betas[-1] / (1 - last)}
     if weights.get(diffusion.prediction, 1) < np.finfo(np.float32).tiny:
+        schedule = "zero-terminal-SNR" if diffusion.zero_terminal_snr else diffusion.schedule
         raise UserError(
             f"diffusion.prediction={diffusion.prediction} does not determine x_0 at the last step of the "
-            f"{diffusion.schedule} schedule, where alphas_bar is {last:.3g}: use --diffusion.prediction v or x0, or "
-            "smaller betas"
+            f"{schedule} schedule, where alphas_bar is {last:.3g}: use --diffusion.prediction v or x0, or smaller betas"
         )
 
 

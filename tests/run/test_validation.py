@@ -72,6 +72,8 @@ def test_what_cannot_be_trained_is_one_line(small, with_value, changes, line):
         *((DiffusionConfig(schedule="jsd", prediction=prediction), True) for prediction in ("x0", "v", "mean")),
         (DiffusionConfig(schedule="const", beta_end=0.9), False),
         (DiffusionConfig(schedule="const", beta_end=0.9, prediction="mean"), False),
+        (DiffusionConfig(schedule="linear", zero_terminal_snr=True, prediction="v"), True),
+        (DiffusionConfig(schedule="linear", zero_terminal_snr=True), False),
     ],
 )
 def test_a_prediction_must_determine_x0_at_the_last_step(small, diffusion, passes):
@@ -79,7 +81,8 @@ def test_a_prediction_must_determine_x0_at_the_last_step(small, diffusion, passe
     if passes:
         validate(config)
     else:
-        refused(config, f"does not determine x_0 at the last step of the {diffusion.schedule} schedule")
+        schedule = "zero-terminal-SNR" if diffusion.zero_terminal_snr else diffusion.schedule
+        refused(config, f"does not determine x_0 at the last step of the {schedule} schedule")
 
 
 @pytest.mark.parametrize(
