@@ -129,10 +129,23 @@ class ModelConfig:
     """Residual blocks per level on the way down; one more on the way up."""
     attention_resolutions: tuple[Count, ...] = (16,)
     """Heights of the feature maps at which each block is followed by attention."""
+    mid_attention: bool = True
+    """Attention in the middle block."""
     num_heads: Count = 1
     """Attention heads; must divide the channels of every level."""
+    num_head_channels: CountOrZero = 0
+    """Channels of each attention head, instead of num_heads: wider levels have more heads; 0: num_heads heads."""
     num_groups: Count = 32
     """Groups of the group normalizations; must divide the channels of every level."""
+    norm_eps: Positive = 1e-6
+    """Added to the variance in the group normalizations; PyTorch's default is 1e-5."""
+    symmetric_downsampling: bool = False
+    """Zero padding of the downsampling convolutions: on every side (PyTorch's way), or at the bottom and right only
+    (TensorFlow's, the paper's)."""
+    freq_shift: CountOrZero = 1
+    """Frequencies of the timestep embedding: 10000^(-k / (width / 2 - freq_shift)) for k = 0, 1, .."""
+    cos_first: bool = False
+    """Order of the timestep embedding: cosines before sines."""
     dropout: Probability = 0.1
     """Dropout rate in each residual block."""
     num_classes: CountOrZero = 0

@@ -30,26 +30,30 @@ def _init(scale: float) -> nn.initializers.Initializer:
 _DEFAULT, _NEAR_ZERO = _init(1.0), _init(1e-10)
 
 
-def time_embedding(t: Array, dim: int) -> Array:
+def time_embedding(t: Array, dim: int, *, freq_shift: int = 1, cos_first: bool = False) -> Array:
     r"""Embeds timesteps as sines and cosines of geometrically spaced frequencies.
 
     .. math:: e = [\sin(t f_0), .., \sin(t f_{h-1}), \cos(t f_0), .., \cos(t f_{h-1})], \quad
-              f_k = 10000^{-k / (h - 1)}, \quad h = \lfloor \mathrm{dim} / 2 \rfloor
+              f_k = 10000^{-k / (h - s)}, \quad h = \lfloor \mathrm{dim} / 2 \rfloor
 
     Args:
       t: 0-based timesteps, (B,) int32.
       dim: embedding size, >= 4, static.
+      freq_shift: s, in [0, h): at 1 the lowest frequency is 1/10000, at 0 it is a little higher.
+      cos_first: whether the cosines come before the sines.
 
     Returns:
       (B, dim) float32; the last column is 0 if `dim` is odd.
 
-    Ho et al. 2020, app. B; Vaswani et al. 2017, sec. 3.5; the order and the h - 1 follow the original code.
+    Ho et al. 2020, app. B; Vaswani et al. 2017, sec. 3.5; the defaults follow the original code. Improved DDPM has the
+    cosines first and s = 0.
     """
     chex.assert_rank(t, 1)
     half = dim // 2
-    frequencies = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-math.log(10000) / (half - 1)))
+    frequencies = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-math.log(10000) / (half - freq_shift)))
     angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
-    embedding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+    waves = [jnp.cos(angles), jnp.sin(angles)] if cos_first else [jnp.sin(angles), jnp.cos(angles)]
+    embedding = jnp.concatenate(waves, axis=1)
     return jnp.pad(embedding, [(0, 0), (0, dim % 2)])
 
 
@@ -93,6 +97,7 @@ class ResnetBlock(nn.Module):
     num_groups: int
     dropout: float
     dtype: DTypeLike
+    norm_eps: float = 1e-6
 
     @nn.compact
     def __call__(self, x: Array, embedding: Array, dropout_keys: Array | None) -> Array:
@@ -115,6 +120,7 @@ class AttentionBlock(nn.Module):
     num_heads: int
     num_groups: int
     dtype: DTypeLike
+    norm_eps: float = 1e-6
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -132,7 +138,7 @@ class AttentionBlock(nn.Module):
 
 def _norm(block: "ResnetBlock | AttentionBlock | UNet", name: str) -> nn.GroupNorm:
     # Two-pass variance, as in the original; the fast one, E[x^2] - E[x]^2, loses precision.
-    return nn.GroupNorm(block.num_groups, epsilon=1e-6, use_fast_variance=False, dtype=block.dtype, name=name)
+    return nn.GroupNorm(block.num_groups, epsilon=block.norm_eps, use_fast_variance=False, dtype=block.dtype, name=name)
 
 
 def _convolve(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
@@ -150,6 +156,7 @@ def _conv(
     name: str,
     *,
     strides: int = 1,
+    padding: str | int = "SAME",
     init: nn.initializers.Initializer = _DEFAULT,
 ) -> nn.Conv:
     # At stride 2, "SAME" pads one row and column of zeros, at the bottom and right only, as TensorFlow does.
@@ -157,7 +164,7 @@ def _conv(
         channels,
         (3, 3),
         strides=strides,
-        padding="SAME",
+        padding=padding,
         kernel_init=init,
         dtype=block.dtype,
         conv_general_dilated=_convolve,
@@ -179,15 +186,28 @@ class UNet(nn.Module):
     num_res_blocks: int = 2
     """Residual blocks per level on the way down; one more on the way up."""
     attention_resolutions: Sequence[int] = (16,)
-    """Heights of the levels whose blocks are followed by attention; the middle block always has it."""
+    """Heights of the levels whose blocks are followed by attention."""
+    mid_attention: bool = True
+    """Whether the middle block has attention."""
     num_heads: int = 1
-    """Attention heads."""
+    """Attention heads, the same number at every level."""
+    num_head_channels: int = 0
+    """Channels of each attention head, so that wider levels have more heads; 0: `num_heads` heads."""
     dropout: float = 0.1
     """Dropout rate in each residual block."""
     out_channels: int = 3
     """Output channels: as many as the image has, or twice as many for a learned variance."""
     num_groups: int = 32
     """Groups of each group normalization; must divide the channels of every level."""
+    norm_eps: float = 1e-6
+    """Added to the variance in each group normalization."""
+    symmetric_downsampling: bool = False
+    """Whether a downsampling convolution pads its input by a row and column of zeros on every side, as in PyTorch; else
+    at the bottom and right only, as in TensorFlow."""
+    freq_shift: int = 1
+    """Shift of the frequencies of the timestep embedding, see `time_embedding`."""
+    cos_first: bool = False
+    """Whether the cosines of the timestep embedding come before the sines."""
     num_classes: int = 0
     """Number of classes of a class-conditional network; 0: unconditional."""
     dtype: DTypeLike = jnp.float32
@@ -238,12 +258,14 @@ class UNet(nn.Module):
         def resnet(h: Array, channels: int, name: str) -> Array:
             index = next(block_indices)
             keys = None if dropout_keys is None else per_image_keys.fold(dropout_keys, index)
-            return resnet_block(channels, self.num_groups, self.dropout, self.dtype, name=name)(h, embedding, keys)
+            block = resnet_block(channels, self.num_groups, self.dropout, self.dtype, self.norm_eps, name=name)
+            return block(h, embedding, keys)
 
         def attention(h: Array, name: str) -> Array:
-            return attention_block(self.num_heads, self.num_groups, self.dtype, name=name)(h)
+            num_heads = h.shape[-1] // self.num_head_channels if self.num_head_channels else self.num_heads
+            return attention_block(num_heads, self.num_groups, self.dtype, self.norm_eps, name=name)(h)
 
-        embedding = time_embedding(t, self.width)
+        embedding = time_embedding(t, self.width, freq_shift=self.freq_shift, cos_first=self.cos_first)
         embedding = nn.Dense(4 * self.width, kernel_init=_DEFAULT, dtype=self.dtype, name="temb_dense0")(embedding)
         embedding = nn.Dense(4 * self.width, kernel_init=_DEFAULT, dtype=self.dtype, name="temb_dense1")(
             nn.swish(embedding)
@@ -265,11 +287,13 @@ class UNet(nn.Module):
                     h = attention(h, f"down_{level}_attn_{block}")
                 skips.append(h)
             if level < levels - 1:
-                h = _conv(self, self.width * multiplier, f"down_{level}_downsample", strides=2)(h)
+                padding = 1 if self.symmetric_downsampling else "SAME"
+                h = _conv(self, self.width * multiplier, f"down_{level}_downsample", strides=2, padding=padding)(h)
                 skips.append(h)
 
         h = resnet(h, h.shape[-1], "mid_block_1")
-        h = attention(h, "mid_attn_1")
+        if self.mid_attention:
+            h = attention(h, "mid_attn_1")
         h = resnet(h, h.shape[-1], "mid_block_2")
 
         for level, multiplier in reversed(list(enumerate(self.channel_mult))):
@@ -294,20 +318,34 @@ def check_unet(unet: UNet, image_size: Sequence[int]) -> None:
     """
     if unet.width < 4:
         raise ValueError(f"model width {unet.width} is too small: the time embedding needs at least 4")
-    stride = 2 ** (len(unet.channel_mult) - 1)
+    if unet.freq_shift >= unet.width // 2:
+        raise ValueError(
+            f"model.freq_shift {unet.freq_shift} must be less than half the width {unet.width}, the number of "
+            "frequencies of the time embedding"
+        )
+    if unet.num_head_channels and unet.num_heads != 1:
+        raise ValueError(
+            f"model.num_heads {unet.num_heads} and model.num_head_channels {unet.num_head_channels} both set how many "
+            "heads there are: leave the first at 1, or the second at 0"
+        )
+    levels = len(unet.channel_mult)
+    stride = 2 ** (levels - 1)
     for side, size in zip(("height", "width"), image_size, strict=True):
         if size % stride:
             below = size // stride * stride
             nearest = f"{below} or {below + stride}" if below else f"{stride}"
             raise ValueError(
-                f"image {side} {size} is not divisible by {stride}, as {len(unet.channel_mult)} levels need: "
+                f"image {side} {size} is not divisible by {stride}, as {levels} levels need: "
                 f"use {nearest}, or fewer levels (model.channel_mult)"
             )
-    for multiplier in unet.channel_mult:
+    for level, multiplier in enumerate(unet.channel_mult):
         channels = unet.width * multiplier
-        for what, divisor in (("groups", unet.num_groups), ("heads", unet.num_heads)):
+        divisors = [("groups", "num_groups", unet.num_groups), ("heads", "num_heads", unet.num_heads)]
+        if image_size[0] >> level in unet.attention_resolutions or (unet.mid_attention and level == levels - 1):
+            divisors.append(("channels per head", "num_head_channels", unet.num_head_channels or 1))
+        for what, field, divisor in divisors:
             if channels % divisor:
                 raise ValueError(
                     f"{channels} channels (width {unet.width} x multiplier {multiplier}) are not divisible by "
-                    f"{divisor} {what}: use model.num_{what} {math.gcd(channels, divisor)}, or another width"
+                    f"{divisor} {what}: use model.{field} {math.gcd(channels, divisor)}, or another width"
                 )

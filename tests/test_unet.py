@@ -44,9 +44,9 @@ def draw_again(shapes, seed=0):
 class Reference:
     """The network of the paper in float64 NumPy, of the parameters of ours."""
 
-    def __init__(self, params, *, num_groups, num_heads=1):
+    def __init__(self, params, unet):
         self.params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-        self.num_groups, self.num_heads = num_groups, num_heads
+        self.unet = unet
 
     @staticmethod
     def swish(x):
@@ -56,10 +56,9 @@ class Reference:
     def dense(p, x):
         return x @ p["kernel"] + p["bias"]
 
-    @staticmethod
-    def conv(p, x, stride=1):
-        # At stride 2 the padding is (0, 1): nothing above and left, one row below and one column right.
-        before = 1 if stride == 1 else 0
+    def conv(self, p, x, stride=1):
+        # The paper's padding at stride 2 is (0, 1): nothing above and left, one row below and one column right.
+        before = 1 if stride == 1 or self.unet.symmetric_downsampling else 0
         x = np.pad(x, [(0, 0), (before, 1), (before, 1), (0, 0)])
         height, width = (x.shape[1] - 3) // stride + 1, (x.shape[2] - 3) // stride + 1
         taps = (
@@ -70,10 +69,10 @@ class Reference:
         return sum(taps) + p["bias"]
 
     def norm(self, p, x):
-        grouped = x.reshape(*x.shape[:3], self.num_groups, -1)
+        grouped = x.reshape(*x.shape[:3], self.unet.num_groups, -1)
         centred = grouped - grouped.mean((1, 2, 4), keepdims=True)
         variance = (centred**2).mean((1, 2, 4), keepdims=True)
-        return (centred / np.sqrt(variance + 1e-6)).reshape(x.shape) * p["scale"] + p["bias"]
+        return (centred / np.sqrt(variance + self.unet.norm_eps)).reshape(x.shape) * p["scale"] + p["bias"]
 
     def resnet(self, p, x, embedding):
         h = self.conv(p["conv1"], self.swish(self.norm(p["norm1"], x)))
@@ -84,20 +83,24 @@ class Reference:
     def attention(self, p, x):
         batch, height, width, channels = x.shape
         h = self.norm(p["norm"], x).reshape(batch, height * width, channels)
-        size, outputs = channels // self.num_heads, []
+        num_heads = channels // self.unet.num_head_channels if self.unet.num_head_channels else self.unet.num_heads
+        size, outputs = channels // num_heads, []
         q, k, v = (self.dense(p[name], h) for name in "qkv")
-        for head in range(self.num_heads):
+        for head in range(num_heads):
             part = slice(head * size, (head + 1) * size)
             logits = q[..., part] @ k[..., part].transpose(0, 2, 1) / np.sqrt(size)
             weights = np.exp(logits - logits.max(-1, keepdims=True))
             outputs.append(weights / weights.sum(-1, keepdims=True) @ v[..., part])
         return x + self.dense(p["proj_out"], np.concatenate(outputs, -1)).reshape(x.shape)
 
-    def __call__(self, x, t, *, width, levels, num_res_blocks, attention_resolutions):
-        p = self.params
-        frequencies = np.exp(-np.arange(width // 2) * np.log(10000) / (width // 2 - 1))
+    def __call__(self, x, t):
+        p, unet = self.params, self.unet
+        width, levels, num_res_blocks = unet.width, len(unet.channel_mult), unet.num_res_blocks
+        attention_resolutions = unet.attention_resolutions
+        frequencies = np.exp(-np.arange(width // 2) * np.log(10000) / (width // 2 - unet.freq_shift))
         angles = np.asarray(t, np.float64)[:, None] * frequencies
-        embedding = np.concatenate([np.sin(angles), np.cos(angles)], -1)
+        waves = np.sin(angles), np.cos(angles)
+        embedding = np.concatenate(waves[::-1] if unet.cos_first else waves, -1)
         embedding = self.dense(p["temb_dense1"], self.swish(self.dense(p["temb_dense0"], embedding)))
 
         h = self.conv(p["conv_in"], np.asarray(x, np.float64))
@@ -112,7 +115,8 @@ class Reference:
                 h = self.conv(p[f"down_{level}_downsample"], h, stride=2)
                 skips.append(h)
         h = self.resnet(p["mid_block_1"], h, embedding)
-        h = self.attention(p["mid_attn_1"], h)
+        if unet.mid_attention:
+            h = self.attention(p["mid_attn_1"], h)
         h = self.resnet(p["mid_block_2"], h, embedding)
         for level in reversed(range(levels)):
             for block in range(num_res_blocks + 1):
@@ -134,6 +138,19 @@ SMALL = dict(width=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutio
         ((16, 8, 3), {}),
         ((8, 16, 1), dict(num_heads=2, attention_resolutions=(4,), out_channels=2)),
         ((6, 2, 5), dict(num_res_blocks=2, out_channels=5, num_groups=2)),
+        (
+            (8, 8, 1),
+            dict(
+                attention_resolutions=(8, 4),
+                num_head_channels=4,
+                norm_eps=0.1,
+                symmetric_downsampling=True,
+                freq_shift=0,
+                cos_first=True,
+                out_channels=1,
+            ),
+        ),
+        ((8, 8, 1), dict(mid_attention=False, out_channels=1)),
     ],
 )
 def test_equals_the_network_written_again(image, options):
@@ -143,10 +160,7 @@ def test_equals_the_network_written_again(image, options):
     x, t = jax.random.normal(jax.random.key(0), (3, *image)), jnp.array([0, 17, 999])
     actual = jax.jit(unet.apply)({"params": params}, x, t)
     chex.assert_shape(actual, (3, *image[:2], unet.out_channels))
-    reference = Reference(params, num_groups=unet.num_groups, num_heads=unet.num_heads)
-    expected = reference(
-        x, t, width=8, levels=2, num_res_blocks=unet.num_res_blocks, attention_resolutions=unet.attention_resolutions
-    )
+    expected = Reference(params, unet)(x, t)
     assert expected.std() > 0.1
     np.testing.assert_allclose(actual, expected, atol=2e-5 * expected.std())
 
@@ -406,7 +420,7 @@ class TestPrecision:
         embedding = jax.random.normal(jax.random.key(1), (2, 16))
         rest = (embedding, None) if isinstance(block, ResnetBlock) else ()
         params = draw_again(jax.eval_shape(block.init, jax.random.key(0), x, *rest)["params"])
-        reference = Reference(params, num_groups=4)
+        reference = Reference(params, UNet(num_groups=4))
         part = (
             reference.resnet(reference.params, np.asarray(x, np.float64), np.asarray(embedding, np.float64))
             if rest
@@ -441,6 +455,17 @@ class TestRefusals:
     def test_heads(self):
         with pytest.raises(ValueError, match=r"128 channels .* 3 heads: use model.num_heads 1"):
             check_unet(UNet(num_heads=3), (32, 32))
+
+    def test_width_of_heads(self):
+        with pytest.raises(ValueError, match=r"256 channels .* 96 channels per head: use model.num_head_channels 32"):
+            check_unet(UNet(num_head_channels=96), (32, 32))
+        check_unet(UNet(width=32, num_head_channels=64), (32, 32))  # the first level, of 32 channels, has no attention
+        with pytest.raises(ValueError, match="leave the first at 1, or the second at 0"):
+            check_unet(UNet(num_heads=2, num_head_channels=64), (32, 32))
+
+    def test_shift_of_the_frequencies(self):
+        with pytest.raises(ValueError, match="freq_shift 2 must be less than half the width 4"):
+            check_unet(UNet(width=4, num_groups=4, freq_shift=2), (32, 32))
 
     def test_times_that_are_not_one_an_image(self):
         x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)

@@ -20,17 +20,18 @@ def test_the_schedule_is_the_one_configured(small):
 
 
 def test_the_unet_is_the_one_configured(small, with_value):
-    unet = build_unet(with_value(small, "data.channels", 3))
-    for name in (
-        "width",
-        "channel_mult",
-        "num_res_blocks",
-        "attention_resolutions",
-        "num_heads",
-        "num_groups",
-        "dropout",
-    ):
-        assert getattr(unet, name) == getattr(small.model, name)
+    model = dataclasses.replace(
+        small.model,
+        mid_attention=False,
+        num_head_channels=4,
+        norm_eps=1e-5,
+        symmetric_downsampling=True,
+        freq_shift=0,
+        cos_first=True,
+    )
+    unet = build_unet(with_value(dataclasses.replace(small, model=model), "data.channels", 3))
+    for field in dataclasses.fields(ModelConfig):
+        assert field.name == "network" or getattr(unet, field.name) == getattr(model, field.name)
     assert (unet.out_channels, unet.dtype, unet.remat) == (3, jnp.float32, False)
     assert build_unet(with_value(small, "diffusion.variance", "learned_range")).out_channels == 2
     assert build_unet(with_value(small, "train.remat", True)).remat
