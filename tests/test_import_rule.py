@@ -20,11 +20,12 @@ ALLOWED = {
     "system": set(),
     **dict.fromkeys(MATHEMATICS, MATHEMATICS),
     **dict.fromkeys(("unet", "networks"), NETWORKS),
-    **dict.fromkeys(("config", "run", "data"), GENERAL),
+    "interop": NETWORKS | {"config", "system"},
+    "run": GENERAL | {"interop"},
+    **dict.fromkeys(("config", "data"), GENERAL),
     "generation": GENERAL,
     "training": GENERAL | {"generation.batches"},
-    "evaluation": GENERAL | {"generation", "training"},
-    "interop": GENERAL | {"generation", "training", "evaluation"},
+    "evaluation": GENERAL | {"generation", "training", "interop"},
 }
 
 # Where a package may be imported at all.

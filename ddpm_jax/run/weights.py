@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
 import ddpm_jax
 from ddpm_jax.config import Config
+from ddpm_jax.interop.files import read_arrays
 from ddpm_jax.networks import Params
 from ddpm_jax.run.checkpoints import load_ema
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import crc32, write_json, write_whole
+from ddpm_jax.system.files import crc32, printable, write_json, write_whole
 from ddpm_jax.system.progress import say
 
 _SEPARATOR = "."
@@ -75,7 +75,7 @@ def _in_order(content: bytes) -> bytes:
 
 
 def load_weights(file: Path) -> tuple[Params, dict[str, str]]:
-    """Reads the weights in a .safetensors file, ours or another program's.
+    """Reads the weights in a file: .safetensors, ours or another program's, or PyTorch's.
 
     Args:
       file: the file; names in it are split at dots.
@@ -86,20 +86,14 @@ def load_weights(file: Path) -> tuple[Params, dict[str, str]]:
     Raises:
       UserError: there is no such file, it is not a file of weights, or an array's checksum differs.
     """
+    arrays, metadata = read_arrays(file)
     try:
-        with safetensors.safe_open(file, framework="numpy") as opened:
-            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            metadata = dict(opened.metadata() or {})
-        crcs = json.loads(metadata.get("crc32", "{}"))
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {file}") from error
-    except Exception as error:  # safetensors' errors have no common type
-        raise UserError(
-            f"cannot read {file} as a .safetensors file of weights: {str(error).splitlines()[0]}"
-        ) from error
+        crcs = dict(json.loads(metadata.get("crc32", "{}")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{printable(file)} is damaged: its checksums are not JSON; write it again") from error
     for name, array in arrays.items():
         if name in crcs and crcs[name] != crc32(array):
-            raise UserError(f"{file} is damaged: the checksum of {name} differs; write it again")
+            raise UserError(f"{printable(file)} is damaged: the checksum of {printable(name)} differs; write it again")
     return traverse_util.unflatten_dict(arrays, sep=_SEPARATOR), metadata
 
 

@@ -1,0 +1,1 @@
+"""Other systems' weights: read, and converted into a configuration and parameters of ours."""

@@ -1,0 +1,64 @@
+"""Files of arrays under names, whoever wrote them: safetensors or PyTorch's, told apart by their content."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from ddpm_jax.interop.torch_files import is_torch_file, read_torch
+from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import printable
+
+Arrays = dict[str, np.ndarray]
+"""Arrays by name, as in the file."""
+
+
+def read_arrays(file: Path) -> tuple[Arrays, dict[str, str]]:
+    """Reads the arrays in a file of weights: safetensors, or a `state_dict` that PyTorch saved.
+
+    Args:
+      file: the file; its content decides its format, whatever its name.
+
+    Returns:
+      the arrays by name, and the metadata of a safetensors file.
+
+    Raises:
+      UserError: there is no such file, it is damaged or of another format, or it contains several sets of weights.
+    """
+    if not file.is_file():
+        raise UserError(f"there is no file {printable(file)}")
+    if is_torch_file(file):
+        return _state_dict(read_torch(file), printable(file)), {}
+    try:
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            return arrays, dict(opened.metadata() or {})
+    except Exception as error:  # safetensors' errors have no common type
+        reason = printable(" ".join(str(error).split()))[:200]
+        raise UserError(
+            f"cannot read {printable(file)} as a file of weights, neither safetensors ({reason}) nor PyTorch's"
+        ) from error
+
+
+def _state_dict(tree: Any, shown: str) -> Arrays:
+    """Finds the one dictionary of arrays: the whole, or an entry of it such as "state_dict"."""
+    if _is_state_dict(tree):
+        return dict(tree)
+    entries = dict(tree.items() if isinstance(tree, dict) else enumerate(tree if isinstance(tree, list) else []))
+    found = [name for name, entry in entries.items() if _is_state_dict(entry)]
+    if len(found) == 1:
+        return dict(entries[found[0]])
+    listed = printable(", ".join(map(str, found)))[:200]
+    raise UserError(
+        f"{shown} contains {f'several sets of weights ({listed})' if found else 'no weights: no arrays under names'}"
+        "; save one of a network's state_dict() alone"
+    )
+
+
+def _is_state_dict(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(name, str) and isinstance(array, np.ndarray) for name, array in value.items())
+    )
