@@ -17,6 +17,8 @@ from ddpm_jax.schedules import ScheduleName
 from ddpm_jax.time_sampling import TimeSamplingName
 
 LossKind = typing.Literal["simple", "vlb", "hybrid"]
+Optimizer = typing.Literal["adam", "adamw", "muon"]
+Decay = typing.Literal["constant", "cosine", "inverse_sqrt"]
 Precision = typing.Literal["float32", "bfloat16"]
 MatmulPrecision = typing.Literal["default", "high", "highest"]
 Parallel = typing.Literal["jit", "pmap"]
@@ -180,10 +182,20 @@ class TrainConfig:
     """Total number of training steps; a run with fewer is resumed to this many."""
     batch_size: Count = 128
     """Images per step, over all devices and hosts."""
+    optimizer: Optimizer = "adam"
+    """adam is the paper's; adamw also decays the weights; muon (experimental) orthogonalizes the updates of kernels and
+    leaves the other parameters to Adam with Nesterov momentum."""
+    weight_decay: NotNegative = 0.0
+    """With adamw and muon: how much of each parameter (muon: of each kernel) a step takes off, times the learning
+    rate."""
     learning_rate: Positive = field(default=2e-4, metadata=_FREE)
-    """Learning rate of Adam after the warmup; another one on resume applies from there on."""
+    """Learning rate after the warmup; another one on resume applies from there on."""
     warmup_steps: CountOrZero = field(default=5000, metadata=_FREE)
     """Steps from the beginning over which the learning rate rises linearly from 0; may change like the rate."""
+    lr_decay: Decay = "constant"
+    """The learning rate after the warmup: constant, falling to 0 along a half cosine, or as 1/sqrt(step)."""
+    decay_steps: CountOrZero = 0
+    """With lr_decay cosine, the step at which it reaches 0; with inverse_sqrt, the step from which it falls."""
     grad_clip: NotNegative = 1.0
     """Clip the global norm of the gradient to this; 0: no clipping."""
     label_dropout: Probability = 0.1

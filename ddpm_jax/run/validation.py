@@ -41,6 +41,20 @@ def validate(config: Config) -> None:
             f"train.parallel=pmap keeps a full copy of the state on every device, and train.fsdp={train.fsdp} shards "
             "it: use --train.parallel jit or --train.fsdp 1"
         )
+    if train.weight_decay and train.optimizer == "adam":
+        raise UserError(
+            f"train.weight_decay={train.weight_decay:g} needs --train.optimizer adamw or muon: adam has none"
+        )
+    if (train.lr_decay == "constant") != (train.decay_steps == 0):
+        raise UserError(
+            f"train.decay_steps={train.decay_steps} does not fit train.lr_decay={train.lr_decay}: constant needs 0; "
+            "cosine the step at which the learning rate reaches 0; inverse_sqrt that from which it falls"
+        )
+    if train.lr_decay == "cosine" and train.decay_steps <= train.warmup_steps:
+        raise UserError(
+            f"train.decay_steps={train.decay_steps} must be larger than train.warmup_steps={train.warmup_steps}, after "
+            "which the learning rate falls"
+        )
     every, evaluated = config.checkpoints.every, config.eval.every
     if config.checkpoints.best_by == "eval_loss" and (not evaluated or every % evaluated):
         raise UserError(
@@ -121,6 +135,10 @@ def warnings_of(config: Config) -> list[str]:
         found.append(
             f"train.warmup_steps={train.warmup_steps} does not end within train.steps={train.steps}: the learning rate "
             f"stays below {train.learning_rate:g}"
+        )
+    if train.lr_decay == "cosine" and train.steps > train.decay_steps:
+        found.append(
+            f"train.decay_steps={train.decay_steps}: the learning rate is 0 from there to train.steps={train.steps}"
         )
     left = train.ema_decay**train.steps
     if left > 0.1:

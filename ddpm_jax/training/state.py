@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from jax import Array
 
 from ddpm_jax.config import TrainConfig
@@ -58,17 +59,21 @@ def from_items(step: int, items: Mapping[str, Any], sharding: jax.sharding.Shard
 def learning_rate(config: TrainConfig, rates: LearningRates = ()) -> optax.Schedule:
     r"""Returns the learning rate of update k = 0, 1, ..
 
-    .. math:: \mathrm{lr}_k = \mathrm{lr} \cdot \min(k / \mathrm{warmup}, 1)
+    .. math:: \mathrm{lr}_k = \mathrm{lr} \cdot \min(k / \mathrm{warmup}, 1) \cdot d_k
 
-    The first update has rate 0, as in the original code, which reads the step before it is counted.
+    The first update has rate 0, as in the original code, which reads the step before it is counted. With D the
+    `decay_steps`, :math:`d_k` is 1 ("constant", the paper's), :math:`(1 + \cos \pi s) / 2` where s rises from 0 to 1
+    between the end of the warmup and D ("cosine"), or :math:`\min(1, \sqrt{D / k})` ("inverse_sqrt").
 
     Args:
-      config: lr and warmup.
-      rates: the same by the step from which they apply, if they changed; the last of them are those of `config`.
+      config: lr, warmup and decay.
+      rates: lr and warmup by the step from which they apply, if they changed; the last of them are those of `config`.
+
+    Ho et al. 2020, app. B; inverse_sqrt: Karras et al. 2024 (EDM2).
     """
-    if not rates:
-        return _warmed_up(config.learning_rate, config.warmup_steps)
-    pieces = [(rate.step, _warmed_up(rate.learning_rate, rate.warmup_steps)) for rate in rates]
+    pieces = [(rate.step, _rate(config, rate.learning_rate, rate.warmup_steps)) for rate in rates]
+    if not pieces:
+        return _rate(config, config.learning_rate, config.warmup_steps)
 
     def schedule(count: Any) -> Any:
         if isinstance(count, int):
@@ -81,20 +86,54 @@ def learning_rate(config: TrainConfig, rates: LearningRates = ()) -> optax.Sched
     return schedule
 
 
-def _warmed_up(rate: float, steps: int) -> optax.Schedule:
-    return optax.linear_schedule(0.0, rate, steps) if steps else optax.constant_schedule(rate)
+def _rate(config: TrainConfig, rate: float, warmup: int) -> optax.Schedule:
+    rising = optax.linear_schedule(0.0, rate, warmup) if warmup else optax.constant_schedule(rate)
+    last = config.decay_steps
+    match config.lr_decay:
+        case "cosine":
+            return optax.join_schedules([rising, optax.cosine_decay_schedule(rate, max(last - warmup, 1))], [warmup])
+        case "inverse_sqrt":
+            return lambda count: rising(count) * jnp.sqrt(last / jnp.maximum(count, last))
+        case _:
+            return rising
 
 
 def make_optimizer(config: TrainConfig, rates: LearningRates = ()) -> optax.GradientTransformation:
-    """Makes the paper's optimizer: Adam, after the gradient of the whole batch is clipped to a global norm.
+    """Makes the optimizer: the paper's Adam or another, after the gradient of the whole batch is clipped to a norm.
 
     The original clips on every TPU core before the cores are averaged, so that its result depends on their number;
     ours does not. Its epsilon of 1e-8 is not bias-corrected, optax's is; after warmup the two agree.
 
-    Ho et al. 2020, app. B, and its code.
+    Muon updates kernels, as matrices of inputs by outputs, in steps scaled to the size of Adam's, so that the same
+    learning rate fits; all other parameters are updated by Adam with Nesterov momentum.
+
+    Ho et al. 2020, app. B, and its code; Loshchilov & Hutter 2019 (AdamW); Jordan 2024 and Liu et al. 2025 (Muon).
     """
-    adam = optax.adam(learning_rate(config, rates), b1=0.9, b2=0.999, eps=1e-8)
-    return optax.chain(optax.clip_by_global_norm(config.grad_clip), adam) if config.grad_clip > 0 else adam
+    rate = learning_rate(config, rates)
+    match config.optimizer:
+        case "adam":
+            optimizer = optax.adam(rate, b1=0.9, b2=0.999, eps=1e-8)
+        case "adamw":
+            optimizer = optax.adamw(rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=config.weight_decay)
+        case "muon":
+            optimizer = optax.contrib.muon(
+                rate,
+                weight_decay=config.weight_decay,
+                muon_weight_dimension_numbers=_kernels_as_matrices,
+                consistent_rms=0.2,
+            )
+    return optax.chain(optax.clip_by_global_norm(config.grad_clip), optimizer) if config.grad_clip > 0 else optimizer
+
+
+def _kernels_as_matrices(params: Params) -> Params:
+    """Returns how Muon is to see each parameter: a kernel as a matrix with its last axis for the outputs."""
+
+    def matrix(path: tuple[Any, ...], array: Any) -> Any:
+        if path[-1].key != "kernel" or array.ndim < 2:
+            return None
+        return optax.contrib.MuonDimensionNumbers(tuple(range(array.ndim - 1)), array.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(matrix, params)
 
 
 def init_state(

@@ -54,6 +54,13 @@ def test_every_field_is_held_to_its_range(small, with_value):
         ({"diffusion.variance": "learned_range"}, "is not trained by L_simple"),
         ({"loss.kind": "hybrid"}, "trains a learned variance, and diffusion.variance=fixed_large is fixed"),
         ({"loss.kind": "vlb", "loss.weighting": "min_snr"}, "applies to L_simple, not to loss.kind=vlb"),
+        ({"train.weight_decay": 0.1}, "weight_decay=0.1 needs --train.optimizer adamw or muon"),
+        ({"train.lr_decay": "cosine"}, "decay_steps=0 does not fit train.lr_decay=cosine"),
+        ({"train.decay_steps": 5}, "decay_steps=5 does not fit train.lr_decay=constant"),
+        (
+            {"train.lr_decay": "cosine", "train.decay_steps": 5, "train.warmup_steps": 5},
+            "decay_steps=5 must be larger than train.warmup_steps=5",
+        ),
         ({"checkpoints.best_by": "eval_loss"}, "eval.every=0 does not divide checkpoints.every=5000"),
         ({"train.steps": "many"}, "needs an integer, not 'many'"),
         ({"train.parallel": "pmap", "train.fsdp": 4}, "train.fsdp=4 shards it: use --train.parallel jit"),

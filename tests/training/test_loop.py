@@ -285,6 +285,26 @@ def test_a_learning_rate_that_changes_on_resume_is_part_of_the_run(trained, tmp_
     chex.assert_trees_all_equal(ema, ema_there)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_other_optimizers_resume_in_the_same_bits(tmp_path, optimizer):
+    choices = dict(optimizer=optimizer, weight_decay=0.1, lr_decay="cosine", decay_steps=6, fsdp=2)
+    kernel = jnp.arange(8.0).reshape(4, 2) / 8
+    network = Network(
+        lambda key: {"layer": {"kernel": kernel, "bias": jnp.float32(0)}},
+        lambda params, x_t, t, labels=None, dropout_keys=None: (
+            params["layer"]["kernel"].mean() * x_t + params["layer"]["bias"]
+        ),
+    )
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(with_train(**choices), whole, network=network)
+    train(with_train(**choices, steps=4), parts, network=network)
+    train(with_train(**choices), parts, network=network)
+    assert (parts / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    (_, ema), (_, ema_there) = (load_ema(run, warn=pytest.fail) for run in (whole, parts))
+    chex.assert_trees_all_equal(ema, ema_there)
+    assert np.abs(ema["layer"]["kernel"] - kernel).max() > 1e-5
+
+
 def test_a_thread_that_is_not_the_main_one_trains_without_signal_handlers(trained, tmp_path):
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         threads.submit(jax.numpy_dtype_promotion("standard")(train), TINY, tmp_path).result()

@@ -43,8 +43,60 @@ class TestLearningRate:
         rate = learning_rate(TrainConfig(warmup_steps=warmup, learning_rate=1e-3))(update)
         np.testing.assert_allclose(rate, 1e-3 * min(update / warmup, 1), rtol=1e-5, atol=1e-12)
 
+    @pytest.mark.parametrize("warmup", [0, 10])
+    @pytest.mark.parametrize(
+        ("decay", "factors"),
+        [
+            ("cosine", {10: 1.0, 100: None, 200: 0.0, 300: 0.0}),
+            ("inverse_sqrt", {10: 1.0, 200: 1.0, 800: 0.5, 20_000: 0.1}),
+        ],
+    )
+    def test_falls_after_the_warmup(self, training, warmup, decay, factors):
+        config = TrainConfig(learning_rate=1e-3, warmup_steps=warmup, lr_decay=decay, decay_steps=200)
+        with jax.numpy_dtype_promotion("standard"):
+            rate = learning_rate(config)
+            assert float(rate(0)) == (0 if warmup else pytest.approx(1e-3))
+            for count, factor in factors.items():
+                if factor is None or (decay, warmup) == ("cosine", 0):
+                    factor = (1 + np.cos(np.pi * min((count - warmup) / (200 - warmup), 1))) / 2
+                assert float(rate(count)) == pytest.approx(1e-3 * factor, rel=1e-5, abs=1e-10)
+
 
 class TestOptimizer:
+    def test_adamw_also_takes_off_a_share_of_the_parameters(self, training):
+        choices = dict(warmup_steps=0, learning_rate=1e-2, grad_clip=0)
+        (adam,), (adamw,) = (
+            steps_of(training.paper_optimizer(**choices, **decayed), [scaled(1.0)])
+            for decayed in ({}, dict(optimizer="adamw", weight_decay=0.1))
+        )
+        chex.assert_trees_all_close(adamw, jax.tree.map(lambda a, p: a - 1e-2 * 0.1 * p, adam, PARAMS), rtol=1e-5)
+
+    def test_muon_turns_kernels_by_even_steps_and_leaves_the_rest_to_adam(self, training):
+        random = np.random.default_rng(0)
+        arrays = {"kernel": (3, 3, 4, 8), "bias": (8,), "embedding": (5, 6)}
+        params, gradient = (
+            {"layer": {name: jnp.asarray(random.normal(size=shape), jnp.float32) for name, shape in arrays.items()}}
+            for _ in range(2)
+        )
+        choices = dict(warmup_steps=0, learning_rate=1e-2, grad_clip=0)
+
+        def first(optimizer):
+            return optimizer.update(gradient, optimizer.init(params), params)[0]["layer"]
+
+        muon = first(training.paper_optimizer(**choices, optimizer="muon"))
+        adam = first(training.lenient(optax.adam(1e-2, nesterov=True)))
+        for name in ("bias", "embedding"):
+            np.testing.assert_allclose(muon[name], adam[name], rtol=1e-5)
+        update = np.asarray(muon["kernel"]).reshape(36, 8)
+        # Five Newton-Schulz steps leave singular values in about [0.7, 1.2]; then the update is as large as Adam's.
+        values = np.linalg.svd(update / (1e-2 * 0.2 * 6), compute_uv=False)
+        assert values.min() > 0.6
+        assert values.max() < 1.3
+        aligned = (
+            -np.linalg.svd(np.asarray(gradient["layer"]["kernel"]).reshape(36, 8), full_matrices=False)[0].T @ update
+        )
+        assert np.linalg.svd(aligned, compute_uv=False).min() > 0.6 * 1e-2 * 0.2 * 6
+
     def test_is_adam_by_hand(self, training):
         config = TrainConfig(learning_rate=1e-2, warmup_steps=4, grad_clip=0)
         values = [0.7, -0.2, 0.4, 0.1, 0.9, -0.3]
