@@ -1,5 +1,10 @@
 """Evaluates a trained run: `python evaluate.py likelihood runs/digits`, `python evaluate.py quality runs/digits`."""
 
+from ddpm_jax.system import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()
+
 import dataclasses
 from pathlib import Path
 

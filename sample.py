@@ -1,5 +1,10 @@
 """Samples images from a trained run: `python sample.py runs/digits`, `python sample.py progressive runs/digits`, .."""
 
+from ddpm_jax.system import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()
+
 import dataclasses
 import textwrap
 from collections.abc import Sequence

@@ -3,6 +3,11 @@
 Run the same command again to resume, or: python train.py RUN [--train.steps N ..], with the folder of the run.
 """
 
+from ddpm_jax.system import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()
+
 import dataclasses
 from pathlib import Path
 

@@ -233,7 +233,7 @@ class CheckpointConfig:
     keep_every: CountOrZero = field(default=0, metadata=_FREE)
     """Keep checkpoints of steps that are multiples of this for ever; 0: none."""
     keep_best: CountOrZero = field(default=0, metadata=_FREE)
-    """Also keep this many checkpoints with the lowest loss."""
+    """Also keep this many checkpoints with the lowest loss, of those at multiples of checkpoints.every."""
     best_by: BestBy = "loss"
     """The loss that keep_best compares: the mean training loss since the previous checkpoint, or eval_loss (see
     eval)."""
@@ -246,7 +246,7 @@ class LogConfig:
     """What is logged during training."""
 
     every: Count = field(default=100, metadata=_FREE)
-    """Steps between lines of metrics.jsonl."""
+    """Steps between lines of metrics.jsonl; what is left over at the end of the run gets a line marked as final."""
     samples_every: CountOrZero = field(default=10_000, metadata=_FREE)
     """Steps between grids of samples; 0: none."""
     num_samples: Count = field(default=64, metadata=_FREE)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ddpm_jax.system import interrupts
 from ddpm_jax.system.errors import Stopped, UserError
 from ddpm_jax.system.hosts import LOST, are_joined, end_all, is_loss_of_a_host
 
@@ -79,7 +80,8 @@ def run_script(main: Callable[[], int | None], *, give_up: Callable[[int], NoRet
     _prepare_streams()
     try:
         try:
-            status = main() or 0
+            with interrupts.raised():
+                status = main() or 0
         except SystemExit as ending:
             status = ending.code
         sys.stdout.flush()

@@ -15,7 +15,7 @@ from ddpm_jax.system import pictures
 from ddpm_jax.system.hosts import is_primary_host
 from ddpm_jax.training import plots
 from ddpm_jax.training.metric_writers import MetricWriters
-from ddpm_jax.training.metrics import Diagnostics, append_line, summarize
+from ddpm_jax.training.metrics import FINAL, Diagnostics, append_line, summarize
 from ddpm_jax.training.speed import SpeedMeter
 from ddpm_jax.training.state import Params, TrainState, to_items
 
@@ -25,11 +25,13 @@ class Event:
 
     step: int
     """Steps done so far, >= 1."""
+    is_extra: bool
+    """Whether the hook that runs is due only because the run ends or stops here: a longer run would not run it."""
     values: dict[str, Any]
     """What hooks have logged at this step."""
 
     def __init__(self, step: int, state: Callable[[], TrainState], write: Callable[[dict[str, Any]], None]):
-        self.step, self.values = step, {}
+        self.step, self.is_extra, self.values = step, False, {}
         self._get_state, self._write = state, write
 
     @functools.cached_property
@@ -40,12 +42,14 @@ class Event:
     def log(self, values: Mapping[str, Any]) -> None:
         """Appends a line to metrics.jsonl, and sends it to TensorBoard and Weights & Biases.
 
+        A line of an extra event is marked `"final": true`, and dropped when the run is extended.
+
         Args:
           values: numbers by name; also None, and lists of them. If they follow from the state alone, a resumed run
             writes the same bytes as one that was never stopped.
         """
         self.values |= values
-        self._write({"step": self.step, **values})
+        self._write({"step": self.step, **values, **({FINAL: True} if self.is_extra else {})})
 
 
 class Periodic(typing.NamedTuple):
@@ -63,7 +67,11 @@ class Periodic(typing.NamedTuple):
 
     def is_due(self, step: int, *, is_last: bool) -> bool:
         """Returns whether the hook runs after a step."""
-        return self.every > 0 and (step % self.every == 0 or is_last)
+        return self.every > 0 and (is_last or self.is_regular(step))
+
+    def is_regular(self, step: int) -> bool:
+        """Returns whether the hook runs after a step wherever the run ends."""
+        return self.every > 0 and step % self.every == 0
 
 
 def append_metrics(run: Path, writers: MetricWriters, line: dict[str, Any]) -> None:
@@ -92,7 +100,8 @@ def logging(
 
     def log(event: Event) -> None:
         event.log({**summarize(diagnostics.window), "learning_rate": float(learning_rate(event.step - 1))})
-        diagnostics.window.clear()
+        if not event.is_extra:  # else the run can be extended, and the window is not complete
+            diagnostics.window.clear()
         timing = {"step": event.step, **meter.measure(event.step)}
         if is_primary_host():
             append_line(run / "timing.jsonl", timing)
@@ -122,7 +131,11 @@ def drawing(run: Path, draw: Callable[[Params], np.ndarray], writers: MetricWrit
 
 
 class Saving:
-    """Saves a checkpoint."""
+    """Saves a checkpoint.
+
+    Only those of `checkpoints.every` steps compete to be the best: others are where the run was stopped or ended, and
+    which checkpoints are the best must not depend on that.
+    """
 
     def __init__(self, checkpoints: Checkpoints, diagnostics: Diagnostics, config: CheckpointConfig):
         self._checkpoints, self._diagnostics, self._config = checkpoints, diagnostics, config
@@ -137,9 +150,10 @@ class Saving:
         return overdue
 
     def __call__(self, event: Event) -> None:
-        losses = self._diagnostics.since_save
-        # A signal may stop the run at a step without an evaluation: that checkpoint is none of the best.
-        loss = event.values.get("eval_loss") if self._config.best_by == "eval_loss" else float(np.mean(losses))
-        self._checkpoints.save(event.step, to_items(event.state), notes={"window": self._diagnostics.window}, loss=loss)
-        losses.clear()
+        loss, diagnostics = None, self._diagnostics
+        if not event.is_extra:
+            mean = diagnostics.since_save.take()
+            loss = event.values.get("eval_loss") if self._config.best_by == "eval_loss" else mean
+        notes = {"window": diagnostics.window, "since_save": diagnostics.since_save.numbers()}
+        self._checkpoints.save(event.step, to_items(event.state), notes=notes, loss=loss)
         self._saved_at = time.monotonic()

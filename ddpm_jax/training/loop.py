@@ -150,7 +150,7 @@ def _train(
         first = int(jax.device_get(layout.saved_state(state).step))
         parts = parts.resumed(so_far, first)
         for name in ("metrics.jsonl", "timing.jsonl") if is_primary_host() else ():
-            rewind(run / name, first, warn=say)
+            rewind(run / name, first, ends=first >= num_steps, warn=say)
         if first >= num_steps:
             if first == num_steps:
                 begun(parts.rates)  # its images may have moved
@@ -166,8 +166,7 @@ def _train(
         evaluation = [Periodic(config.eval.every, evaluating(parts, held_out))] if held_out else []
         grids = _make_draw(parts)
         training_step = layout.lift(with_inputs(parts.make_step, pipeline))
-        window = [StepNumbers(*numbers) for numbers in notes.get("window", [])]
-        diagnostics = Diagnostics(window, check=functools.partial(_check_finite, run, checkpoints))
+        diagnostics = Diagnostics(notes, check=functools.partial(_check_finite, run, checkpoints))
         saving = Saving(checkpoints, diagnostics, rules)
         agree = Agreement(2, lag=_IN_FLIGHT)
         with (
@@ -198,16 +197,17 @@ def _train(
                 progress.update(1, **diagnostics.recent())
 
                 stopped_by, overdue = agree((received[0] if received else 0, saving.is_overdue()))
-                due = [hook.run for hook in hooks if hook.is_due(step, is_last=step == num_steps)]
-                if (stopped_by or overdue) and saving not in due:
-                    due.append(saving)
+                due = [hook for hook in hooks if hook.is_due(step, is_last=step == num_steps)]
+                if (stopped_by or overdue) and hooks[-1] not in due:
+                    due.append(hooks[-1])
                 if not due:
                     continue
                 diagnostics.collect()
                 event = Event(step, functools.partial(layout.saved_state, state), log)
                 with meter:
-                    for run_hook in due:
-                        run_hook(event)
+                    for hook in due:
+                        event.is_extra = not hook.is_regular(step)
+                        hook.run(event)
                 if stopped_by and step < num_steps:
                     checkpoints.wait()
                     name = signal.Signals(stopped_by).name

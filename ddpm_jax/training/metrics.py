@@ -1,7 +1,8 @@
 """Metrics of a run, one JSON object per line.
 
 `metrics.jsonl` holds what follows from the configuration alone: a resumed run writes the same bytes as one that was
-never stopped. What depends on the machine (speed) goes to `timing.jsonl`.
+never stopped, and an extended one the same as one that was as long from the beginning. What depends on the machine
+(speed) goes to `timing.jsonl`.
 """
 
 import collections
@@ -9,7 +10,7 @@ import itertools
 import json
 import math
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ import numpy as np
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import write_whole
 from ddpm_jax.training.step import StepInfo
+
+FINAL = "final"
+"""Key of a line that was written only because the run ended at its step; true, or absent."""
 
 
 class StepNumbers(typing.NamedTuple):
@@ -37,22 +41,44 @@ class StepNumbers(typing.NamedTuple):
         return all(map(math.isfinite, (self.loss, self.grad_norm, self.param_norm)))
 
 
+class RunningMean:
+    """The mean of numbers added one by one: to the last bit, however often its numbers were saved on the way."""
+
+    def __init__(self, total: float = 0.0, count: int = 0):
+        """Continues with what `numbers` returned."""
+        self._total, self._count = total, count
+
+    def add(self, value: float) -> None:
+        """Adds a number."""
+        self._total, self._count = self._total + value, self._count + 1
+
+    def numbers(self) -> list[float]:
+        """Returns the sum and the number of numbers."""
+        return [self._total, self._count]
+
+    def take(self) -> float | None:
+        """Returns the mean, None of no numbers, and begins again."""
+        total, count, self._total, self._count = self._total, self._count, 0.0, 0
+        return total / count if count else None
+
+
 class Diagnostics:
-    """The diagnostics of a run's steps: of those in flight, since the last line of metrics, and since the last save."""
+    """The diagnostics of a run's steps: of those in flight, and since the last regular line and checkpoint."""
 
     window: list[StepNumbers]
     """Of the steps since the last line of metrics."""
-    since_save: list[float]
-    """Losses of the steps since the last checkpoint."""
+    since_save: RunningMean
+    """Of the losses since the last checkpoint."""
 
-    def __init__(self, window: Iterable[StepNumbers], *, check: Callable[[int, StepNumbers], None]):
+    def __init__(self, notes: Mapping[str, Any], *, check: Callable[[int, StepNumbers], None]):
         """Begins with the steps that a checkpoint remembers.
 
         Args:
-          window: as above.
+          notes: of the checkpoint: "window" and "since_save", as above; {} at the beginning of a run.
           check: called with each step's number and diagnostics; raises if training cannot continue.
         """
-        self.window, self.since_save = list(window), []
+        self.window = [StepNumbers(*numbers) for numbers in notes.get("window", [])]
+        self.since_save = RunningMean(*notes.get("since_save", ()))
         self._check = check
         self._in_flight: collections.deque[tuple[int, StepInfo]] = collections.deque()
 
@@ -67,7 +93,7 @@ class Diagnostics:
             numbers = StepNumbers(*(value.tolist() for value in jax.device_get(info)))
             self._check(step, numbers)
             self.window.append(numbers)
-            self.since_save.append(numbers.loss)
+            self.since_save.add(numbers.loss)
 
     def recent(self) -> dict[str, float]:
         """Returns the mean loss of up to 50 steps since the last line of metrics; {} if there are none."""
@@ -145,8 +171,10 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def rewind(path: Path, step: int, *, warn: Callable[[str], None]) -> None:
-    """Drops the lines after `step`, which a run resumed from there writes again; the others keep their bytes.
+def rewind(path: Path, step: int, *, ends: bool = False, warn: Callable[[str], None]) -> None:
+    """Drops the lines that a run resumed from `step` writes again; the others keep their bytes.
+
+    These are the lines after `step`, and those that were written only because the run had ended at some step.
 
     A last line cut off by a crash is dropped silently. Any other unreadable line is dropped with a warning, and a copy
     of the file as it was is kept beside it.
@@ -154,6 +182,7 @@ def rewind(path: Path, step: int, *, warn: Callable[[str], None]) -> None:
     Args:
       path: the file; created empty if it does not exist.
       step: the last step to keep.
+      ends: whether the run ends at `step` still; then its final lines stay.
       warn: called with one line for the user.
 
     Raises:
@@ -167,5 +196,7 @@ def rewind(path: Path, step: int, *, warn: Callable[[str], None]) -> None:
         word, were = ("lines", "were") if len(content.damaged) > 1 else ("line", "was")
         numbers = ", ".join(map(str, content.damaged))
         warn(f"{path}: {word} {numbers} cannot be read and {were} dropped; the original file is kept as {copy.name}")
-    kept = b"".join(line + b"\n" for line, values in content.lines if values["step"] <= step)
+    kept = b"".join(
+        line + b"\n" for line, values in content.lines if values["step"] <= step and (ends or not values.get(FINAL))
+    )
     write_whole(path, lambda file: file.write(kept))

@@ -219,18 +219,19 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
 
 
 def test_what_is_kept_and_that_minutes_save_too(trained, tmp_path):
-    """The loss of a checkpoint is the mean since the one before; neither rule changes a number."""
-    rules = CheckpointConfig(every=100, keep=2, keep_every=3, keep_best=1, minutes=1e-9)  # so every step is overdue
+    """The best is one of every other step, by the mean loss since the one before; no rule changes a number."""
+    rules = CheckpointConfig(every=2, keep=2, keep_every=3, keep_best=1, minutes=1e-9)  # so every step is overdue
     train(dataclasses.replace(TINY, checkpoints=rules), tmp_path)
     losses = {
         int(path.name): json.loads((path / "notes" / "metadata").read_text())["loss"]
         for path in (tmp_path / "checkpoints").iterdir()
     }
-    newest, milestones, best = {5, 6}, {3, 6}, min(losses, key=losses.get)
+    means = {line["step"]: line["loss"] for line in lines_of(tmp_path / "metrics.jsonl")}
+    newest, milestones, best = {5, 6}, {3, 6}, min(means, key=means.get)
     assert set(losses) == newest | milestones | {best}
     assert (tmp_path / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
-    last = lines_of(tmp_path / "metrics.jsonl")[-1]["loss"]
-    np.testing.assert_allclose(np.mean([losses[5], losses[6]]), last, rtol=1e-12)
+    for step, loss in losses.items():
+        assert loss == (None if step % 2 else pytest.approx(means[step], rel=1e-12))
 
 
 def signal_at(step, number):
@@ -260,6 +261,41 @@ def test_a_signal_stops_the_run_after_its_step_and_the_same_command_resumes(trai
     train(TINY, tmp_path)
     assert f"{tmp_path}: resuming from step 5" in capsys.readouterr().err
     assert (tmp_path / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
+
+
+def test_ends_on_the_way_leave_no_trace(tmp_path):
+    """Of a run extended twice, and stopped in between: metrics, what is best, and every array; also off the periods."""
+
+    def run_to(steps, run, **given):
+        config = dataclasses.replace(
+            with_train(steps=steps),
+            eval=EvalConfig(every=4, num=8),
+            log=dataclasses.replace(TINY.log, every=3),
+            checkpoints=CheckpointConfig(every=4, keep=1, keep_best=2),
+        )
+        train(config, run, source=SOURCE, held_out=SOURCE, **given)
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_to(17, whole)
+    run_to(5, parts)
+    ended = lines_of(parts / "metrics.jsonl")
+    assert [(line["step"], "eval_loss" in line, line.get("final")) for line in ended] == [
+        *((3, False, None), (4, True, None)),
+        *((5, False, True), (5, True, True)),
+    ]
+    with pytest.raises(Stopped):
+        run_to(11, parts, hooks=[signal_at(9, signal.SIGTERM)])
+    run_to(11, parts)
+    run_to(17, parts)
+    assert (parts / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    notes = [
+        {path.name: (path / "notes" / "metadata").read_text() for path in (run / "checkpoints").iterdir()}
+        for run in (whole, parts)
+    ]
+    assert notes[0] == notes[1]  # they hold the checksums of all arrays
+    assert {"17"} < set(notes[0]) <= {"4", "8", "12", "16", "17"}
+    run_to(17, whole)  # the end stays where it is, and so do its lines
+    assert lines_of(whole / "metrics.jsonl")[-1]["final"]
 
 
 def test_a_learning_rate_that_changes_on_resume_is_part_of_the_run(trained, tmp_path):

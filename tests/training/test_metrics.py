@@ -62,6 +62,16 @@ def test_rewound_is_as_if_never_gone_further(file, losses, step):
     assert (file.read_bytes() if kept else b"") == fill_again
 
 
+@pytest.mark.parametrize(("ends", "kept"), [(False, 1), (True, 3)])
+def test_final_lines_go_where_the_run_goes_on(tmp_path, ends, kept):
+    file = tmp_path / "metrics.jsonl"
+    lines = [{"step": 10}, {"step": 15, "loss": 1.0, "final": True}, {"step": 15, "eval_loss": 1.0, "final": True}]
+    for line in lines:
+        append_line(file, line)
+    rewind(file, 15, ends=ends, warn=must_not_warn)
+    assert read_lines(file) == lines[:kept]
+
+
 def test_rewinding_nothing_makes_an_empty_file(tmp_path):
     rewind(tmp_path / "metrics.jsonl", 5, warn=must_not_warn)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
