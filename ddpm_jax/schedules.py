@@ -79,6 +79,10 @@ class Schedule:
     fixed_large_log_variance: Array
     r""":math:`\log\beta_t` with entry 0 replaced by :math:`\log\tilde\beta_1`, as the original code does "to
     get a better decoder log likelihood"."""
+    log_alphas: Array
+    r""":math:`\log\alpha_t`; -infinity where :math:`\beta_t = 1`."""
+    log_alphas_rest: Array
+    r"""What rounding took from `log_alphas`: the sum of the two has 48 bits, for what is computed on the host."""
     timesteps: Array
     """(T,) int32: the network's input at step t: 0..T-1, except in a respaced schedule."""
 
@@ -86,6 +90,24 @@ class Schedule:
     def num_steps(self) -> int:
         """T."""
         return self.betas.shape[0]
+
+
+def exact_log_alphas(schedule: Schedule | ArrayLike) -> np.ndarray:
+    r"""Returns :math:`\log\alpha_t` of a schedule or of its betas in float64, for computations on the host.
+
+    Args:
+      schedule: a schedule, or its betas, (T,); not traced.
+
+    Returns:
+      (T,) float64, of a `Schedule` to 48 bits.
+
+    Raises:
+      TypeError: the schedule is traced.
+    """
+    if isinstance(schedule, Schedule):
+        return numbers(schedule.log_alphas) + numbers(schedule.log_alphas_rest)
+    with np.errstate(divide="ignore"):
+        return np.log1p(-numbers(schedule))
 
 
 def _warmup(beta_start: float, beta_end: float, num_steps: int, fraction: float) -> np.ndarray:
@@ -206,6 +228,30 @@ def schedule_from_betas(betas: ArrayLike, *, timesteps: ArrayLike | None = None)
     Ho et al. 2020, eqs. 4 and 7.
     """
     betas = numbers(betas)
+    _check_betas(betas)
+    with np.errstate(divide="ignore"):
+        return _schedule(betas, np.log1p(-betas), timesteps)
+
+
+def schedule_from_log_alphas(log_alphas: np.ndarray, *, timesteps: ArrayLike | None = None) -> Schedule:
+    r"""Computes the tables of a schedule from :math:`\log\alpha_t`, which keeps the digits of an alpha close to 0.
+
+    Args:
+      log_alphas: (T,) float64, each < 0; -infinity only at the last step.
+      timesteps: as in `schedule_from_betas`.
+
+    Returns:
+      the `Schedule`.
+
+    Raises:
+      ValueError: as `schedule_from_betas`.
+    """
+    betas = -np.expm1(log_alphas)
+    _check_betas(betas)
+    return _schedule(betas, log_alphas, timesteps)
+
+
+def _check_betas(betas: np.ndarray) -> None:
     if betas.ndim != 1 or betas.size < 1:
         raise ValueError(f"betas must be a vector of at least one step, not of shape {betas.shape}")
     wrong = ~((betas > 0) & (betas <= 1))
@@ -213,6 +259,9 @@ def schedule_from_betas(betas: ArrayLike, *, timesteps: ArrayLike | None = None)
     if wrong.any():
         t = int(np.argmax(wrong))
         raise ValueError(f"beta[{t}]={betas[t]} is outside (0, 1) (1 is allowed only at the last step)")
+
+
+def _schedule(betas: np.ndarray, log_alphas: np.ndarray, timesteps: ArrayLike | None) -> Schedule:
     timesteps = np.arange(betas.size) if timesteps is None else np.asarray(timesteps)
     if timesteps.shape != betas.shape:
         raise ValueError(f"timesteps of shape {timesteps.shape} do not match betas of shape {betas.shape}")
@@ -221,14 +270,14 @@ def schedule_from_betas(betas: ArrayLike, *, timesteps: ArrayLike | None = None)
     alphas_bar = np.cumprod(alphas)
     alphas_bar_prev = np.append(1.0, alphas_bar[:-1])
     # Via logarithms: 1 - alphas_bar would lose the digits of a small beta.
-    with np.errstate(divide="ignore"):
-        one_minus_alphas_bar = -np.expm1(np.cumsum(np.log1p(-betas)))
+    one_minus_alphas_bar = -np.expm1(np.cumsum(log_alphas))
     one_minus_alphas_bar_prev = np.append(0.0, one_minus_alphas_bar[:-1])
     posterior_variance = betas * one_minus_alphas_bar_prev / one_minus_alphas_bar
     # A chain of one step has no entry 1; its only step adds no noise, so beta will do.
     first = posterior_variance[1] if betas.size > 1 else betas[0]
     with np.errstate(divide="ignore"):
         recip_alphas_bar = 1 / alphas_bar
+    finite = np.where(np.isfinite(log_alphas), log_alphas, 0.0)
     tables = dict(
         betas=betas,
         alphas=alphas,
@@ -246,6 +295,8 @@ def schedule_from_betas(betas: ArrayLike, *, timesteps: ArrayLike | None = None)
         posterior_log_variance_clipped=np.log(np.append(first, posterior_variance[1:])),
         log_betas=np.log(betas),
         fixed_large_log_variance=np.log(np.append(first, betas[1:])),
+        log_alphas=log_alphas,
+        log_alphas_rest=finite - finite.astype(np.float32),
     )
     # Numbers also where a schedule is made inside a traced function: a solver computes its weights from them.
     with jax.ensure_compile_time_eval():

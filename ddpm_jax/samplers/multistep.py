@@ -11,7 +11,7 @@ from ddpm_jax.forward import as_floats
 from ddpm_jax.reverse import Predict, Prediction, Variance, predict_x0, split_output
 from ddpm_jax.samplers.chain import Chain, ChainInfo, Sampler, step_noise
 from ddpm_jax.samplers.respacing import check_prediction
-from ddpm_jax.schedules import Schedule, numbers
+from ddpm_jax.schedules import Schedule, exact_log_alphas
 
 
 class Path(typing.NamedTuple):
@@ -48,7 +48,7 @@ class Correction(typing.NamedTuple):
 
 
 def path(schedule: Schedule) -> Path:
-    r"""Computes the noise levels of a chain from its schedule.
+    r"""Computes the noise levels of a chain from its schedule, in float64.
 
     Args:
       schedule: tables of N steps; not traced.
@@ -59,11 +59,13 @@ def path(schedule: Schedule) -> Path:
     Raises:
       TypeError: the schedule is traced.
     """
-    alphas_bar = np.maximum(numbers(schedule.alphas_bar), 1e-24)[::-1]
-    one_minus_alphas_bar = numbers(schedule.one_minus_alphas_bar)[::-1]
-    log_ratio = 0.5 * (np.log(alphas_bar) - np.log(one_minus_alphas_bar))
+    log_alphas_bar = np.maximum(np.cumsum(exact_log_alphas(schedule)), np.log(1e-24))[::-1]
+    one_minus_alphas_bar = -np.expm1(log_alphas_bar)
+    log_ratio = 0.5 * (log_alphas_bar - np.log(one_minus_alphas_bar))
     return Path(
-        np.append(np.sqrt(alphas_bar), 1.0), np.append(np.sqrt(one_minus_alphas_bar), 0.0), np.append(log_ratio, np.inf)
+        np.append(np.exp(0.5 * log_alphas_bar), 1.0),
+        np.append(np.sqrt(one_minus_alphas_bar), 0.0),
+        np.append(log_ratio, np.inf),
     )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ddpm_jax.reverse import Prediction, check_end
-from ddpm_jax.schedules import Schedule, concrete, numbers, schedule_from_betas
+from ddpm_jax.schedules import Schedule, concrete, exact_log_alphas, numbers, schedule_from_log_alphas
 
 Spacing = typing.Literal["linspace", "leading", "trailing", "quadratic", "log_snr"]
 """How the timesteps of a shorter chain are chosen."""
@@ -77,16 +77,18 @@ def respaced_betas(betas: ArrayLike, timesteps: ArrayLike) -> np.ndarray:
     >>> respaced_betas(betas, [1, 2]).round(12)                    # the first jump is 1 - 0.9 * 0.8
     array([0.28, 0.5 ])
     """
-    betas, timesteps = numbers(betas), np.asarray(timesteps)
+    return -np.expm1(_log_alphas_of_jumps(exact_log_alphas(betas), timesteps))
+
+
+def _log_alphas_of_jumps(log_alphas: np.ndarray, timesteps: ArrayLike) -> np.ndarray:
+    timesteps = np.asarray(timesteps)
     if timesteps.ndim != 1 or timesteps.size < 1 or not np.issubdtype(timesteps.dtype, np.integer):
         raise ValueError(f"timesteps must be a vector of at least one integer, not {timesteps!r}")
-    if timesteps[0] < 0 or timesteps[-1] >= betas.size or (np.diff(timesteps) <= 0).any():
-        raise ValueError(f"timesteps must increase within [0, {betas.size}), unlike {timesteps.tolist()}")
+    if timesteps[0] < 0 or timesteps[-1] >= log_alphas.size or (np.diff(timesteps) <= 0).any():
+        raise ValueError(f"timesteps must increase within [0, {log_alphas.size}), unlike {timesteps.tolist()}")
     # A jump is the sum of its steps' log(alpha), which keeps the digits of a small beta; -inf where alpha is 0.
-    with np.errstate(divide="ignore"):
-        log_alphas = np.log1p(-betas[: timesteps[-1] + 1])
     starts = np.append(0, timesteps[:-1] + 1)
-    return -np.expm1(np.add.reduceat(log_alphas, starts))
+    return np.add.reduceat(log_alphas[: timesteps[-1] + 1], starts)
 
 
 def respace(schedule: Schedule | ArrayLike, timesteps: ArrayLike) -> Schedule:
@@ -107,12 +109,13 @@ def respace(schedule: Schedule | ArrayLike, timesteps: ArrayLike) -> Schedule:
 
     Nichol & Dhariwal 2021, sec. 4, and its code.
     """
-    if not isinstance(schedule, Schedule):
-        return schedule_from_betas(respaced_betas(schedule, timesteps), timesteps=timesteps)
-    betas = respaced_betas(schedule.betas, timesteps)
-    if len(betas) == schedule.num_steps:
-        return schedule
-    return schedule_from_betas(betas, timesteps=numbers(schedule.timesteps).astype(int)[np.asarray(timesteps)])
+    log_alphas = _log_alphas_of_jumps(exact_log_alphas(schedule), timesteps)
+    original = np.asarray(timesteps)
+    if isinstance(schedule, Schedule):
+        if len(log_alphas) == schedule.num_steps:
+            return schedule
+        original = numbers(schedule.timesteps).astype(int)[original]
+    return schedule_from_log_alphas(log_alphas, timesteps=original)
 
 
 def shorten(schedule: Schedule, num_steps: int | None, *, sampler: str) -> Schedule:
@@ -265,7 +268,7 @@ def quadratic(num_timesteps: int, num_steps: int) -> np.ndarray:
     return _spread(timesteps, num_timesteps)
 
 
-def evenly_spaced_in_log_snr(betas: ArrayLike, num_steps: int) -> np.ndarray:
+def evenly_spaced_in_log_snr(schedule: Schedule | ArrayLike, num_steps: int) -> np.ndarray:
     r"""Returns timesteps spaced evenly in log SNR: each jump removes the same share of the noise.
 
     .. math:: \log \frac{\bar\alpha_{S_k}}{1 - \bar\alpha_{S_k}} \approx
@@ -275,7 +278,7 @@ def evenly_spaced_in_log_snr(betas: ArrayLike, num_steps: int) -> np.ndarray:
     timestep are both included; a single step is at T-1.
 
     Args:
-      betas: (T,) of the whole chain, each in (0, 1], 1 at the last step alone.
+      schedule: the schedule of the whole chain, or its betas, (T,); not traced.
       num_steps: N, in [1, T].
 
     Returns:
@@ -286,17 +289,16 @@ def evenly_spaced_in_log_snr(betas: ArrayLike, num_steps: int) -> np.ndarray:
 
     Lu et al. 2022 (DPM-Solver), sec. 3.3, and its code ("logSNR").
     """
-    betas = numbers(betas)
-    _check_count(betas.size, num_steps)
+    log_alphas_bar = np.cumsum(exact_log_alphas(schedule))
+    num_timesteps = log_alphas_bar.size
+    _check_count(num_timesteps, num_steps)
     if num_steps == 1:
-        return np.array([betas.size - 1])
-    with np.errstate(divide="ignore"):
-        log_alphas_bar = np.cumsum(np.log1p(-betas))
+        return np.array([num_timesteps - 1])
     log_snr = np.maximum(log_alphas_bar - np.log(-np.expm1(log_alphas_bar)), _LEAST_LOG_SNR)
     wanted = np.linspace(log_snr[0], log_snr[-1], num_steps)
     nearest = np.abs(wanted[:, None] - log_snr[None, :]).argmin(axis=1)
-    nearest[-1] = betas.size - 1
-    return _spread(nearest, betas.size)
+    nearest[-1] = num_timesteps - 1
+    return _spread(nearest, num_timesteps)
 
 
 def section_steps(num_timesteps: int, sections: str | Sequence[int]) -> np.ndarray:
@@ -383,13 +385,12 @@ def choose_timesteps(
     >>> choose_timesteps(np.full(1000, 0.01), num_steps=3, extra_timesteps=[99])
     array([  0,  99, 500, 999])
     """
-    betas = numbers(schedule.betas if isinstance(schedule, Schedule) else schedule)
-    timesteps = _spaced(betas, num_steps=num_steps, spacing=spacing)
+    timesteps = _spaced(schedule, num_steps=num_steps, spacing=spacing)
     return np.union1d(timesteps, np.asarray(extra_timesteps, timesteps.dtype))
 
 
-def _spaced(betas: np.ndarray, *, num_steps: int | None, spacing: str) -> np.ndarray:
-    num_timesteps = np.size(betas)
+def _spaced(schedule: Schedule | ArrayLike, *, num_steps: int | None, spacing: str) -> np.ndarray:
+    num_timesteps = exact_log_alphas(schedule).size
     if spacing not in typing.get_args(Spacing):
         if not (spacing.startswith("ddim") or spacing[:1].isdigit()):
             names = ", ".join(typing.get_args(Spacing))
@@ -402,5 +403,5 @@ def _spaced(betas: np.ndarray, *, num_steps: int | None, spacing: str) -> np.nda
         return timesteps
     num_steps = num_timesteps if num_steps is None else num_steps
     if spacing == "log_snr":
-        return evenly_spaced_in_log_snr(betas, num_steps)
+        return evenly_spaced_in_log_snr(schedule, num_steps)
     return _SPACINGS[spacing](num_timesteps, num_steps)

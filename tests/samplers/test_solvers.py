@@ -4,6 +4,7 @@ Step by step they are held against an independent implementation in `test_peers_
 """
 
 import importlib.util
+import itertools
 import pathlib
 
 import chex
@@ -193,6 +194,18 @@ class TestSolvers:
         np.testing.assert_allclose(places.sigma, [*np.sqrt(1 - alphas_bar), 0], rtol=1e-7)
         np.testing.assert_allclose(places.log_ratio[:2], 0.5 * np.log(alphas_bar / (1 - alphas_bar)), rtol=1e-6)
         assert places.log_ratio[2] == np.inf
+
+    @pytest.mark.parametrize("name", ["linear", "cosine"])
+    def test_path_is_of_float64(self, name):
+        betas = make_betas(name, 1000)
+        log_alphas_bar = np.cumsum(np.log1p(-betas))  # down to -19.8, where 1 - alphas_bar is 1 in float32
+        for times, whole in itertools.product(([999], [249, 999], [0, 3, 500, 998, 999]), (False, True)):
+            places = path(respace(schedule_from_betas(betas) if whole else betas, times))
+            expected = log_alphas_bar[times[::-1]]
+            np.testing.assert_allclose(places.alpha[:-1], np.exp(0.5 * expected), rtol=1e-12)
+            np.testing.assert_allclose(places.sigma[:-1], np.sqrt(-np.expm1(expected)), rtol=1e-12)
+            snr = np.exp(expected) / -np.expm1(expected)
+            np.testing.assert_allclose(np.exp(2 * places.log_ratio[:-1]), snr, rtol=1e-11)
 
     @pytest.mark.parametrize(
         "make", [dpm_solver_pp_2m, lambda *arguments, **options: unipc(*arguments, order=1, **options)]
