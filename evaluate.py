@@ -50,7 +50,8 @@ class LikelihoodOptions:
     """Normal CDF in the decoder: the original code's tanh approximation, or the exact erf."""
     num_strata: int = 0
     """Evaluate only this many of the T timesteps, sampled per image in log-spaced strata: an unbiased estimate at a
-    fraction of the cost, with its standard error (optimal variances are estimated from as many); 0: all T."""
+    fraction of the cost, with its standard error (optimal variances are estimated from as many); at least 5 of 1000,
+    since the standard error of fewer misleads; 0: all T."""
     out: str | None = None
     """Folder of the job (default: a folder in RUN/likelihood)."""
     data: Images = Images()

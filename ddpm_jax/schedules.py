@@ -200,7 +200,7 @@ def zero_terminal_snr(betas: ArrayLike) -> np.ndarray:
     Lin et al. 2024 (Common diffusion noise schedules and sample steps are flawed), Algorithm 1.
 
     >>> [round(float(beta), 4) for beta in zero_terminal_snr([0.1, 0.2, 0.3])]
-    [0.1, 0.5981, 1.0]
+    [0.1, 0.663, 1.0]
     """
     betas = numbers(betas)
     if betas.ndim != 1 or len(betas) < 2:

@@ -245,7 +245,7 @@ FEW = {
     "reconstruct": {"--draws": "2"},
     "interpolate": {"--num": "3"},
     "inpaint": {"--draws": "1"},
-    "likelihood": {"--num": "8", "--num-strata": "4"},
+    "likelihood": {"--num": "8", "--num-strata": "5"},
     "quality": {"--num": "8"},
     "figures": {"--num": "2"},
 }

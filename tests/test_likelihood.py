@@ -1,4 +1,5 @@
 import functools
+import itertools
 
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -17,6 +18,7 @@ from ddpm_jax.likelihood import (
     bound_terms,
     draw_timesteps,
     estimated_log_variances,
+    fewest_strata,
     optimal_log_variances,
     rate_distortion,
     strata,
@@ -427,6 +429,25 @@ def test_strata_are_all_times_once(num_steps, data):
 def test_strata_that_cannot_be_are_refused(num_steps, number):
     with pytest.raises(ValueError, match=rf"must be in \[.*\], not {number}"):
         strata(num_steps, number)
+
+
+def test_the_fewest_strata_have_a_standard_error_that_can_be_trusted():
+    # Terms like those of a trained network: 1/t, with a spread from image to image.
+    images, repeats, number = 300, 4000, 32
+    random = np.random.default_rng(0)
+    terms = random.lognormal(0, 0.3, (1, images)) / (1 + np.arange(1000.0))[:, None]
+
+    def missed(num_strata):
+        edges, image = strata(1000, num_strata), random.integers(0, images, (repeats, number))
+        total = sum(
+            (stop - first) * terms[random.integers(first, stop, image.shape), image]
+            for first, stop in itertools.pairwise(edges)
+        )
+        error = total.std(axis=1, ddof=1) / np.sqrt(number)
+        return np.mean(np.abs(total.mean(axis=1) - terms.sum(axis=0).mean()) > 1.96 * error)
+
+    fewest = fewest_strata(1000)
+    assert missed(fewest) < 0.08 < missed(fewest - 2)
 
 
 def test_times_are_drawn_uniformly_from_their_ranges_for_each_image():

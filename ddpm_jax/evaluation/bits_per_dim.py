@@ -30,7 +30,15 @@ from ddpm_jax.evaluation import plots
 from ddpm_jax.generation.batches import Driver, Program, cut
 from ddpm_jax.generation.store import Range, job_folder, missing_ranges, part_file, part_files
 from ddpm_jax.keys import image_keys, make_key
-from ddpm_jax.likelihood import Bound, bound_at, draw_timesteps, estimated_log_variances, rate_distortion, strata
+from ddpm_jax.likelihood import (
+    Bound,
+    bound_at,
+    draw_timesteps,
+    estimated_log_variances,
+    fewest_strata,
+    rate_distortion,
+    strata,
+)
 from ddpm_jax.networks import Network, Params, predict_with
 from ddpm_jax.pixels import to_float
 from ddpm_jax.reverse import LEARNED_VARIANCES
@@ -335,10 +343,11 @@ def run_job(trained: TrainedRun, out: Path, request: Request, *, batch_size: int
     if batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {batch_size}")
     num_steps = config.diffusion.num_steps
-    if request.num_strata and not min(2, num_steps) <= request.num_strata <= num_steps:
+    fewest = fewest_strata(num_steps)
+    if request.num_strata and not fewest <= request.num_strata <= num_steps:
         raise UserError(
-            f"--num-strata must be in 2 to {num_steps}, the steps of the run's chain, or 0 for all: "
-            f"{request.num_strata}"
+            f"--num-strata must be in {fewest} to {num_steps}, the steps of the run's chain, or 0 for all, not "
+            f"{request.num_strata}: with fewer than {fewest} the estimate is so skewed that its standard error misleads"
         )
     estimated, images = _choose(config, request)
     description = _describe(trained, request, images, estimated)

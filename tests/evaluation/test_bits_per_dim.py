@@ -298,8 +298,8 @@ def test_a_conditional_network_gets_each_image_s_label(runs, test_set, tmp_path)
     ("request_", "batch_size", "message"),
     [
         (WHOLE._replace(split="tset"), 8, "has no split 'tset'"),
-        (WHOLE._replace(num_strata=11), 8, "--num-strata must be in 2 to 10, .* or 0 for all: 11"),
-        (WHOLE._replace(num_strata=1), 8, "--num-strata must be in 2 to 10"),
+        (WHOLE._replace(num_strata=11), 8, "--num-strata must be in 3 to 10, .* or 0 for all, not 11"),
+        (WHOLE._replace(num_strata=2), 8, "--num-strata must be in 3 to 10"),
         (WHOLE._replace(number=360), 8, "--num must be in 0 (all) to 359.*: 360"),
         (WHOLE._replace(number=-1), 8, "--num must be in 0"),
         (WHOLE._replace(seed=-1), 8, "--seed must be in"),
@@ -366,7 +366,7 @@ def test_images_that_moved_are_found_and_checked(runs, tmp_path, run_script):
     config = runs.make_config(data=DataConfig(source="npy", path=str(first)))
     run = runs.save_runs(runs.make_trained(config), folder=tmp_path / "run")
     check_same_set(run / "data.json", load_source(config.data))
-    words = ("evaluate.py", "likelihood", run, "--num-strata", 2)
+    words = ("evaluate.py", "likelihood", run, "--num-strata", 3)
     assert run_script(*words)[0] == 0
     first.rename(second)
     status, _, error = run_script(*words)
