@@ -12,8 +12,7 @@ import numpy as np
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.source import Source, fits_memory, no_split, shape_of
-from ddpm_jax.system.errors import NoSuchSplit, UserError
-from ddpm_jax.system.files import printable
+from ddpm_jax.system.errors import NoSuchSplit, UserError, printable
 
 _SPLITS = ("train", "test", "all")
 _IMAGES = ("images", "image", "imgs", "data", "x", "arr_0", "pixels", "samples")

@@ -8,6 +8,7 @@ import errno
 import functools
 import io
 import pathlib
+import threading
 import typing
 import warnings
 import zlib
@@ -16,8 +17,8 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
-from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import printable
+from ddpm_jax.system.errors import UserError, printable
+from ddpm_jax.system.files import check_regular, open_file
 
 # What Pillow reads well, and by itself: no format that is a program, as EPS, or a stub.
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "JPEG2000", "PPM", "QOI", "DIB", "TGA", "PCX")
@@ -25,6 +26,8 @@ _WITH_SIGNATURE = _FORMATS[:-3]  # as the last ones, anything may begin
 _SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"RIFF", b"BM", b"\0\0\0\x0cjP")
 _CONVERTIBLE = frozenset(["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "I"])
 _DEEP = "I"  # begins the modes of 16-bit gray
+_LARGE = 32.0  # megapixels
+_large = threading.Lock()  # of many threads one decodes a picture that large: each takes up to a GiB
 WHITE = 2**16 - 1
 """The level of 16-bit gray that is white."""
 
@@ -63,7 +66,7 @@ def decode_with_facts(file: pathlib.Path | io.BytesIO, *, max_megapixels: float 
     with _reasons(file), _open(file, max_megapixels) as image:
         facts = _facts(image)
         _scale_transparency(image)
-        image.load()
+        _load(image)
         facts = facts._replace(deep=_check_depth(image))
         try:
             return ImageOps.exif_transpose(image), facts
@@ -78,11 +81,12 @@ def look_over(path: pathlib.Path, *, max_megapixels: float = 0.0) -> tuple[int, 
       Unreadable: it is no picture, or damaged.
     """
     with _reasons(path):
-        content = path.read_bytes()
+        with open_file(path) as file:
+            content = file.read()
         with _open(io.BytesIO(content), max_megapixels) as image:
             facts = _facts(image)
             image.draft(None, (1, 1))  # a JPEG is decoded at an eighth of its size
-            image.load()
+            _load(image)
             facts = facts._replace(deep=_check_depth(image))
     return zlib.crc32(content), facts
 
@@ -119,6 +123,8 @@ def _open(
     file: pathlib.Path | io.BytesIO, max_megapixels: float = 0.0, formats: tuple[str, ...] = _FORMATS
 ) -> Image.Image:
     _quiet_pillow()
+    if isinstance(file, pathlib.Path):
+        check_regular(file)
     image = Image.open(file, formats=formats)
     megapixels = image.width * image.height / 1e6
     if 0 < max_megapixels < megapixels:
@@ -127,6 +133,11 @@ def _open(
             f"too large: {megapixels:.3g} megapixels, allowed by --data.max-megapixels {np.ceil(megapixels):.0f}"
         )
     return image
+
+
+def _load(image: Image.Image) -> None:
+    with _large if image.width * image.height > _LARGE * 1e6 else contextlib.nullcontext():
+        image.load()
 
 
 def _facts(image: Image.Image) -> Facts:
@@ -161,7 +172,11 @@ def _reason(error: Exception, file: pathlib.Path | io.BytesIO) -> str:
 
 def _what_it_is(file: pathlib.Path | io.BytesIO) -> str:
     """Names what Pillow found to be no picture by the first bytes."""
-    start = file.getvalue()[:64] if isinstance(file, io.BytesIO) else file.open("rb").read(64)
+    if isinstance(file, io.BytesIO):
+        start = file.getvalue()[:64]
+    else:
+        with open_file(file) as opened:
+            start = opened.read(64)
     if not start:
         return "empty"
     if start.startswith(b"version https://git-lfs"):

@@ -4,8 +4,7 @@ import numpy as np
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.source import Source, in_memory, no_split, shape_of
-from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import printable
+from ddpm_jax.system.errors import UserError, printable
 
 
 def load(config: DataConfig) -> Source:

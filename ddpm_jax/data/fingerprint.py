@@ -1,6 +1,5 @@
 """Whether a set is the one that a run was begun on, wherever it lies now."""
 
-import json
 import typing
 import zlib
 from pathlib import Path
@@ -8,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from ddpm_jax.data.source import Source
-from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import write_json
+from ddpm_jax.system.errors import UserError, printable
+from ddpm_jax.system.files import read_json, write_json
 
 _LOOKED_AT = 64
 _CHUNK = 64  # images whose checksum is taken at a time: what is mapped need not be copied as one
@@ -70,7 +69,7 @@ def read_class_names(run: Path) -> tuple[str, ...]:
       the names; none if the run is unconditional, or its folder has no readable `data.json`.
     """
     try:
-        return tuple(map(str, json.loads((run / "data.json").read_text(encoding="utf-8"))["class_names"]))
+        return tuple(map(printable, read_json(run / "data.json")["class_names"]))
     except (OSError, ValueError, KeyError, TypeError):
         return ()
 
@@ -95,14 +94,14 @@ def check_same_set(file: Path, source: Source, *, write: bool = True) -> None:
     """
     here = fingerprint(source)
     try:
-        there = dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+        there = dict(read_json(file)) if file.exists() else {}
     except (ValueError, TypeError, OSError) as error:
         raise UserError(
             f"{file}, which says what images the run was begun on, is damaged: put it back; to go on with "
             f"{source.name} all the same, remove it"
         ) from error
     different = [
-        _DIFFERENT.get(name) or f"{name} {there[name]} there, {here[name]} here"
+        _DIFFERENT.get(name) or f"{name} {there[name]!s:.200} there, {here[name]!s:.200} here"
         for name in here
         if name in there and there[name] != here[name]
     ]

@@ -24,8 +24,7 @@ import numpy as np
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.decode import Facts, Unreadable, decode, decode_with_facts, header, is_picture, look_over, to_array
 from ddpm_jax.data.source import Source, fits_memory, in_memory, in_threads, no_split, shape_of
-from ddpm_jax.system.errors import NoSuchSplit, UserError
-from ddpm_jax.system.files import printable
+from ddpm_jax.system.errors import NoSuchSplit, UserError, printable
 from ddpm_jax.system.progress import say
 
 _ENDINGS = frozenset(

@@ -10,8 +10,7 @@ import numpy as np
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.source import Source, in_memory, no_split
-from ddpm_jax.system.errors import NoSuchSplit, UserError
-from ddpm_jax.system.files import printable
+from ddpm_jax.system.errors import NoSuchSplit, UserError, printable
 
 _DEBIAN_FASHION_MNIST = pathlib.Path("/usr/share/datasets/fashion-mnist")
 _PARTS = {"train": ("train",), "test": ("t10k",), "all": ("train", "t10k")}

@@ -7,7 +7,6 @@ run's test images. The default folder is named by the settings; results of other
 
 import contextlib
 import dataclasses
-import json
 import math
 import re
 import typing
@@ -29,7 +28,7 @@ from ddpm_jax.run.build import image_shape
 from ddpm_jax.run.weights import checksum
 from ddpm_jax.system import pictures
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import claimed, crc32, job_differences, short_name, write_json
+from ddpm_jax.system.files import claimed, crc32, job_differences, read_json, short_name, write_json
 
 SamplerName = typing.Literal["ancestral", "ddim"]
 """The samplers whose chains can start in the middle: those of single steps."""
@@ -411,8 +410,8 @@ def results_folder(description: dict[str, Any], out: Path, *, overwrite: bool) -
     file = out / "job.json"
     if file.is_file():
         try:
-            found = dict(json.loads(file.read_text()))
-        except (ValueError, TypeError) as error:
+            found = dict(read_json(file))
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{file} is damaged: use another --out, or remove {out}") from error
         there = found.get("command")
         if there != command:

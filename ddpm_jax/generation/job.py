@@ -37,7 +37,7 @@ from ddpm_jax.run.trained import TrainedRun, describe_run, load_run
 from ddpm_jax.samplers.chain import Chain, initial_noise
 from ddpm_jax.system import pictures
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import copy_file, short_name
+from ddpm_jax.system.files import check_regular, copy_file, short_name
 from ddpm_jax.system.progress import Progress, say
 
 Format = typing.Literal["grid", "png", "npz", "gif"]
@@ -285,7 +285,8 @@ def _show_gif(
 
 def _comment(path: Path) -> str:
     try:
-        with Image.open(path) as picture:
+        check_regular(path)
+        with Image.open(path, formats=("GIF",)) as picture:
             return picture.info.get("comment", b"").decode()
     except (OSError, ValueError):
         return ""

@@ -6,6 +6,7 @@ arrays' checksums, as JSON, in its metadata.
 
 import dataclasses
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,10 +23,11 @@ from ddpm_jax.interop.files import read_arrays
 from ddpm_jax.networks import Params
 from ddpm_jax.run.checkpoints import load_ema
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import crc32, printable, write_json, write_whole
+from ddpm_jax.system.files import crc32, parse_json, read_json, write_json, write_whole
 from ddpm_jax.system.progress import say
 
 _SEPARATOR = "."
+_DEEPEST = 64  # parts of a name: JAX walks nested dictionaries by recursion
 # Arrays listed by name in a table, at most.
 _NAMED = 20
 
@@ -88,13 +90,24 @@ def load_weights(file: Path) -> tuple[Params, dict[str, str]]:
     """
     arrays, metadata = read_arrays(file)
     try:
-        crcs = dict(json.loads(metadata.get("crc32", "{}")))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{printable(file)} is damaged: its checksums are not JSON; write it again") from error
+        crcs = dict(parse_json(metadata.get("crc32", "{}")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} is damaged: its checksums are not JSON; write it again") from error
     for name, array in arrays.items():
         if name in crcs and crcs[name] != crc32(array):
-            raise UserError(f"{printable(file)} is damaged: the checksum of {printable(name)} differs; write it again")
-    return traverse_util.unflatten_dict(arrays, sep=_SEPARATOR), metadata
+            raise UserError(f"{file} is damaged: the checksum of {name:.100} differs; write it again")
+    return _nested(file, arrays), metadata
+
+
+def _nested(file: Path, arrays: dict[str, Any]) -> Params:
+    """Splits the names of arrays at the dots; refuses names of which one is the beginning of another."""
+    for name in arrays:
+        parts = name.split(_SEPARATOR)
+        if len(parts) > _DEEPEST:
+            raise UserError(f"{file} is no file of weights: it has an array {name:.100} of {len(parts)} parts")
+        if clash := next((each for n in range(1, len(parts)) if (each := _SEPARATOR.join(parts[:n])) in arrays), None):
+            raise UserError(f"{file} is no file of weights: it has an array {clash:.100} and another one {name:.100}")
+    return traverse_util.unflatten_dict(arrays, sep=_SEPARATOR)
 
 
 class Fitted(NamedTuple):
@@ -177,12 +190,14 @@ def start_from(init_from: Path, params: Params, ema: Params, *, run: Path, confi
     if init_from.is_dir():
         step, average = load_ema(init_from, warn=say)
         weights = jax.tree.map(np.asarray, average)  # from the host they can go to any devices
-        trained_by = (init_from / "config.json").read_text() if (init_from / "config.json").is_file() else ""
+        trained_by = (
+            (init_from / "config.json").read_text(errors="replace") if (init_from / "config.json").is_file() else ""
+        )
     elif not init_from.exists():
         raise UserError(f"train.init_from={init_from}: there is no such run folder or .safetensors file")
     else:
         weights, metadata = load_weights(init_from)
-        step = int(metadata["step"]) if metadata.get("step", "").isdigit() else None
+        step = int(metadata["step"]) if re.fullmatch("[0-9]{1,18}", metadata.get("step", "")) else None
         trained_by = metadata.get("config", "")
     try:
         params, fitted = fit(params, weights)
@@ -202,21 +217,21 @@ def start_from(init_from: Path, params: Params, ema: Params, *, run: Path, confi
 def _other_diffusion(trained_by: str, config: Config) -> list[str]:
     """Lists the fields of the diffusion that differ from those in a JSON text of a configuration; [] if it is none."""
     try:
-        theirs = dict(json.loads(trained_by)["diffusion"])
+        theirs = dict(parse_json(trained_by)["diffusion"])
     except (ValueError, TypeError, KeyError):
         return []
     ours = dataclasses.asdict(config.diffusion)
     different = {name for name in ours if theirs.get(name, ours[name]) != ours[name]} - {"clip_x0"}
     if "schedule" in different or ours["schedule"] in ("jsd", "cosine"):
         different -= {"beta_start", "beta_end"}  # of one schedule only
-    return [f"diffusion.{name}={theirs[name]} ({ours[name]} here)" for name in ours if name in different]
+    return [f"diffusion.{name}={theirs[name]!s:.100} ({ours[name]} here)" for name in ours if name in different]
 
 
 def _note(file: Path, found: dict[str, Any]) -> None:
     if file.exists():
         try:
-            noted = dict(json.loads(file.read_text()))
-        except (ValueError, TypeError) as error:
+            noted = dict(read_json(file))
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{file} is damaged: use another --workdir") from error
         if noted.get("crc32") != found["crc32"]:
             raise UserError(

@@ -1,8 +1,31 @@
 """Errors that a user can cause and fix."""
 
 
+def printable(name: object) -> str:
+    r"""Returns a text with everything that a terminal cannot show escaped: control characters, undecodable bytes.
+
+    A name in a data set may contain what a terminal obeys, such as a change of color or of the window's title.
+
+    >>> print(printable("caf\udce9 \n"))
+    caf\xe9 \n
+    """
+    shown = (
+        char
+        if char.isprintable()
+        else f"\\x{ord(char) - 0xDC00:02x}"
+        if "\udc80" <= char <= "\udcff"  # how Python keeps a byte that is not UTF-8
+        else char.encode("unicode_escape").decode("ascii")
+        for char in str(name)
+    )
+    return "".join(shown)
+
+
 class UserError(Exception):
     """One clear line: what is wrong, which value, what to do. The scripts print it and end with status 2."""
+
+    def __init__(self, message: object):
+        """Escapes what is not printable, and joins several lines to one."""
+        super().__init__(printable(" ".join(str(message).splitlines())))
 
 
 class NoSuchSplit(UserError):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ddpm_jax.system import interrupts
-from ddpm_jax.system.errors import Stopped, UserError
+from ddpm_jax.system.errors import Stopped, UserError, printable
 from ddpm_jax.system.hosts import LOST, are_joined, end_all, is_loss_of_a_host
 
 
@@ -138,9 +138,9 @@ def _line_of(error: BaseException) -> str:
         reason = f" ({_one_line(error).partition(' (set ')[0]})" if str(error) else ""
         return f'no device{asked}{reason}: pip install "jax[cuda13]" for NVIDIA GPUs, or set JAX_PLATFORMS=cpu'
     if isinstance(error, PermissionError) and error.filename is not None:
-        return f"no permission for {error.filename}"
+        return f"no permission for {printable(error.filename)}"
     if isinstance(error, OSError) and error.strerror and (error.filename is not None or error.errno in _REMEDIES):
-        where = "" if error.filename is None else f"{error.filename!s:.200}: "
+        where = "" if error.filename is None else f"{printable(error.filename):.200}: "
         remedy = _REMEDIES.get(error.errno, "") if error.filename is None or error.errno != errno.ENOENT else ""
         return f"{where}{error.strerror}{remedy and ': '}{remedy}"
     return ""
@@ -187,4 +187,4 @@ def _is_without_device(error: BaseException) -> bool:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).splitlines())
+    return printable(" ".join(str(error).splitlines()))

@@ -1,10 +1,12 @@
 """Files written atomically, and folders that one process writes at a time."""
 
 import contextlib
+import errno
 import json
 import os
 import re
 import shutil
+import stat
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +16,9 @@ import filelock
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.errors import UserError, printable  # noqa: F401
 
+_LARGEST_JSON = 2**24  # parsed, it may take thirty times its size
 _LONGEST_NAME = 120  # encrypted file systems take 143 bytes, others 255
 
 
@@ -45,6 +48,48 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             beside.unlink(missing_ok=True)
 
 
+def check_regular(path: Path) -> None:
+    """Checks that a file may be opened: a FIFO or a device could have no end, or be waited for forever.
+
+    Raises:
+      OSError: it is a FIFO, a device, a socket or a folder, or is not there.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EOPNOTSUPP, "not a regular file", str(path))
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Opens a file for reading in binary; raises as `check_regular`, or if it is not permitted."""
+    check_regular(path)
+    return path.open("rb")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a file of JSON, which another program may have written.
+
+    Raises:
+      OSError: it cannot be read, or is no regular file.
+      ValueError: it is no JSON, is not UTF-8, is nested too deeply, or is larger than 16 MiB.
+    """
+    with open_file(path) as file:
+        content = file.read(_LARGEST_JSON + 1)
+    if len(content) > _LARGEST_JSON:
+        raise ValueError("it is larger than 16 MiB")
+    return parse_json(content)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parses JSON that another program may have written.
+
+    Raises:
+      ValueError: it is no JSON, is not UTF-8, or is nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a value as indented JSON, atomically; raises as `write_whole`."""
     write_whole(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode("ascii")))
@@ -67,23 +112,6 @@ def copy_file(path: Path, to: Path) -> Path:
     with path.open("rb") as file:
         write_whole(to, lambda copy: shutil.copyfileobj(file, copy))
     return to
-
-
-def printable(name: object) -> str:
-    r"""Returns a file name with everything that a terminal cannot show escaped: control characters, undecodable bytes.
-
-    >>> print(printable("caf\udce9 \n"))
-    caf\xe9 \n
-    """
-    shown = (
-        char
-        if char.isprintable()
-        else f"\\x{ord(char) - 0xDC00:02x}"
-        if "\udc80" <= char <= "\udcff"  # how Python keeps a byte that is not UTF-8
-        else char.encode("unicode_escape").decode("ascii")
-        for char in str(name)
-    )
-    return "".join(shown)
 
 
 def crc32(array: ArrayLike) -> int:
@@ -139,8 +167,8 @@ def check_same_job(file: Path, description: dict[str, Any]) -> None:
         write_json(file, description)
         return
     try:
-        there = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
+        there = dict(read_json(file))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file} is damaged: give another --out, or remove {file.parent}") from error
     different = job_differences(there, description)
     if different:
@@ -150,7 +178,7 @@ def check_same_job(file: Path, description: dict[str, Any]) -> None:
 def job_differences(there: dict[str, Any], here: dict[str, Any]) -> str:
     """Returns in what two descriptions of jobs differ; empty if they are the same."""
     return "; ".join(
-        f"{name} is {there.get(name)} there and {here.get(name)} here"
+        f"{name} is {there.get(name)!s:.200} there and {here.get(name)!s:.200} here"
         for name in dict.fromkeys([*here, *there])
         if there.get(name) != here.get(name)
     )

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from ddpm_jax.system.errors import printable
+
 
 class Progress:
     """Counts towards a total and shows the count, the speed and the time left.
@@ -139,6 +141,6 @@ def be_silent() -> None:
 
 
 def say(line: str) -> None:
-    """Prints a line to stderr, above the progress bar if there is one."""
+    """Prints a line to stderr, above the progress bar if there is one; names in it are escaped as by `printable`."""
     if not _silent:
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write("\n".join(map(printable, line.split("\n"))), file=sys.stderr)

@@ -79,6 +79,23 @@ class TestFile:
             load_weights(file)
         assert len(str(error.value).splitlines()) == 1
 
+    @pytest.mark.parametrize(
+        ("names", "metadata", "said"),
+        [
+            (["a", "a.b"], {}, "it has an array a and another one a.b"),
+            (["a.b.c", "a.b"], {}, "it has an array a.b and another one a.b.c"),
+            ([".".join("a" * 5000)], {}, "of 5000 parts"),
+            (["a"], {"crc32": "[1]"}, "its checksums are not JSON"),
+            (["a"], {"crc32": "[" * 10**5}, "its checksums are not JSON"),
+            (["a"], {"crc32": '{"a": [7]}'}, "the checksum of a differs"),
+        ],
+    )
+    def test_names_and_checksums_that_cannot_be_are_one_line(self, tmp_path, names, metadata, said):
+        safetensors.numpy.save_file({name: np.zeros(1, np.float32) for name in names}, tmp_path / "hostile", metadata)
+        with pytest.raises(UserError, match=said) as error:
+            load_weights(tmp_path / "hostile")
+        assert len(str(error.value)) < 1000
+
 
 class TestFit:
     def test_loads_what_is_the_same_draws_what_is_new_and_leaves_out_the_rest(self):

@@ -1,15 +1,16 @@
-"""A folder that one process writes at a time."""
+"""A folder that one process writes at a time; files that could hang or fill the memory."""
 
 import errno
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 
 import pytest
 
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import claimed
+from ddpm_jax.system.files import claimed, open_file, read_json
 
 
 def test_a_folder_belongs_to_one_process_until_that_is_killed(tmp_path):
@@ -46,3 +47,23 @@ def test_what_the_holder_raises_is_not_taken_for_the_lock(tmp_path):
         raise BlockingIOError(errno.EAGAIN, "a pipe is full")
     with claimed(tmp_path):  # it was released
         pass
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.bind(str(tmp_path / "socket"))
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("fifo", "socket", "/dev/zero", ".", "loop", "missing"):
+        with pytest.raises(OSError, match=r"regular file|symbolic links|No such file"):
+            open_file(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"[" * 10**6, "nested too deeply"), (b"\xff", "utf-8"), (b"1" * 5000, "digits"), (b" " * 2**24 + b"1", "16 MiB")],
+)
+def test_json_of_others_is_a_value_or_a_value_error(tmp_path, content, said):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        read_json(tmp_path / "a.json")

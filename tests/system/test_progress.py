@@ -3,6 +3,7 @@ import re
 
 import pytest
 
+from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.progress import Progress, say
 
 
@@ -119,3 +120,9 @@ def test_say_goes_to_stderr(capsys):
     say("a line")
     out, err = capsys.readouterr()
     assert (out, err) == ("", "a line\n")
+
+
+def test_what_a_terminal_would_obey_is_escaped(capsys):
+    say("cat\x1b]0;title\x07\u202e:\n loaded")
+    assert capsys.readouterr().err == "cat\\x1b]0;title\\x07\\u202e:\n loaded\n"
+    assert str(UserError("no \x1b[31mred\x9b\nfile")) == "no \\x1b[31mred\\x9b file"
