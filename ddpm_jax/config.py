@@ -148,6 +148,14 @@ class ModelConfig:
     """Frequencies of the timestep embedding: 10000^(-k / (width / 2 - freq_shift)) for k = 0, 1, .."""
     cos_first: bool = False
     """Order of the timestep embedding: cosines before sines."""
+    timestep_scale: Positive = 1.0
+    """Multiply timesteps by this before their embedding; improved-diffusion's rescale_timesteps is 1000/T."""
+    embed_channels: CountOrZero = 0
+    """Size of the sinusoidal timestep embedding; 0: the width."""
+    scale_shift_norm: bool = False
+    """Let the timestep embedding scale and shift each residual block's second norm, instead of being added before."""
+    resblock_updown: bool = False
+    """Change the resolution between levels by residual blocks, instead of convolutions."""
     dropout: Probability = 0.1
     """Dropout rate in each residual block."""
     num_classes: CountOrZero = 0

@@ -5,6 +5,7 @@ Parameter names are those of the released TensorFlow checkpoints, with `_` inste
 
 import itertools
 import math
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,10 +31,12 @@ def _init(scale: float) -> nn.initializers.Initializer:
 _DEFAULT, _NEAR_ZERO = _init(1.0), _init(1e-10)
 
 
-def time_embedding(t: Array, dim: int, *, freq_shift: int = 1, cos_first: bool = False) -> Array:
+def time_embedding(
+    t: Array, dim: int, *, freq_shift: int = 1, cos_first: bool = False, timestep_scale: float = 1.0
+) -> Array:
     r"""Embeds timesteps as sines and cosines of geometrically spaced frequencies.
 
-    .. math:: e = [\sin(t f_0), .., \sin(t f_{h-1}), \cos(t f_0), .., \cos(t f_{h-1})], \quad
+    .. math:: e = [\sin(r t f_0), .., \sin(r t f_{h-1}), \cos(r t f_0), .., \cos(r t f_{h-1})], \quad
               f_k = 10000^{-k / (h - s)}, \quad h = \lfloor \mathrm{dim} / 2 \rfloor
 
     Args:
@@ -41,17 +44,19 @@ def time_embedding(t: Array, dim: int, *, freq_shift: int = 1, cos_first: bool =
       dim: embedding size, >= 4, static.
       freq_shift: s, in [0, h): at 1 the lowest frequency is 1/10000, at 0 it is a little higher.
       cos_first: whether the cosines come before the sines.
+      timestep_scale: r, a number; 1000 / T makes the timesteps of any T range over those of T = 1000.
 
     Returns:
       (B, dim) float32; the last column is 0 if `dim` is odd.
 
     Ho et al. 2020, app. B; Vaswani et al. 2017, sec. 3.5; the defaults follow the original code. Improved DDPM has the
-    cosines first and s = 0.
+    cosines first, s = 0 and r = 1000 / T.
     """
     chex.assert_rank(t, 1)
     half = dim // 2
     frequencies = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-math.log(10000) / (half - freq_shift)))
-    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
+    t = t.astype(jnp.float32) * timestep_scale
+    angles = t[:, None] * frequencies[None, :]
     waves = [jnp.cos(angles), jnp.sin(angles)] if cos_first else [jnp.sin(angles), jnp.cos(angles)]
     embedding = jnp.concatenate(waves, axis=1)
     return jnp.pad(embedding, [(0, 0), (0, dim % 2)])
@@ -90,23 +95,46 @@ def _embed(classes: nn.Embed, labels: Array) -> Array:
     return table.at[labels].get(mode="fill", fill_value=jnp.nan, out_sharding=out_sharding)
 
 
+def _downsample(x: Array) -> Array:
+    """Averages blocks of 2 x 2 pixels."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // 2, 2, width, channels).mean(2)
+    return x.reshape(batch, height // 2, width // 2, 2, channels).mean(3)
+
+
+_RESAMPLE = {"": lambda x: x, "down": _downsample, "up": _upsample}
+
+
 class ResnetBlock(nn.Module):
-    """Norm, swish, convolution, twice; the timestep embedding is added in between, and the input at the end."""
+    """Norm, swish, convolution, twice; the timestep embedding is added in between, and the input at the end.
+
+    Two variants are not the paper's: the embedding can scale and shift the second norm's output (Nichol & Dhariwal
+    2021, sec. 3.2), and the block can halve or double the resolution (Dhariwal & Nichol 2021, sec. 3).
+    """
 
     channels: int
     num_groups: int
     dropout: float
     dtype: DTypeLike
     norm_eps: float = 1e-6
+    scale_shift_norm: bool = False
+    resample: typing.Literal["", "down", "up"] = ""
 
     @nn.compact
     def __call__(self, x: Array, embedding: Array, dropout_keys: Array | None) -> Array:
+        resample, norm2 = _RESAMPLE[self.resample], _norm(self, "norm2")
         h = nn.swish(_norm(self, "norm1")(x))
+        h, x = resample(h), resample(x)
         h = _conv(self, self.channels, "conv1")(h)
-        h += nn.Dense(self.channels, kernel_init=_DEFAULT, dtype=self.dtype, name="temb_proj")(nn.swish(embedding))[
-            :, None, None, :
-        ]
-        h = nn.swish(_norm(self, "norm2")(h))
+        features = self.channels * (2 if self.scale_shift_norm else 1)
+        projected = nn.Dense(features, kernel_init=_DEFAULT, dtype=self.dtype, name="temb_proj")(nn.swish(embedding))
+        projected = projected[:, None, None, :]
+        if self.scale_shift_norm:
+            scale, shift = jnp.split(projected, 2, axis=-1)
+            h = norm2(h) * (1 + scale) + shift
+        else:
+            h = norm2(h + projected)
+        h = nn.swish(h)
         h = dropout(h, dropout_keys, self.dropout)
         h = _conv(self, self.channels, "conv2", init=_NEAR_ZERO)(h)
         if x.shape[-1] != self.channels:
@@ -180,7 +208,7 @@ class UNet(nn.Module):
     """
 
     width: int = 128
-    """Channels of the first level; also the size of the sinusoidal embedding."""
+    """Channels of the first level; also the size of the sinusoidal embedding, if `embed_channels` is 0."""
     channel_mult: Sequence[int] = (1, 2, 2, 2)
     """Channels of each level, in units of `width`."""
     num_res_blocks: int = 2
@@ -208,6 +236,15 @@ class UNet(nn.Module):
     """Shift of the frequencies of the timestep embedding, see `time_embedding`."""
     cos_first: bool = False
     """Whether the cosines of the timestep embedding come before the sines."""
+    timestep_scale: float = 1.0
+    """Factor of the timesteps before their embedding."""
+    embed_channels: int = 0
+    """Size of the sinusoidal embedding; 0: `width`."""
+    scale_shift_norm: bool = False
+    """Whether the timestep embedding scales and shifts the second norm's output in each residual block; else it is
+    added before that norm."""
+    resblock_updown: bool = False
+    """Whether residual blocks change the resolution between levels, instead of convolutions."""
     num_classes: int = 0
     """Number of classes of a class-conditional network; 0: unconditional."""
     dtype: DTypeLike = jnp.float32
@@ -255,25 +292,41 @@ class UNet(nn.Module):
         if self.remat:
             resnet_block, attention_block = nn.remat(ResnetBlock), nn.remat(AttentionBlock)
 
-        def resnet(h: Array, channels: int, name: str) -> Array:
+        def resnet(h: Array, channels: int, name: str, resample: typing.Literal["", "down", "up"] = "") -> Array:
             index = next(block_indices)
             keys = None if dropout_keys is None else per_image_keys.fold(dropout_keys, index)
-            block = resnet_block(channels, self.num_groups, self.dropout, self.dtype, self.norm_eps, name=name)
+            block = resnet_block(
+                channels,
+                self.num_groups,
+                self.dropout,
+                self.dtype,
+                self.norm_eps,
+                self.scale_shift_norm,
+                resample,
+                name=name,
+            )
             return block(h, embedding, keys)
 
         def attention(h: Array, name: str) -> Array:
             num_heads = h.shape[-1] // self.num_head_channels if self.num_head_channels else self.num_heads
             return attention_block(num_heads, self.num_groups, self.dtype, self.norm_eps, name=name)(h)
 
-        embedding = time_embedding(t, self.width, freq_shift=self.freq_shift, cos_first=self.cos_first)
-        embedding = nn.Dense(4 * self.width, kernel_init=_DEFAULT, dtype=self.dtype, name="temb_dense0")(embedding)
-        embedding = nn.Dense(4 * self.width, kernel_init=_DEFAULT, dtype=self.dtype, name="temb_dense1")(
+        embed_channels = self.embed_channels or self.width
+        embedding = time_embedding(
+            t,
+            embed_channels,
+            freq_shift=self.freq_shift,
+            cos_first=self.cos_first,
+            timestep_scale=self.timestep_scale,
+        )
+        embedding = nn.Dense(4 * embed_channels, kernel_init=_DEFAULT, dtype=self.dtype, name="temb_dense0")(embedding)
+        embedding = nn.Dense(4 * embed_channels, kernel_init=_DEFAULT, dtype=self.dtype, name="temb_dense1")(
             nn.swish(embedding)
         )
         if self.num_classes:
             labels = jnp.full_like(t, self.num_classes) if labels is None else labels
             check_labels(labels, self.num_classes)
-            classes = nn.Embed(self.num_classes + 1, 4 * self.width, dtype=self.dtype, name="class_embedding")
+            classes = nn.Embed(self.num_classes + 1, 4 * embed_channels, dtype=self.dtype, name="class_embedding")
             embedding += _embed(classes, labels)
         elif labels is not None:
             raise ValueError("labels were passed to an unconditional network (num_classes is 0)")
@@ -287,8 +340,12 @@ class UNet(nn.Module):
                     h = attention(h, f"down_{level}_attn_{block}")
                 skips.append(h)
             if level < levels - 1:
+                channels, name = self.width * multiplier, f"down_{level}_downsample"
                 padding = 1 if self.symmetric_downsampling else "SAME"
-                h = _conv(self, self.width * multiplier, f"down_{level}_downsample", strides=2, padding=padding)(h)
+                if self.resblock_updown:
+                    h = resnet(h, channels, name, "down")
+                else:
+                    h = _conv(self, channels, name, strides=2, padding=padding)(h)
                 skips.append(h)
 
         h = resnet(h, h.shape[-1], "mid_block_1")
@@ -303,7 +360,12 @@ class UNet(nn.Module):
                 if h.shape[1] in self.attention_resolutions:
                     h = attention(h, f"up_{level}_attn_{block}")
             if level > 0:
-                h = _conv(self, self.width * multiplier, f"up_{level}_upsample")(_upsample(h))
+                channels, name = self.width * multiplier, f"up_{level}_upsample"
+                h = (
+                    resnet(h, channels, name, "up")
+                    if self.resblock_updown
+                    else _conv(self, channels, name)(_upsample(h))
+                )
 
         h = nn.swish(_norm(self, "norm_out")(h))
         return _conv(self, self.out_channels, "conv_out", init=_NEAR_ZERO)(h).astype(jnp.float32)
@@ -316,12 +378,13 @@ def check_unet(unet: UNet, image_size: Sequence[int]) -> None:
       ValueError: H or W is not divisible by the strides, or a channel count by the groups or heads; the message
         names a value that works.
     """
-    if unet.width < 4:
-        raise ValueError(f"model width {unet.width} is too small: the time embedding needs at least 4")
-    if unet.freq_shift >= unet.width // 2:
+    size, field = (unet.embed_channels, "model.embed_channels") if unet.embed_channels else (unet.width, "model width")
+    if size < 4:
+        raise ValueError(f"{field} {size} is too small: the time embedding needs at least 4")
+    if unet.freq_shift >= size // 2:
         raise ValueError(
-            f"model.freq_shift {unet.freq_shift} must be less than half the width {unet.width}, the number of "
-            "frequencies of the time embedding"
+            f"model.freq_shift {unet.freq_shift} must be less than {size // 2}, the number of frequencies of the time "
+            f"embedding, half of {field}"
         )
     if unet.num_head_channels and unet.num_heads != 1:
         raise ValueError(

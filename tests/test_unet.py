@@ -41,6 +41,14 @@ def draw_again(shapes, seed=0):
     return jax.tree_util.tree_map_with_path(leaf_of, shapes)
 
 
+def double(x):
+    return x.repeat(2, 1).repeat(2, 2)
+
+
+def halve(x):
+    return sum(x[:, i::2, j::2] for i in range(2) for j in range(2)) / 4
+
+
 class Reference:
     """The network of the paper in float64 NumPy, of the parameters of ours."""
 
@@ -74,10 +82,16 @@ class Reference:
         variance = (centred**2).mean((1, 2, 4), keepdims=True)
         return (centred / np.sqrt(variance + self.unet.norm_eps)).reshape(x.shape) * p["scale"] + p["bias"]
 
-    def resnet(self, p, x, embedding):
-        h = self.conv(p["conv1"], self.swish(self.norm(p["norm1"], x)))
-        h = h + self.dense(p["temb_proj"], self.swish(embedding))[:, None, None, :]
-        h = self.conv(p["conv2"], self.swish(self.norm(p["norm2"], h)))
+    def resnet(self, p, x, embedding, resample=lambda x: x):
+        h = self.conv(p["conv1"], resample(self.swish(self.norm(p["norm1"], x))))
+        x = resample(x)
+        projected = self.dense(p["temb_proj"], self.swish(embedding))[:, None, None, :]
+        if self.unet.scale_shift_norm:
+            channels = h.shape[-1]
+            h = self.norm(p["norm2"], h) * (1 + projected[..., :channels]) + projected[..., channels:]
+        else:
+            h = self.norm(p["norm2"], h + projected)
+        h = self.conv(p["conv2"], self.swish(h))
         return h + (self.dense(p["nin_shortcut"], x) if "nin_shortcut" in p else x)
 
     def attention(self, p, x):
@@ -95,10 +109,10 @@ class Reference:
 
     def __call__(self, x, t):
         p, unet = self.params, self.unet
-        width, levels, num_res_blocks = unet.width, len(unet.channel_mult), unet.num_res_blocks
+        width, levels, num_res_blocks = unet.embed_channels or unet.width, len(unet.channel_mult), unet.num_res_blocks
         attention_resolutions = unet.attention_resolutions
         frequencies = np.exp(-np.arange(width // 2) * np.log(10000) / (width // 2 - unet.freq_shift))
-        angles = np.asarray(t, np.float64)[:, None] * frequencies
+        angles = unet.timestep_scale * np.asarray(t, np.float64)[:, None] * frequencies
         waves = np.sin(angles), np.cos(angles)
         embedding = np.concatenate(waves[::-1] if unet.cos_first else waves, -1)
         embedding = self.dense(p["temb_dense1"], self.swish(self.dense(p["temb_dense0"], embedding)))
@@ -112,7 +126,8 @@ class Reference:
                     h = self.attention(p[f"down_{level}_attn_{block}"], h)
                 skips.append(h)
             if level < levels - 1:
-                h = self.conv(p[f"down_{level}_downsample"], h, stride=2)
+                part = p[f"down_{level}_downsample"]
+                h = self.resnet(part, h, embedding, halve) if unet.resblock_updown else self.conv(part, h, stride=2)
                 skips.append(h)
         h = self.resnet(p["mid_block_1"], h, embedding)
         if unet.mid_attention:
@@ -124,7 +139,8 @@ class Reference:
                 if h.shape[1] in attention_resolutions:
                     h = self.attention(p[f"up_{level}_attn_{block}"], h)
             if level > 0:
-                h = self.conv(p[f"up_{level}_upsample"], h.repeat(2, 1).repeat(2, 2))
+                part = p[f"up_{level}_upsample"]
+                h = self.resnet(part, h, embedding, double) if unet.resblock_updown else self.conv(part, double(h))
         assert not skips
         return self.conv(p["conv_out"], self.swish(self.norm(p["norm_out"], h)))
 
@@ -151,6 +167,10 @@ SMALL = dict(width=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutio
             ),
         ),
         ((8, 8, 1), dict(mid_attention=False, out_channels=1)),
+        (
+            (8, 4, 1),
+            dict(scale_shift_norm=True, resblock_updown=True, timestep_scale=0.25, embed_channels=12, out_channels=1),
+        ),
     ],
 )
 def test_equals_the_network_written_again(image, options):
@@ -464,7 +484,7 @@ class TestRefusals:
             check_unet(UNet(num_heads=2, num_head_channels=64), (32, 32))
 
     def test_shift_of_the_frequencies(self):
-        with pytest.raises(ValueError, match="freq_shift 2 must be less than half the width 4"):
+        with pytest.raises(ValueError, match="freq_shift 2 must be less than 2, .* half of model width"):
             check_unet(UNet(width=4, num_groups=4, freq_shift=2), (32, 32))
 
     def test_times_that_are_not_one_an_image(self):

@@ -28,6 +28,10 @@ def test_the_unet_is_the_one_configured(small, with_value):
         symmetric_downsampling=True,
         freq_shift=0,
         cos_first=True,
+        timestep_scale=0.25,
+        embed_channels=16,
+        scale_shift_norm=True,
+        resblock_updown=True,
     )
     unet = build_unet(with_value(dataclasses.replace(small, model=model), "data.channels", 3))
     for field in dataclasses.fields(ModelConfig):
