@@ -4,12 +4,13 @@ import typing
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from ddpm_jax.forward import per_image
 from ddpm_jax.reverse import Predict, Variance, split_output
-from ddpm_jax.schedules import concrete
+from ddpm_jax.schedules import concrete, numbers
 
 PredictLabeled = Callable[[Array, Array, Array], Array]
 """A conditional network: `predict(x_t, timesteps, labels) -> output`."""
@@ -46,6 +47,7 @@ def guided(
     *,
     null_label: int,
     guidance_scale: ArrayLike,
+    timesteps: tuple[int, int] | None = None,
     variance: Variance = "fixed_large",
 ) -> Predict:
     r"""Makes a network with classifier-free guidance: extrapolates from its unconditional to its conditional output.
@@ -62,6 +64,8 @@ def guided(
       guidance_scale: s >= 0, as most papers and diffusers define it: 1 is the conditional network itself, 0 the
         unconditional one. The weight w of Ho & Salimans is s - 1. A number, or an array, possibly traced: a scalar or
         (B,), one per image.
+      timesteps: the first and last 0-based timestep at which to guide, see `timesteps_between`; all if None. At the
+        others the conditional network is used as it is.
       variance: whether the output has a second half for the variance.
 
     Returns:
@@ -70,7 +74,7 @@ def guided(
     Raises:
       ValueError: a label is outside [0, null_label], or s below 0 (both checked where their values are known).
 
-    Ho & Salimans 2022, eq. 6.
+    Ho & Salimans 2022, eq. 6; in an interval: Kynkaanniemi et al. 2024, eq. 6.
     """
     check_labels(labels, null_label)
     known = concrete(guidance_scale)
@@ -82,15 +86,50 @@ def guided(
     # Not `full_like`, which does not lie where the labels lie on a mesh with explicit axes.
     both_labels = jnp.concatenate([labels, labels - labels + null_label])
 
-    def predict_guided(x_t: Array, timesteps: Array) -> Array:
-        both = predict(jnp.concatenate([x_t, x_t]), jnp.concatenate([timesteps, timesteps]), both_labels)
+    def predict_guided(x_t: Array, t: Array) -> Array:
+        both = predict(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), both_labels)
         conditional, unconditional = jnp.split(both, 2)
         conditional_mean, second_half = split_output(conditional, variance=variance)
         unconditional_mean, _ = split_output(unconditional, variance=variance)
         scale = typing.cast(Array, guidance_scale)
+        if timesteps is not None:
+            first, last = timesteps
+            scale = jnp.where((first <= t) & (t <= last), jnp.asarray(scale, jnp.float32), jnp.float32(1))
         if jnp.ndim(scale):
             scale = per_image(jnp.asarray(scale), conditional_mean)
         mean = scale * conditional_mean - (scale - 1) * unconditional_mean
         return mean if second_half is None else jnp.concatenate([mean, second_half], axis=-1)
 
     return predict_guided
+
+
+def timesteps_between(betas: ArrayLike, low: float, high: float) -> tuple[int, int]:
+    r"""Returns the first and last timestep whose noise level is in an interval.
+
+    .. math:: \mathrm{low} < \sigma_t \le \mathrm{high}, \quad
+              \sigma_t = \sqrt{(1 - \bar\alpha_t) / \bar\alpha_t}
+
+    Args:
+      betas: (T,), of the schedule that the network was trained with.
+      low: the lower noise level, >= 0, in units of the images ([-1, 1]).
+      high: the upper one.
+
+    Raises:
+      ValueError: no timestep is in the interval.
+
+    Kynkaanniemi et al. 2024 (Applying guidance in a limited interval), sec. 3.
+
+    >>> from ddpm_jax.schedules import make_betas
+    >>> timesteps_between(make_betas("linear", 1000), 0.3, 5.0)
+    (88, 565)
+    """
+    alphas_bar = np.cumprod(1 - numbers(betas))
+    with np.errstate(divide="ignore"):
+        sigma = np.sqrt((1 - alphas_bar) / alphas_bar)
+    inside = np.flatnonzero((low < sigma) & (sigma <= high))
+    if not inside.size:
+        raise ValueError(
+            f"no timestep has a noise level above {low:g} and up to {high:g}: those of this schedule are "
+            f"{sigma[0]:.3g} to {sigma[-1]:.3g}"
+        )
+    return int(inside[0]), int(inside[-1])

@@ -125,6 +125,7 @@ def predict_with(
     labels: Array | None,
     *,
     guidance_scale: float = 1.0,
+    guided_timesteps: tuple[int, int] | None = None,
     variance: Variance = "fixed_large",
 ) -> Predict:
     """Returns a network with given parameters as the samplers and losses call it.
@@ -134,6 +135,7 @@ def predict_with(
       params: its parameters.
       labels: (B,) int32, each in [0, num_classes]; None for an unconditional network.
       guidance_scale: scale of classifier-free guidance; 1: none.
+      guided_timesteps: the first and last timestep at which to guide; all if None.
       variance: the variance of the reverse steps, which says what the output's channels are.
 
     Returns:
@@ -145,7 +147,14 @@ def predict_with(
 
     if labels is None:
         return predict
-    return guided(predict, labels, null_label=network.num_classes, guidance_scale=guidance_scale, variance=variance)
+    return guided(
+        predict,
+        labels,
+        null_label=network.num_classes,
+        guidance_scale=guidance_scale,
+        timesteps=guided_timesteps,
+        variance=variance,
+    )
 
 
 def parameter_shapes(network: Network) -> Params:

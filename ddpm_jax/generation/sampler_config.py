@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ddpm_jax.config import Config
+from ddpm_jax.guidance import timesteps_between
 from ddpm_jax.networks import Network, Params, predict_with
 from ddpm_jax.run.build import build_betas
 from ddpm_jax.run.fields import nearest
@@ -44,6 +45,9 @@ class SamplerConfig:
     eps)."""
     guidance_scale: float = 1.0
     """Scale s of classifier-free guidance, s eps(x, label) - (s - 1) eps(x); 1: none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only at noise levels sigma = sqrt(1 / alphas_bar - 1) above the first number and up to the second (images
+    are in [-1, 1]); at all levels if not given."""
     labels: tuple[str | int, ...] = ()
     """Classes of the images of a class-conditional run, by number or name, repeated in turn; all classes if none are
     given. "help" prints the classes."""
@@ -174,12 +178,27 @@ def make_chain(
     if scale != 1:
         check_unlabeled(config, f"--guidance-scale {scale}", "use --guidance-scale 1")
     betas, diffusion = build_betas(config), config.diffusion
+    guided_timesteps = None
+    if sampler_config.guidance_interval is not None:
+        if scale == 1:
+            raise UserError("--guidance-interval needs --guidance-scale: at scale 1 there is no guidance")
+        try:
+            guided_timesteps = timesteps_between(betas, *sampler_config.guidance_interval)
+        except ValueError as error:
+            raise UserError(f"--guidance-interval: {error}") from None
 
     def make(params: Params, labels: Array | None) -> Sampler:
         return make_sampler(
             sampler_config.sampler,
             betas,
-            predict_with(network, params, labels, guidance_scale=scale, variance=diffusion.variance),
+            predict_with(
+                network,
+                params,
+                labels,
+                guidance_scale=scale,
+                guided_timesteps=guided_timesteps,
+                variance=diffusion.variance,
+            ),
             num_steps=sampler_config.steps,
             spacing=sampler_config.spacing,
             extra_timesteps=extra_timesteps,
