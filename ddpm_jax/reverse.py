@@ -23,6 +23,17 @@ r"""The variance of p(x_{t-1} | x_t): :math:`\tilde\beta_t`, :math:`\beta_t`, or
 LEARNED_VARIANCES = ("learned", "learned_range")
 
 
+class DynamicThreshold(typing.NamedTuple):
+    """Clips each predicted clean image to a range of its own, and scales it into [-1, 1]: see `clip`."""
+
+    quantile: float = 0.995
+    """Fraction of the pixels' magnitudes, in (0, 1), that stays within the range."""
+
+
+Clip = bool | DynamicThreshold
+"""Whether the predicted clean image is clipped to [-1, 1], or to a threshold that follows it."""
+
+
 class Reverse(typing.NamedTuple):
     """p(x_{t-1} | x_t): a diagonal Gaussian, and the predicted clean image behind its mean."""
 
@@ -52,6 +63,34 @@ def check_end(schedule: Schedule, prediction: Prediction, t: Array | None = None
             f"prediction {prediction!r} cannot tell x_0 at the last step of this schedule, where alphas_bar is 0: use "
             "'v' or 'x0', or smaller betas"
         )
+
+
+def clip(x0: Array, clip_x0: Clip) -> Array:
+    r"""Clips a predicted clean image.
+
+    .. math:: \hat x_0 \leftarrow \mathrm{clip}(\hat x_0, -s, s) / s, \quad s = \max(1, q_p(|\hat x_0|))
+
+    s is 1 in static clipping; in dynamic thresholding it follows the p-quantile of the magnitudes of each image, so
+    that large guidance scales do not saturate its pixels.
+
+    Args:
+      x0: (B, H, W, C).
+      clip_x0: True, False, or a `DynamicThreshold`.
+
+    Returns:
+      an array of the same shape; `x0` itself if `clip_x0` is False.
+
+    Ho et al. 2020, its code; Saharia et al. 2022 (Imagen), sec. 2.3.
+
+    >>> clip(jnp.array([[[[0.5], [2.0], [-3.0]]]]), DynamicThreshold(0.5)).ravel()
+    Array([ 0.25,  1.  , -1.  ], dtype=float32)
+    """
+    if not isinstance(clip_x0, DynamicThreshold):
+        return jnp.clip(x0, -1, 1) if clip_x0 else x0
+    magnitudes = jnp.abs(x0.reshape(len(x0), -1))
+    largest = jnp.maximum(1, jnp.quantile(magnitudes, jnp.float32(clip_x0.quantile), axis=1))
+    largest = per_image(largest, x0)
+    return jnp.clip(x0, -largest, largest) / largest
 
 
 def predict_x0(schedule: Schedule, output: Array, x_t: Array, t: Array, *, prediction: Prediction) -> Array:
@@ -242,7 +281,7 @@ def p_mean_variance(
     *,
     prediction: Prediction = "eps",
     variance: Variance = "fixed_large",
-    clip_x0: bool = True,
+    clip_x0: Clip = True,
 ) -> Reverse:
     r"""Returns the model's distribution of x_{t-1} given x_t.
 
@@ -258,8 +297,8 @@ def p_mean_variance(
       t: 0-based timesteps, (B,) int32, each in [0, T).
       prediction: what `output` (its first half) is.
       variance: the kind of variance.
-      clip_x0: whether to clip :math:`\hat x_0` to [-1, 1]. With prediction "mean" the network's mean is used as it
-        is, and only the reported x0 is clipped, as in the original code.
+      clip_x0: whether and how to clip :math:`\hat x_0`, see `clip`. With prediction "mean" the network's mean is used
+        as it is, and only the reported x0 is clipped, as in the original code.
 
     Returns:
       the Gaussian, and the predicted x0 behind its mean.
@@ -268,8 +307,7 @@ def p_mean_variance(
     """
     mean_output, variance_output = split_output(output, variance=variance)
     x0 = predict_x0(schedule, mean_output, x_t, t, prediction=prediction)
-    if clip_x0:
-        x0 = jnp.clip(x0, -1, 1)
+    x0 = clip(x0, clip_x0)
     mean = as_floats(mean_output, "mean") if prediction == "mean" else q_posterior(schedule, x0, x_t, t).mean
     return Reverse(mean, model_log_variance(schedule, variance_output, x_t, t, variance=variance), x0)
 

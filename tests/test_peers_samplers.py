@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddpm_jax.reverse import DynamicThreshold
 from ddpm_jax.samplers.ancestral import ancestral
 from ddpm_jax.samplers.ddim import ddim
 from ddpm_jax.samplers.dpm_solver import dpm_solver_pp_2m, dpm_solver_pp_2m_sde
@@ -61,6 +62,13 @@ def in_float64(scheduler, times):
     return scheduler
 
 
+def clipping(clip_x0):
+    """Options of a scheduler, whose dynamic thresholding is capped at 1 if nothing else is said."""
+    if not isinstance(clip_x0, DynamicThreshold):
+        return dict(clip_sample=clip_x0)
+    return dict(thresholding=True, dynamic_thresholding_ratio=clip_x0.quantile, sample_max_value=1e6)
+
+
 def assert_same_steps(sampler, network, scheduler, noise, step):
     """`step(k, output, t, x)` is diffusers'."""
     keys = jax.random.split(jax.random.key(0), IMAGES[0])
@@ -77,12 +85,12 @@ def assert_same_steps(sampler, network, scheduler, noise, step):
     assert 0.1 < np.abs(expected).max() < 100
 
 
-@pytest.mark.parametrize("clip_x0", [True, False])
+@pytest.mark.parametrize("clip_x0", [True, False, DynamicThreshold(0.9)])
 @pytest.mark.parametrize(("eta", "prediction"), [(0.0, "eps"), (1.0, "eps"), (0.4, "eps"), (0.4, "x0"), (0.4, "v")])
 def test_ddim(noise, eta, prediction, clip_x0):
     for eps_after_clipping in ("recompute", "network") if clip_x0 else ("recompute",):
         times = leading(T, STEPS)
-        scheduler = diffusers.DDIMScheduler(T, clip_sample=clip_x0, prediction_type=PREDICTIONS[prediction])
+        scheduler = diffusers.DDIMScheduler(T, prediction_type=PREDICTIONS[prediction], **clipping(clip_x0))
         in_float64(scheduler, times)
         sampler = ddim(
             respace(BETAS, times),

@@ -4,6 +4,7 @@ import functools
 import itertools
 
 import chex
+import hypothesis.extra.numpy as hnp
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm_jax.reverse import (
+    DynamicThreshold,
     Reverse,
+    clip,
     convert,
     from_x0,
     model_log_variance,
@@ -225,6 +228,14 @@ def test_clipping_holds_x0_and_leaves_a_predicted_mean_alone():
         else:
             changed = np.asarray(free.x0 != held.x0)[1:]
             assert (np.asarray(free.mean != held.mean)[1:] == changed).mean() > 0.99
+
+
+@given(hnp.arrays(np.float32, (3, 2, 5, 1), elements=st.floats(-4, 4, width=32)), st.floats(0.05, 0.95))
+def test_dynamic_thresholding_scales_each_image_by_a_quantile_of_its_own(x0, quantile):
+    clipped = np.asarray(clip(jnp.asarray(x0), DynamicThreshold(quantile)))
+    for image, actual in zip(x0.astype(np.float64), clipped, strict=True):
+        largest = max(1.0, np.quantile(np.abs(image), quantile))
+        np.testing.assert_allclose(actual, np.clip(image, -largest, largest) / largest, rtol=1e-5, atol=1e-6)
 
 
 def test_learned_variance_is_the_second_half():

@@ -11,6 +11,7 @@ from jax import Array
 from ddpm_jax.config import Config
 from ddpm_jax.guidance import timesteps_between
 from ddpm_jax.networks import Network, Params, predict_with
+from ddpm_jax.reverse import Clip, DynamicThreshold
 from ddpm_jax.run.build import build_betas
 from ddpm_jax.run.fields import nearest
 from ddpm_jax.samplers.by_name import SamplerName, make_sampler
@@ -38,8 +39,11 @@ class SamplerConfig:
     given, what suits the sampler and the number of steps."""
     eta: float | None = None
     """Share of noise in DDIM, 0 (default) to 1."""
-    clip: typing.Literal["on", "off"] | None = None
-    """Whether to clip the predicted x0 to [-1, 1] at every step; as in training's configuration if not given."""
+    clip: typing.Literal["on", "off", "dynamic"] | None = None
+    """Clip the predicted x0 at every step: to [-1, 1] (on), not at all (off), or by dynamic thresholding, for large
+    guidance scales; as in training's configuration if not given."""
+    dynamic_quantile: float = 0.995
+    """Quantile of the magnitudes of an image's pixels that dynamic thresholding clips to."""
     eps_after_clipping: EpsAfterClipping | None = None
     """How DDIM gets eps after x0 is clipped: recompute (from the clipped x0; default) or network (the network's own
     eps)."""
@@ -178,6 +182,11 @@ def make_chain(
     if scale != 1:
         check_unlabeled(config, f"--guidance-scale {scale}", "use --guidance-scale 1")
     betas, diffusion = build_betas(config), config.diffusion
+    clip_x0: Clip = diffusion.clip_x0 if sampler_config.clip is None else sampler_config.clip == "on"
+    if sampler_config.clip == "dynamic":
+        clip_x0 = DynamicThreshold(sampler_config.dynamic_quantile)
+        if not 0 < clip_x0.quantile < 1:
+            raise UserError(f"--dynamic-quantile {clip_x0.quantile} must be above 0 and below 1, such as 0.995")
     guided_timesteps = None
     if sampler_config.guidance_interval is not None:
         if scale == 1:
@@ -206,7 +215,7 @@ def make_chain(
             eps_after_clipping=sampler_config.eps_after_clipping,
             prediction=diffusion.prediction,
             variance=diffusion.variance,
-            clip_x0=diffusion.clip_x0 if sampler_config.clip is None else sampler_config.clip == "on",
+            clip_x0=clip_x0,
         )
 
     try:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ddpm_jax.reverse import Predict, Prediction, Reverse, Variance, p_mean_variance, p_sample
+from ddpm_jax.reverse import Clip, Predict, Prediction, Reverse, Variance, p_mean_variance, p_sample
 from ddpm_jax.samplers.chain import Chain, ChainInfo, Sampler, step_noise
 from ddpm_jax.samplers.respacing import check_prediction, shorten, skips_timesteps
 from ddpm_jax.schedules import Schedule
@@ -17,7 +17,7 @@ def ancestral(
     num_steps: int | None = None,
     prediction: Prediction = "eps",
     variance: Variance = "fixed_large",
-    clip_x0: bool = True,
+    clip_x0: Clip = True,
 ) -> Sampler:
     r"""Makes the paper's sampler: each step samples p(x_{t-1} | x_t), the last without noise.
 
@@ -29,7 +29,7 @@ def ancestral(
       num_steps: N, in [1, T], for a chain of N of the timesteps, spaced as `make_sampler` does; all if None.
       prediction: what the network predicts.
       variance: the variance of p(x_{t-1} | x_t); the paper's CIFAR-10 model uses "fixed_large".
-      clip_x0: whether the predicted clean image is clipped to [-1, 1] at each step, as in the original code.
+      clip_x0: whether and how the predicted clean image is clipped at each step, see `reverse.clip`.
 
     Returns:
       a `Sampler` with one step per timestep.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from numpy.typing import ArrayLike
 
-from ddpm_jax.reverse import Predict, Prediction, Variance, predict_x0, split_output
+from ddpm_jax.reverse import Clip, Predict, Prediction, Variance, predict_x0, split_output
 from ddpm_jax.samplers.ancestral import ancestral
 from ddpm_jax.samplers.chain import Sampler
 from ddpm_jax.samplers.ddim import EpsAfterClipping, ddim
@@ -42,7 +42,7 @@ def make_sampler(
     eps_after_clipping: EpsAfterClipping | None = None,
     prediction: Prediction = "eps",
     variance: Variance = "fixed_large",
-    clip_x0: bool = True,
+    clip_x0: Clip = True,
 ) -> Sampler:
     r"""Makes a sampler by name, of any number of steps.
 
@@ -65,7 +65,7 @@ def make_sampler(
       eps_after_clipping: how eps is computed after x0 is clipped, only for "ddim" (see there); "recompute" if None.
       prediction: what the network predicts.
       variance: the variance of p(x_{t-1} | x_t), for "ancestral"; the others ignore a learned one.
-      clip_x0: whether the predicted clean image is clipped to [-1, 1] at each step.
+      clip_x0: whether and how the predicted clean image is clipped at each step, see `reverse.clip`.
 
     Returns:
       a `Sampler` of N steps.

@@ -17,7 +17,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ddpm_jax.forward import as_floats, at, per_image, where_positive
-from ddpm_jax.reverse import Predict, Prediction, Variance, from_x0, predict_eps, predict_x0, split_output
+from ddpm_jax.reverse import Clip, Predict, Prediction, Variance, clip, from_x0, predict_eps, predict_x0, split_output
 from ddpm_jax.samplers.chain import Chain, ChainInfo, Sampler, step_noise
 from ddpm_jax.samplers.respacing import check_prediction, shorten
 from ddpm_jax.schedules import Schedule, concrete
@@ -34,7 +34,7 @@ def ddim(
     eta: ArrayLike = 0.0,
     prediction: Prediction = "eps",
     variance: Variance = "fixed_large",
-    clip_x0: bool = True,
+    clip_x0: Clip = True,
     eps_after_clipping: EpsAfterClipping = "recompute",
 ) -> Sampler:
     r"""Makes the DDIM sampler.
@@ -54,7 +54,7 @@ def ddim(
         variance "fixed_small".
       prediction: what the network predicts; "mean" only on a schedule that skips no timesteps.
       variance: the kind of variance; the half of the output for a learned one is ignored.
-      clip_x0: whether the predicted clean image is clipped to [-1, 1] at each step.
+      clip_x0: whether and how the predicted clean image is clipped at each step, see `reverse.clip`.
       eps_after_clipping: "recompute" derives eps from the clipped x0, as improved-diffusion does (diffusers'
         `use_clipped_model_output=True`); "network" keeps the network's eps, as diffusers does by default. Without
         clipping they are the same.
@@ -82,7 +82,7 @@ def ddim(
         x0 = predict_x0(schedule, output, state.x, t, prediction=prediction)
         eps = predict_eps(schedule, output, state.x, t, prediction=prediction)
         if clip_x0:
-            x0 = jnp.clip(x0, -1, 1)
+            x0 = clip(x0, clip_x0)
             if eps_after_clipping == "recompute":
                 eps = from_x0(schedule, x0, state.x, t, target="eps")
         one_minus_alphas_bar_prev = jnp.where(

@@ -18,7 +18,7 @@ computed in float64 when the sampler is made; a step is a weighted sum of a few 
 
 import numpy as np
 
-from ddpm_jax.reverse import Predict, Prediction, Variance
+from ddpm_jax.reverse import Clip, Predict, Prediction, Variance
 from ddpm_jax.samplers.chain import Sampler
 from ddpm_jax.samplers.multistep import Combination, multistep, path
 from ddpm_jax.samplers.respacing import shorten
@@ -41,7 +41,7 @@ def dpm_solver_pp_2m(
     num_steps: int | None = None,
     prediction: Prediction = "eps",
     variance: Variance = "fixed_large",
-    clip_x0: bool = True,
+    clip_x0: Clip = True,
 ) -> Sampler:
     r"""Makes the deterministic second-order multistep DPM-Solver++.
 
@@ -57,7 +57,7 @@ def dpm_solver_pp_2m(
       num_steps: N, in [1, T], for a chain of N of the timesteps, spaced as `make_sampler` does; all if None.
       prediction: what the network predicts; "mean" only on a schedule that skips no timesteps.
       variance: the kind of variance; the half of the output for a learned one is ignored.
-      clip_x0: whether the predicted clean image is clipped to [-1, 1] at each step.
+      clip_x0: whether and how the predicted clean image is clipped at each step, see `reverse.clip`.
 
     Returns:
       a `Sampler` with one step per timestep of the schedule.
@@ -86,7 +86,7 @@ def dpm_solver_pp_2m_sde(
     num_steps: int | None = None,
     prediction: Prediction = "eps",
     variance: Variance = "fixed_large",
-    clip_x0: bool = True,
+    clip_x0: Clip = True,
 ) -> Sampler:
     r"""Makes the SDE form of the second-order multistep DPM-Solver++, which adds noise at every step but the last.
 
@@ -101,7 +101,7 @@ def dpm_solver_pp_2m_sde(
       num_steps: N, in [1, T], for a chain of N of the timesteps, spaced as `make_sampler` does; all if None.
       prediction: what the network predicts; "mean" only on a schedule that skips no timesteps.
       variance: the kind of variance; the half of the output for a learned one is ignored.
-      clip_x0: whether the predicted clean image is clipped to [-1, 1] at each step.
+      clip_x0: whether and how the predicted clean image is clipped at each step, see `reverse.clip`.
 
     Returns:
       a `Sampler` with one step per timestep of the schedule.

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from ddpm_jax.forward import as_floats
-from ddpm_jax.reverse import Predict, Prediction, Variance, predict_x0, split_output
+from ddpm_jax.reverse import Clip, Predict, Prediction, Variance, clip, predict_x0, split_output
 from ddpm_jax.samplers.chain import Chain, ChainInfo, Sampler, step_noise
 from ddpm_jax.samplers.respacing import check_prediction
 from ddpm_jax.schedules import Schedule, exact_log_alphas
@@ -88,7 +88,7 @@ def multistep(
     correction: Correction | None = None,
     prediction: Prediction,
     variance: Variance,
-    clip_x0: bool,
+    clip_x0: Clip,
 ) -> Sampler:
     """Makes a sampler whose steps are given weighted sums.
 
@@ -99,7 +99,7 @@ def multistep(
       correction: the weights of each step's correction; None for a solver without.
       prediction: what the network predicts; "mean" only on a schedule that skips no timesteps.
       variance: the kind of variance; the half of the output for a learned one is ignored.
-      clip_x0: whether the predicted clean image is clipped to [-1, 1] at each step.
+      clip_x0: whether and how the predicted clean image is clipped at each step, see `reverse.clip`.
 
     Returns:
       a `Sampler` of N steps.
@@ -121,8 +121,7 @@ def multistep(
         t = jnp.full(state.x.shape[:1], time, jnp.int32)
         output, _ = split_output(predict(state.x, schedule.timesteps[t]), variance=variance)
         x0 = predict_x0(schedule, output, state.x, t, prediction=prediction)
-        if clip_x0:
-            x0 = jnp.clip(x0, -1, 1)
+        x0 = clip(x0, clip_x0)
         weights, mend = jax.tree.map(lambda table: jnp.asarray(table)[k], (combination, correction))
         x, x0s = as_floats(state.x, "x_T"), jnp.concatenate([x0[None], state.memory.x0])
         if mend is not None:

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from ddpm_jax.reverse import Predict, Prediction, Variance
+from ddpm_jax.reverse import Clip, Predict, Prediction, Variance
 from ddpm_jax.samplers.chain import Sampler
 from ddpm_jax.samplers.multistep import Combination, Correction, Path, multistep, path
 from ddpm_jax.samplers.respacing import shorten
@@ -67,7 +67,7 @@ def unipc(
     order: int = 3,
     prediction: Prediction = "eps",
     variance: Variance = "fixed_large",
-    clip_x0: bool = True,
+    clip_x0: Clip = True,
 ) -> Sampler:
     r"""Makes the UniPC sampler: a predictor of order p, and a corrector that raises it to p + 1 at no extra evaluation.
 
@@ -87,7 +87,7 @@ def unipc(
       order: p, 1 to 3; the authors recommend 3 without guidance and 2 with it.
       prediction: what the network predicts; "mean" only on a schedule that skips no timesteps.
       variance: the kind of variance; the half of the output for a learned one is ignored.
-      clip_x0: whether the predicted clean image is clipped to [-1, 1] at each step.
+      clip_x0: whether and how the predicted clean image is clipped at each step, see `reverse.clip`.
 
     Returns:
       a `Sampler` with one step per timestep of the schedule.

@@ -15,7 +15,7 @@ import pytest
 
 from ddpm_jax.forward import at
 from ddpm_jax.keys import image_keys
-from ddpm_jax.reverse import from_x0
+from ddpm_jax.reverse import DynamicThreshold, from_x0
 from ddpm_jax.samplers.ancestral import ancestral
 from ddpm_jax.samplers.by_name import SAMPLERS, make_sampler
 from ddpm_jax.samplers.chain import initial_noise, run_chain, sample, sample_trajectory
@@ -264,6 +264,18 @@ class TestEverySampler:
         other = advance(0.5, image_keys(jax.random.key(4), jnp.arange(SHAPE[0])), start, 0)
         assert np.abs(other.x - ranges.x).max() > 0.1
         assert len(traces) == 1
+
+    def test_dynamic_thresholding_leaves_few_pixels_at_the_limits(self, name):
+        static, dynamic = (
+            images_of(make_sampler(name, BETAS, lambda x_t, t: 3 * jnp.tanh(x_t), num_steps=7, **options))
+            for options in (
+                dict(prediction="x0", clip_x0=True),
+                dict(prediction="x0", clip_x0=DynamicThreshold(0.75)),
+            )
+        )
+        at_the_limits = [(np.abs(images) > 1 - 1e-5).mean() for images in (static, dynamic)]
+        assert np.abs(dynamic).max() <= 1 + 1e-5
+        assert at_the_limits[1] < 0.5 * at_the_limits[0]
 
     def test_copes_with_a_schedule_that_ends_in_noise_alone(self, name):
         betas = make_betas("jsd", 1000)
