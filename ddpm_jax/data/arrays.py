@@ -2,17 +2,19 @@
 
 import contextlib
 import functools
+import io
 import math
 import pathlib
 import typing
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.source import Source, fits_memory, no_split, shape_of
 from ddpm_jax.system.errors import NoSuchSplit, UserError, printable
+from ddpm_jax.system.files import open_file
 
 _SPLITS = ("train", "test", "all")
 _IMAGES = ("images", "image", "imgs", "data", "x", "arr_0", "pixels", "samples")
@@ -21,6 +23,8 @@ _SPELLED = {"train": ("train", "training"), "test": ("test", "testing"), "valida
 _MOST_CLASSES = 10_000  # larger labels are numbers of something else, unless there are as many images
 _MOST_CHANNELS = 4  # of pictures
 _LOOKED_AT = 64  # images by which the range of floats is judged
+_LONGEST_HEADER = 10_000  # bytes, as NumPy's own limit
+_LABELS_GIB = 0.25  # for labels, whatever data.memory_gib
 
 
 class _Array(typing.NamedTuple):
@@ -35,7 +39,7 @@ class _Array(typing.NamedTuple):
     """When the file was last written, in ns: an array written again is another one."""
 
     def __str__(self) -> str:
-        return printable(f"{self.name} in {self.file}" if self.name else self.file)
+        return printable(f"{self.name:.200} in {self.file}" if self.name else self.file)
 
     @property
     def num_bytes(self) -> int:
@@ -109,7 +113,7 @@ def load(config: DataConfig) -> Source:
         class_names=class_names,
         name=f"{config.source} {printable(config.path)}, {config.split}",
         label_fault=fault,
-        notes=(f"not used in {printable(config.path)}: {', '.join(map(printable, unused))}",) if unused else (),
+        notes=(f"not used in {printable(config.path)}: {_few(unused)}",) if unused else (),
     )
 
 
@@ -221,15 +225,12 @@ def _part(config: DataConfig, arrays: Mapping[str, _Array], split: str) -> _Part
         images = rest[0] if len(rest) == 1 else None
     if images is None:
         kind, wanted = (UserError, "images") if split == "all" else (NoSuchSplit, f"x_{split}")
-        raise kind(
-            f"data.path: {printable(config.path)} holds no array {wanted}, but"
-            f" {', '.join(map(printable, arrays)) or 'none'}"
-        )
-    _check_images(images)
+        raise kind(f"data.path: {printable(config.path)} holds no array {wanted}, but {_few(arrays) or 'none'}")
+    _check_images(images, config.memory_gib)
     unused = {name: array for name, array in arrays.items() if array is not images and array is not labels}
     found, num_classes, fault = None, 0, ""
     if labels is not None:
-        found, num_classes, fault = _read_labels(labels, images.shape[0])
+        found, num_classes, fault = _read_labels(labels, images.shape[0], config.memory_gib)
     else:
         alike = [name for name, array in unused.items() if _like_labels(array, images.shape[0])]
         if alike:
@@ -248,11 +249,16 @@ def _image_shape(images: _Array) -> tuple[int, int, int]:
     return height, width, channels[0] if channels else 1
 
 
+def _few(names: Iterable[str]) -> str:
+    names = [printable(name)[:200] for name in names]
+    return ", ".join(names[:20]) + (f", .. ({len(names)})" if len(names) > 20 else "")
+
+
 def _by(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-def _check_images(images: _Array) -> None:
+def _check_images(images: _Array, memory_gib: float) -> None:
     shape = _by(images.shape)
     if len(images.shape) not in (3, 4) or 0 in images.shape:
         raise UserError(
@@ -267,13 +273,20 @@ def _check_images(images: _Array) -> None:
     if images.dtype == np.uint8:
         return
     if images.dtype.kind not in "biuf":
-        raise UserError(f"data.path: {images} is of {images.dtype}, not uint8; save the pixels as 0 to 255 in uint8")
-    chosen = np.arange(number := min(_LOOKED_AT, images.shape[0])) * images.shape[0] // number
+        raise UserError(
+            f"data.path: {images} is of {images.dtype!s:.100}, not uint8; save the pixels as 0 to 255 in uint8"
+        )
+    number = min(_LOOKED_AT, images.shape[0])
+    if images.num_bytes * (1.0 if images.name else number / images.shape[0]) > memory_gib * 2**30:
+        raise UserError(
+            f"data.path: {images} is of {images.dtype!s:.100}, not uint8; save the pixels as 0 to 255 in uint8"
+        )
+    chosen = np.arange(number) * images.shape[0] // number
     some = np.asarray(_open(images)[chosen])
-    least, most = some.min(), some.max()
+    least, most = float(some.min()), float(some.max())
     raise UserError(
         f"data.path: {images} is of {images.dtype} from {least:.5g} to {most:.5g}, not uint8; save"
-        f" {_recipe(images.dtype.kind, float(least), float(most))}"
+        f" {_recipe(images.dtype.kind, least, most)}"
     )
 
 
@@ -294,10 +307,10 @@ def _recipe(kind: str, least: float, most: float) -> str:
     return f"np.round({scaled}).astype(np.uint8)"
 
 
-def _read_labels(labels: _Array, number: int) -> tuple[np.ndarray | None, int, str]:
+def _read_labels(labels: _Array, number: int, memory_gib: float) -> tuple[np.ndarray | None, int, str]:
     """Returns the labels and the number of classes, or None, 0 and why they cannot be used."""
     try:
-        values, classes = _labels_of(labels, number), 0
+        values, classes = _labels_of(labels, number, memory_gib), 0
         if values.shape == (number,):
             numbers = values
         elif ((values == 0) | (values == 1)).all() and (values.sum(axis=1) == 1).all():
@@ -317,17 +330,21 @@ def _read_labels(labels: _Array, number: int) -> tuple[np.ndarray | None, int, s
     return numbers.astype(np.int32), max(classes, most + 1), ""
 
 
-def _labels_of(labels: _Array, number: int) -> np.ndarray:
+def _labels_of(labels: _Array, number: int, memory_gib: float) -> np.ndarray:
     """Reads labels as (N,), or (N, K) integers."""
     if labels.dtype.kind in "US":
         raise UserError(f"{labels} holds text; save np.unique(labels, return_inverse=True)[1], and note the names")
     rank, shape = len(labels.shape), labels.shape
     if labels.dtype.kind not in "biuf" or rank not in (1, 2) or shape[0] != number:
         raise UserError(
-            f"{labels} is {labels.dtype} of shape {labels.shape}, where {number} images need labels of shape"
+            f"{labels} is {labels.dtype!s:.100} of shape {labels.shape}, where {number} images need labels of shape"
             f" ({number},), integers from 0"
         )
+    if 8 * math.prod(shape) > max(memory_gib, _LABELS_GIB) * 2**30:
+        raise UserError(f"{labels} has {math.prod(shape)} numbers, more than fit data.memory_gib={memory_gib:g}")
     values = np.asarray(_open(labels))
+    if values.dtype.kind == "f" and not (np.abs(values) < 2**53).all():
+        raise UserError(f"{labels} has a label that is no number, or too large")
     if values.dtype.kind == "f" and not (values == np.round(values)).all():
         raise UserError(f"{labels} is {labels.dtype} with fractions, where labels are integers from 0")
     values = values.astype(np.int64)
@@ -348,25 +365,49 @@ def _members(file: pathlib.Path) -> dict[str, _Array]:
         changed = file.stat().st_mtime_ns
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
-                names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-                return {name: _Array(file, name, *_header(archive, name), changed) for name in names}
+                return {
+                    name: _Array(file, name, *_header_in(archive, entry), changed)
+                    for entry in archive.infolist()
+                    if (name := entry.filename.removesuffix(".npy")) != entry.filename
+                }
         found = {"images": file} | ({"labels": beside} if beside.is_file() else {})
-        arrays = {name: (each, np.load(each, mmap_mode="r")) for name, each in found.items()}
-        return {
-            name: _Array(each, "", array.shape, array.dtype, each.stat().st_mtime_ns)
-            for name, (each, array) in arrays.items()
-        }
+        return {name: _mapped(each) for name, each in found.items()}
 
 
-def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Reads shape and type of an array in an .npz, and not the array."""
-    with archive.open(f"{name}.npy") as member:
-        version = np.lib.format.read_magic(member)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(member)
+def _mapped(file: pathlib.Path) -> _Array:
+    with open_file(file) as opened:
+        shape, dtype, begin = _header(opened)
+    array = _Array(file, "", shape, dtype, file.stat().st_mtime_ns)
+    if file.stat().st_size < begin + array.num_bytes:
+        raise ValueError(f"{file.stat().st_size - begin} bytes of data where its header says {array.num_bytes}")
+    return array
+
+
+def _header_in(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype]:
+    """Reads shape and type of an array in an .npz, and not the array; its size must be that of its entry."""
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{entry.filename} is compressed as NumPy never does")
+    with archive.open(entry) as member:
+        shape, dtype, begin = _header(typing.cast(typing.BinaryIO, member))
+    if entry.file_size != begin + math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{entry.filename} has {entry.file_size} bytes, which is not the size in its header")
+    return shape, dtype
+
+
+def _header(file: typing.BinaryIO) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Reads the header of an array; returns its shape and type, and where its data begin."""
+    version = np.lib.format.read_magic(file)
+    size = file.read(2 if version == (1, 0) else 4)
+    length = int.from_bytes(size, "little")
+    if length > _LONGEST_HEADER:  # NumPy would read all of it first
+        raise ValueError(f"a header of {length} bytes")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(io.BytesIO(size + file.read(length)))
+    if not all(type(each) is int and 0 <= each < 2**63 for each in shape):
+        raise ValueError(f"a shape of {shape}")
     if dtype.hasobject:
         raise ValueError("it holds Python objects; save the pixels as uint8")
-    return shape, dtype
+    return shape, dtype, 8 + len(size) + length
 
 
 @functools.lru_cache(maxsize=16)

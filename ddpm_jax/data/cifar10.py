@@ -1,8 +1,10 @@
 """CIFAR-10's own archive (its Python version), as downloaded or unpacked."""
 
+import gzip
 import io
 import pathlib
 import pickle
+import pickletools
 import tarfile
 import typing
 import zlib
@@ -12,7 +14,8 @@ import numpy as np
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.source import Source, in_memory, no_split, shape_of
-from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.errors import UserError, printable
+from ddpm_jax.system.files import open_file
 
 _URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 _DEFAULT = pathlib.Path("data")
@@ -21,7 +24,12 @@ _TRAIN, _TEST = [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"]
 _PARTS = {"train": _TRAIN, "test": _TEST, "all": _TRAIN + _TEST}
 _PIXELS = 3 * 32 * 32
 _AT_ONCE = 2**20
-_DAMAGE = (OSError, EOFError, zlib.error, tarfile.TarError, pickle.UnpicklingError, ValueError, TypeError, KeyError)
+_LARGEST_FILE, _LARGEST_ARCHIVE = 2**26, 2**29  # bytes; CIFAR-10's have 31 MB, and 186 MB
+# A damaged archive or pickle makes Python raise many kinds.
+_DAMAGE = (
+    *(OSError, EOFError, zlib.error, tarfile.TarError, pickle.UnpicklingError, ValueError, TypeError, LookupError),
+    *(AttributeError, ArithmeticError, RecursionError, MemoryError),
+)
 
 
 def load(config: DataConfig) -> Source:
@@ -50,6 +58,7 @@ def load(config: DataConfig) -> Source:
         images, labels, names = _read(files, _PARTS[config.split])
     except _DAMAGE as error:
         reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:100]
+        reason = reason or type(error).__name__
         raise UserError(f"data.path: {place} is damaged ({reason}); download {_URL} again") from error
     pixels = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return in_memory(np.ascontiguousarray(pixels), labels, names, name=f"CIFAR-10, {config.split}")
@@ -74,48 +83,86 @@ def _find(config: DataConfig) -> pathlib.Path:
     )
 
 
+class _Bounded:
+    """What a file unpacks to, up to a size: the headers of an archive may claim any."""
+
+    def __init__(self, file: typing.BinaryIO):
+        self._file, self._left = file, _LARGEST_ARCHIVE
+
+    def read(self, size: int) -> bytes:
+        content = self._file.read(size)
+        self._left -= len(content)
+        if self._left < 0:
+            raise ValueError(f"it unpacks to more than {_LARGEST_ARCHIVE // 2**20} MiB")
+        return content
+
+
 def _read_archive(archive: pathlib.Path) -> dict[str, bytes]:
-    with tarfile.open(archive, "r:*") as members:
-        opened = ((pathlib.PurePath(member.name).name, members.extractfile(member)) for member in members)
-        files = {name: file.read() for name, file in opened if file is not None}
-        while members.fileobj and members.fileobj.read(_AT_ONCE):
+    with open_file(archive) as file:
+        packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        stream = _Bounded(typing.cast(typing.BinaryIO, gzip.GzipFile(fileobj=file)) if packed else file)
+        files = {}
+        with tarfile.open(fileobj=typing.cast(typing.Any, stream), mode="r|") as members:
+            for member in members:
+                opened = members.extractfile(member) if member.isreg() and not member.issparse() else None
+                if opened is not None and member.size <= _LARGEST_FILE:
+                    files[pathlib.PurePath(member.name).name] = opened.read()
+        while stream.read(_AT_ONCE):
             pass  # gzip's checksum is at the end, to which tarfile does not read
         return files
 
 
 def _read_folder(folder: pathlib.Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.stat().st_size <= _LARGEST_FILE]
+    return {file.name: file.read_bytes() for file in files}
 
 
 def _read(files: Mapping[str, bytes], batches: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Pickles of Python 2: dictionaries of an array and a list."""
     images, labels = [], []
     for name in batches:
-        batch = _Plain(io.BytesIO(files[name]), encoding="bytes").load()
-        pixels = batch[b"data"]
-        if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (_PIXELS,):
+        batch = _unpickled(files[name])
+        pixels = getattr(batch[b"data"], "value", None)
+        if not isinstance(pixels, np.ndarray) or pixels.shape[1:] != (_PIXELS,):
             raise ValueError(f"{name} holds no (N, {_PIXELS}) uint8")
         images.append(pixels)
-        labels.append(np.array(batch[b"labels"]))
-        if labels[-1].shape != (len(pixels),):
+        labels.append(np.array(batch[b"labels"], np.int64))
+        if labels[-1].shape != (len(pixels),) or not len(pixels):
             raise ValueError(f"{name} has labels of shape {labels[-1].shape} for {len(pixels)} images")
-    meta = _Plain(io.BytesIO(files["batches.meta"]), encoding="bytes").load()
-    names = [name.decode("ascii") for name in meta[b"label_names"]]
+    names = [printable(name.decode("ascii")) for name in _unpickled(files["batches.meta"])[b"label_names"]]
     numbers = np.concatenate(labels)
     if numbers.min() < 0 or numbers.max() >= len(names):
         raise ValueError(f"a label is {numbers.max()} where there are {len(names)} classes")
     return np.concatenate(images), numbers, names
 
 
+class _Array:
+    """An array of bytes in a pickle; NumPy's own way from a pickle to an array believes any shape and type."""
+
+    value = np.empty(0, np.uint8)
+
+    def __setstate__(self, state: typing.Any) -> None:
+        _, shape, _, fortran, content = state
+        self.value = np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran else "C")
+
+
+class _Type:
+    """A type in a pickle. The arrays are of bytes, and others than these have another size than they should."""
+
+    def __setstate__(self, state: typing.Any) -> None:
+        pass
+
+
 class _Plain(pickle.Unpickler):
-    """Reads arrays of plain numbers, lists, dictionaries and text: a pickle could otherwise run any program."""
+    """Reads arrays of bytes, lists, dictionaries and text: a pickle could otherwise run any program."""
 
     _ADMITTED: typing.ClassVar[dict[tuple[str, str], typing.Any]] = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        # The function that makes an array; NumPy 2 moved it, and warns at its old name.
-        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-        ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+        ("numpy", "ndarray"): None,
+        ("numpy", "dtype"): lambda *_: _Type(),
+        # The function that makes an array; NumPy 2 moved it.
+        ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
+        ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Array(),
         ("_codecs", "encode"): lambda text, coding="latin1": text.encode("latin1"),
     }
 
@@ -125,3 +172,16 @@ class _Plain(pickle.Unpickler):
             return self._ADMITTED[module, name]
         except KeyError:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
+
+
+def _unpickled(content: bytes) -> dict[typing.Any, typing.Any]:
+    """Reads a dictionary from a pickle, of which no instruction may claim more memory than it has bytes."""
+    for number, (instruction, argument, _) in enumerate(pickletools.genops(content)):
+        if instruction.name in ("BYTEARRAY8", "NEXT_BUFFER", "EXT1", "EXT2", "EXT4") or (
+            instruction.name in ("PUT", "BINPUT", "LONG_BINPUT") and typing.cast(int, argument) > number
+        ):
+            raise pickle.UnpicklingError(f"it has {instruction.name} {argument}")
+    found = _Plain(io.BytesIO(content), encoding="bytes").load()
+    if not isinstance(found, dict):
+        raise ValueError(f"a {type(found).__name__} where a dictionary belongs")
+    return found

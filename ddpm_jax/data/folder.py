@@ -44,6 +44,7 @@ _SYSTEM_FOLDERS = frozenset(
 )
 _SYSTEM_FILES = frozenset(("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"))
 _NAMES_SHOWN = 3
+_DEEPEST = 100  # folders in folders: they are entered by recursion
 
 
 class _Walk:
@@ -68,6 +69,8 @@ class _Walk:
             self.passed["links to folders listed before"][name] += 1
             return
         self._entered.add(here)
+        if len(pathlib.PurePath(name).parts) > _DEEPEST:
+            raise UserError(f"data.path: folders below {printable(self._folder)} are nested more than {_DEEPEST} deep")
         yield where
         try:
             entries = sorted(os.scandir(where), key=lambda entry: entry.name)

@@ -4,13 +4,15 @@ import gzip
 import math
 import pathlib
 import struct
+import typing
 import zlib
 
 import numpy as np
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data.source import Source, in_memory, no_split
+from ddpm_jax.data.source import Source, fits_memory, in_memory, no_split
 from ddpm_jax.system.errors import NoSuchSplit, UserError, printable
+from ddpm_jax.system.files import open_file
 
 _DEBIAN_FASHION_MNIST = pathlib.Path("/usr/share/datasets/fashion-mnist")
 _PARTS = {"train": ("train",), "test": ("t10k",), "all": ("train", "t10k")}
@@ -31,15 +33,17 @@ def load(config: DataConfig) -> Source:
     folder = _folder(config)
     if config.channels != 1:
         raise UserError(f"data.channels: idx files hold gray images; set it to 1, not {config.channels}")
-    images, labels = [], []
+    images, labels = list[np.ndarray](), list[np.ndarray]()
     fault, used = "", set[pathlib.Path | None]()
     for part, images_file in _images_of(folder, config).items():
-        pixels = _read(images_file, 3)
+        pixels = _read(images_file, 3, config)
+        if not fits_memory(config, len(pixels) + sum(len(part) for part in images)):
+            raise _too_large(config, images_file)
         images.append(_pad(config, pixels))
         labels_file = _find(folder, part, "labels", 1)
         if labels_file is not None:
             try:
-                labels.append(_read(labels_file, 1))
+                labels.append(_read(labels_file, 1, config))
             except UserError as error:  # which an unconditional run need not know
                 fault = str(error)
                 continue
@@ -55,7 +59,7 @@ def load(config: DataConfig) -> Source:
         np.concatenate(labels) if usable else None,
         name=f"idx {printable(folder)}, {config.split}",
         label_fault=fault,
-        notes=(f"not used in {printable(folder)}: {', '.join(map(printable, unused))}",) if unused else (),
+        notes=(f"not used in {printable(folder)}: {', '.join(map(printable, unused[:20]))}",) if unused else (),
     )
 
 
@@ -95,26 +99,40 @@ def _find(folder: pathlib.Path, part: str, what: str, rank: int) -> pathlib.Path
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _read(path: pathlib.Path, rank: int) -> np.ndarray:
-    """Reads one file: two zero bytes, the type (8: uint8), the rank, the big-endian shape, the data; gzipped or not."""
+def _read(path: pathlib.Path, rank: int, config: DataConfig) -> np.ndarray:
+    """Reads one file: two zero bytes, the type (8: uint8), the rank, the big-endian shape, the data; gzipped or not.
+
+    A few MB may unpack to many GiB: no more is unpacked than the header says, and than fits the memory.
+    """
+    begin = 4 + 4 * rank
     try:
-        content = path.read_bytes()
-        if content.startswith(b"\x1f\x8b"):
-            content = gzip.decompress(content)
+        with open_file(path) as file:
+            packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            stream = typing.cast(typing.BinaryIO, gzip.GzipFile(fileobj=file)) if packed else file
+            header = stream.read(begin)
+            if header[:4] != bytes([0, 0, 8, rank]) or len(header) < begin:
+                raise UserError(f"data.path: {path} is no idx file of {rank} dimensions of bytes; fetch it again")
+            shape = struct.unpack(f">{rank}I", header[4:])
+            size = math.prod(shape)
+            if size == 0:
+                raise UserError(f"data.path: {path} is empty; fetch it again")
+            if size > config.memory_gib * 2**30:
+                raise _too_large(config, path)
+            content = stream.read(size + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"data.path: {path} cannot be read ({error}); fetch it again") from error
-    begin = 4 + 4 * rank
-    if content[:4] != bytes([0, 0, 8, rank]) or len(content) < begin:
-        raise UserError(f"data.path: {path} is no idx file of {rank} dimensions of bytes; fetch it again")
-    shape = struct.unpack(f">{rank}I", content[4:begin])
-    if len(content) - begin != math.prod(shape):
-        raise UserError(
-            f"data.path: {path} has {len(content) - begin} bytes of data where its header says {math.prod(shape)};"
-            " fetch it again"
-        )
-    if shape[0] == 0:
-        raise UserError(f"data.path: {path} is empty; fetch it again")
-    return np.frombuffer(content, np.uint8, offset=begin).reshape(shape)
+    if len(content) != size:
+        found = f"{len(content)} bytes" if len(content) < size else "more"
+        raise UserError(f"data.path: {path} has {found} of data where its header says {size}; fetch it again")
+    return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def _too_large(config: DataConfig, path: pathlib.Path) -> UserError:
+    return UserError(
+        f"data.path: {path} unpacks to more than data.memory_gib={config.memory_gib:g}, and idx files are kept in"
+        " memory: use a larger --data.memory-gib"
+    )
 
 
 def _pad(config: DataConfig, images: np.ndarray) -> np.ndarray:

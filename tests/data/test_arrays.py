@@ -1,3 +1,6 @@
+import tracemalloc
+import zipfile
+
 import hypothesis
 import numpy as np
 import pytest
@@ -208,3 +211,72 @@ def test_a_file_written_anew_is_read_anew(sets, tmp_path):
         (tmp_path / "b.npy").replace(tmp_path / "a.npy")
         source: Source = loaded(sets, tmp_path / "a.npy")
         assert (sets.everything(source) == value).all()
+
+
+def header_of(shape, *, descr="|u1", version=b"\x01\x00", pad=0):
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}" + " " * pad + "\n"
+    return b"\x93NUMPY" + version + len(text).to_bytes(2 if version[0] == 1 else 4, "little") + text.encode()
+
+
+HOSTILE = {
+    "negative": (header_of("(-1, 5, 6, 3)") + bytes(90), "a shape of (-1, 5, 6, 3)"),
+    "boolean": (header_of("(True, 5, 6, 3)") + bytes(90), "a shape of (True, 5, 6, 3)"),
+    "large": (header_of(f"({2**62}, 5, 6, 3)") + bytes(90), "header"),
+    "short": (header_of("(3, 5, 6, 3)") + bytes(90), "header"),
+    "objects": (header_of("(1,)", descr="|O") + b"cposix\nsystem\n(S'touch ran'\ntR.", "Python objects"),
+    "long header": (header_of("(1, 5, 6, 3)", version=b"\x02\x00", pad=2**20) + bytes(90), "a header of 1048"),
+    "nested header": (header_of("(" * 4000 + "1" + ")" * 4000) + bytes(90), "not a readable"),
+    "minus": (header_of("(" + "-" * 9000 + "1,)") + bytes(90), "not a readable"),
+    "a program": (header_of("(__import__('os').system('touch ran'),)"), "not a readable"),
+    "a pickle": (b"cposix\nsystem\n(S'touch ran'\ntR.", "not a readable"),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_headers_are_one_line(sets, tmp_path, monkeypatch, name, packed):
+    monkeypatch.chdir(tmp_path)
+    content, said = HOSTILE[name]
+    path = tmp_path / ("a.npz" if packed else "a.npy")
+    if packed:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("images.npy", content)
+    else:
+        path.write_bytes(content)
+    tracemalloc.start()
+    try:
+        message = sets.refused(sets.config("npz", path, (5, 6), 3))
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+    assert said in message
+    assert len(message) < 500
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_array_takes_more_than_the_memory_that_is_configured(sets, tmp_path):
+    def refused(**arrays):
+        path = tmp_path / "a.npz"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            for name, (shape, descr, size) in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    member.write(header_of(str(shape), descr=descr))
+                    for first in range(0, size, 2**24):
+                        member.write(bytes(min(2**24, size - first)))
+        tracemalloc.start()
+        try:
+            wanted = sets.config("npz", path, (8, 8), 3, memory_gib=2**-10)
+            try:
+                return sources.load_source(wanted).label_fault
+            except UserError as error:
+                return str(error)
+            finally:
+                assert tracemalloc.get_traced_memory()[1] < 2**25
+        finally:
+            tracemalloc.stop()
+
+    assert "more than data.memory_gib" in refused(images=((2**18, 8, 8, 3), "|u1", 2**18 * 192))
+    assert "is of float64, not uint8" in refused(images=((2**15, 8, 8, 3), "<f8", 2**15 * 192 * 8))
+    assert "more than fit data.memory_gib" in refused(
+        images=((64, 8, 8, 3), "|u1", 64 * 192), labels=((64, 2**20), "|u1", 2**26)
+    )

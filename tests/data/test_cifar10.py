@@ -1,8 +1,10 @@
+import gzip
 import io
 import os
 import pickle
 import struct
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -106,6 +108,11 @@ class Program:
         ("data_batch_3", pickled({"data": [1], "labels": [1]}), "holds no (N, 3072) uint8"),
         ("data_batch_3", pickle.dumps(Program()), "it asks for posix.system"),
         ("batches.meta", pickled({"label_names": ["cat"]}), "where there are 1 classes"),
+        ("batches.meta", pickled(["cat"]), "a list where a dictionary belongs"),
+        ("test_batch", b"\x80\x02}r\xff\xff\xff\x7f.", "it has LONG_BINPUT 2147483647"),
+        ("test_batch", b"\x80\x05\x96" + (2**40).to_bytes(8, "little"), "is damaged"),
+        ("test_batch", b"\x80\x02" + b"(" * 10**5 + b".", "is damaged"),
+        ("test_batch", pickle.dumps({b"data": np.zeros((2, 3072), object)}, 2), "is damaged"),
     ],
 )
 def test_damaged_archives_are_refused_and_run_nothing(sets, tmp_path, monkeypatch, name, content, said):
@@ -116,7 +123,7 @@ def test_damaged_archives_are_refused_and_run_nothing(sets, tmp_path, monkeypatc
     else:
         files[name] = content
     put(tmp_path / "here", folder, files, packed=True)
-    message = sets.refused(config(sets, tmp_path / "here"))
+    message = sets.refused(config(sets, tmp_path / "here", split="all"))
     assert said in message
     assert "download" in message
     assert not (tmp_path / "ran").exists()
@@ -141,6 +148,24 @@ def test_a_flipped_bit_is_no_other_picture(sets, tmp_path, compresslevel):
         damaged[place] ^= 4
         archive.write_bytes(damaged)
         assert f"{archive} is damaged" in sets.refused(config(sets, archive))
+
+
+def test_an_archive_unpacks_to_no_more_than_cifar10_has(sets, tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar10, "_LARGEST_ARCHIVE", 2**24)
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    info = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
+    info.size = 2**26
+    extended = tarfile.TarInfo("headers")
+    extended.size, extended.type = 2**26, tarfile.XHDTYPE
+    for entry in (info, extended):
+        with gzip.open(archive, "wb", compresslevel=1) as file:
+            file.write(entry.tobuf() + bytes(2**26))
+        tracemalloc.start()
+        try:
+            assert "it unpacks to more than 16 MiB" in sets.refused(config(sets, archive))
+            assert tracemalloc.get_traced_memory()[1] < 2**27
+        finally:
+            tracemalloc.stop()
 
 
 def test_its_channels_are_known(sets):

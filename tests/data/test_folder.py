@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import os
 import shutil
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax.data import sources
+from ddpm_jax.data import decode, sources
 from ddpm_jax.system.errors import UserError
 
 
@@ -419,3 +420,28 @@ def test_a_set_too_large_for_memory_is_read_from_disk(sets, tmp_path):
         path.unlink()
     with pytest.raises(UserError, match="can no longer be read"):
         read.read(indices)
+
+
+# Pillow would start Ghostscript for the first; a reader would wait for the second, or read the third, for ever.
+def test_what_is_no_picture_by_its_content_is_neither_run_nor_opened(sets, tmp_path):
+    sets.save(tmp_path / "set" / "good.png", sets.noise(4, 4, 3))
+    (tmp_path / "set" / "eps.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    )
+    os.mkfifo(tmp_path / "set" / "fifo.png")
+    (tmp_path / "set" / "device.png").symlink_to("/dev/zero")
+    (tmp_path / "set" / "loop.png").symlink_to("loop.png")
+    (tmp_path / "set" / "up").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "folder.png").mkdir()
+    (tmp_path / "set" / "no\x1b[31m\u202ename.png").write_bytes(b"")
+    wanted = sets.config("folder", tmp_path / "set", (4, 4), 3)
+    message = sets.refused(wanted)
+    assert "2 of 3 files" in message
+    assert "eps.png (no picture)" in message
+    assert "no\\x1b[31m\\u202ename.png (empty)" in message
+    source = sources.load_source(dataclasses.replace(wanted, on_unreadable="skip"))
+    assert source.num_examples == 1
+    assert "3 broken links or special files" in source.notes[0]
+    for name in ("eps.png", "fifo.png", "device.png", "folder.png"):
+        with pytest.raises(UserError, match="cannot read"):
+            decode.open_picture(str(tmp_path / "set" / name))

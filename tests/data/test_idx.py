@@ -1,5 +1,6 @@
 import gzip
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_the_other_spelling_of_idx_names_is_found(sets, idx_folder):
     ("damage", "said"),
     [
         (lambda content: content[:-1], "data where its header says 90"),
-        (lambda content: content + b"x", "data where its header says 90"),
+        (lambda content: content + b"x", "more of data where its header says 90"),
         (lambda content: content[:9], "no idx file of 3 dimensions"),
         (lambda content: b"", "no idx file of 3 dimensions"),
         (lambda content: b"\x00\x00\x0d\x03" + content[4:], "no idx file of 3 dimensions"),
@@ -73,6 +74,24 @@ def test_damaged_idx_files_are_refused(sets, idx_folder, damage, said):
     message = sets.refused(sets.config("idx", idx_folder, (5, 6), split="test"))
     assert said in message
     assert str(idx_folder) in message
+
+
+def test_no_more_is_unpacked_than_fits_the_memory(sets, tmp_path):
+    tracemalloc.start()
+    try:
+        for shape in ((2**16, 2**8, 2**8), (2**32 - 1, 1, 1), (2**10, 2**10, 2**10)):
+            header = bytes([0, 0, 8, 3]) + struct.pack(">3I", *shape)
+            with gzip.open(tmp_path / "train-images-idx3-ubyte.gz", "wb", compresslevel=1) as file:
+                file.write(header + bytes(2**25))
+            said = sets.refused(sets.config("idx", tmp_path, shape[1:], memory_gib=1 / 64))
+            assert "unpacks to more than data.memory_gib=0.015625" in said
+        (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(
+            gzip.compress(header[:4] + struct.pack(">3I", 16, 1, 1) + bytes(2**25))
+        )
+        assert "more of data where" in sets.refused(sets.config("idx", tmp_path, (1, 1), memory_gib=1 / 64))
+        assert tracemalloc.get_traced_memory()[1] < 2**27
+    finally:
+        tracemalloc.stop()
 
 
 def test_damaged_labels_are_for_those_who_want_labels(sets, idx_folder):

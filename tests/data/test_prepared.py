@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -12,6 +13,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from ddpm_jax.data import prefetch, sources
+
+# Pillow would start Ghostscript for it.
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
 
 
 def png(pixels):
@@ -26,16 +30,23 @@ class TinyPictures(tfds.core.GeneratorBasedBuilder):
     def _info(self):
         image = tfds.features.Image(shape=(6, 8, 3), encoding_format="png")
         label = tfds.features.ClassLabel(names=["cat", "dog"])
-        return tfds.core.DatasetInfo(
-            builder=self, features=tfds.features.FeaturesDict({"image": image, "label": label})
-        )
+        mask = tfds.features.Image(shape=(None, None, 3), encoding_format="png")
+        features = {"image": image, "label": label, "mask": mask}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
         return {"train": self._generate_examples(5), "test": self._generate_examples(3)}
 
     def _generate_examples(self, count):
         for i in range(count):
-            yield i, {"image": png(np.full((6, 8, 3), 10 * count + i, np.uint8)), "label": i % 2}
+            yield (
+                i,
+                {
+                    "image": png(np.full((6, 8, 3), 10 * count + i, np.uint8)),
+                    "label": i % 2,
+                    "mask": io.BytesIO(POSTSCRIPT),
+                },
+            )
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +162,73 @@ assert "tensorflow" not in sys.modules
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
+
+
+def copy_of(prepared, folder, name, change):
+    """Copies a set, with one of its files of JSON changed, under a name of which TFDS has no program."""
+    shutil.copytree(prepared / "tiny_pictures", folder / "found_pictures")
+    for old in list(folder.rglob("tiny_pictures-*")):
+        old.rename(old.with_name(old.name.replace("tiny_pictures", "found_pictures")))
+    (info,) = folder.rglob("dataset_info.json")
+    info.write_text(info.read_text().replace("tiny_pictures", "found_pictures"))
+    (file,) = folder.rglob(name)
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    return file
+
+
+@pytest.mark.parametrize("how", ["proto", "legacy", "in a text"])
+def test_features_that_are_not_of_tfds_are_named_and_not_imported(sets, prepared, tmp_path, monkeypatch, how):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    evil = {"pythonClassName": "evil.Feature", "tensor": {"shape": {}, "dtype": "uint8"}}
+    if how == "legacy":
+        evil = {"type": "evil.Feature", "content": {}}
+    elif how == "in a text":
+        inner = json.dumps({"feature": {"type": "evil.Feature", "content": {}}, "length": None})
+        evil = {
+            "pythonClassName": "tensorflow_datasets.core.features.sequence_feature.Sequence",
+            "jsonFeature": {"json": inner},
+        }
+
+    def add(features):
+        if how == "legacy":
+            return evil
+        features["featuresDict"]["features"]["other"] = evil
+        return features
+
+    wanted = sets.config("tfds:found_pictures", tmp_path / "copy", (6, 8), 3)
+    file = copy_of(prepared, tmp_path / "copy", "features.json", lambda features: features)
+    assert sources.load_source(wanted).num_examples == 5
+    file.write_text(json.dumps(add(json.loads(file.read_text()))))
+    message = sets.refused(wanted)
+    assert "asks for the module evil, which would be run" in message
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("features.json", lambda features: {}),
+        ("features.json", lambda features: [[[1]]]),
+        ("features.json", lambda features: {"pythonClassName": "x"}),
+        ("dataset_info.json", lambda info: info | {"splits": []}),
+        ("dataset_info.json", lambda info: info | {"splits": [{"name": "train", "shardLengths": ["-5"]}]}),
+        ("dataset_info.json", lambda info: 3),
+    ],
+)
+def test_damaged_descriptions_are_one_line(sets, prepared, tmp_path, name, change):
+    copy_of(prepared, tmp_path / "copy", name, change)
+    sets.refused(sets.config("tfds:found_pictures", tmp_path / "copy", (6, 8), 3))
+
+
+def test_what_is_no_file_of_tfds_is_not_opened(sets, prepared, tmp_path):
+    file = copy_of(prepared, tmp_path / "copy", "features.json", lambda features: features)
+    file.unlink()
+    os.mkfifo(file)
+    message = sets.refused(sets.config("tfds:found_pictures", tmp_path / "copy", (6, 8), 3))
+    assert "is no file that TFDS wrote" in message
+
+
+def test_a_program_of_a_community_is_not_downloaded(sets):
+    assert "would be downloaded and run" in sets.refused(sets.config("tfds:kaggle:cats"))
+    assert "would be downloaded and run" in sets.refused(sets.config("tfds:huggingface:mnist/plain:1.0.0"))
