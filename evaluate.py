@@ -69,8 +69,9 @@ def likelihood(options: LikelihoodOptions) -> None:
         options.split, options.num, options.sigma, options.cdf, options.num_strata, options.seed
     )
     out = folder or bits_per_dim.default_folder(trained, request)
-    print(bits_per_dim.summary(bits_per_dim.run_job(trained, out, request, batch_size=options.batch_size)))
-    print(bits_per_dim.describe_images(trained.config, options.split))
+    found = bits_per_dim.run_job(trained, out, request, batch_size=options.batch_size)
+    print(bits_per_dim.summary(found))
+    print(bits_per_dim.describe_images(trained.config, options.split, found))
     print(f"{out}: likelihood.json, terms.csv, rate_distortion.csv and their plots")
 
 

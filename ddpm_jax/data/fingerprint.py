@@ -1,12 +1,13 @@
 """Whether a set is the one that a run was begun on, wherever it lies now."""
 
+import hashlib
 import typing
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from ddpm_jax.data.source import Source
+from ddpm_jax.data.source import Source, in_threads
 from ddpm_jax.system.errors import UserError, printable
 from ddpm_jax.system.files import read_json, write_json
 
@@ -44,6 +45,27 @@ def fingerprint(source: Source) -> dict[str, typing.Any]:
         "crc32": crc,
         **_of_every_image(source),
     }
+
+
+def pixel_hashes(source: Source, indices: np.ndarray | None = None, *, label: str) -> np.ndarray:
+    """Returns a 64-bit hash of the pixels of each image.
+
+    Args:
+      source: the images.
+      indices: (M,) which of them; all N if None.
+      label: of the progress bar.
+
+    Returns:
+      (M,) uint64, BLAKE2b in big-endian order.
+    """
+    chosen = np.arange(source.num_examples) if indices is None else indices
+
+    def hashes(first: int) -> bytes:
+        images = source.read(chosen[first : first + _CHUNK])
+        return b"".join(hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images)
+
+    found = in_threads(hashes, range(0, len(chosen), _CHUNK), label=label, unit=f" x{_CHUNK}")
+    return np.frombuffer(b"".join(found), ">u8").astype(np.uint64)
 
 
 def _of_every_image(source: Source) -> dict[str, int]:

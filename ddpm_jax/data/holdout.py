@@ -1,15 +1,14 @@
 """A part of a set held out for evaluation, chosen by the pixels of each image."""
 
 import dataclasses
-import hashlib
+import math
 import typing
 
 import numpy as np
 
-from ddpm_jax.data.source import Source, in_threads
+from ddpm_jax.data.fingerprint import pixel_hashes
+from ddpm_jax.data.source import Source
 from ddpm_jax.system.errors import UserError
-
-_CHUNK = 64  # images read at a time
 
 
 def part(source: Source, fraction: float, *, held_out: bool, memory_gib: float) -> Source:
@@ -30,7 +29,8 @@ def part(source: Source, fraction: float, *, held_out: bool, memory_gib: float) 
     Raises:
       UserError: there is none, or no other.
     """
-    chosen = _is_held_out(source, fraction)
+    hashes = pixel_hashes(source, label="choosing what is held out")
+    chosen = hashes < np.uint64(math.ceil(fraction * 2**64))
     if not 0 < chosen.sum() < len(chosen):
         raise UserError(
             f"data.holdout={fraction:g} holds out {chosen.sum()} of {len(chosen)} images ({source.name}): use "
@@ -52,18 +52,6 @@ def part(source: Source, fraction: float, *, held_out: bool, memory_gib: float) 
         read_images=read_images,
         read_labels=None if read_labels is None else lambda wanted: read_labels(indices[wanted]),
         images=images,
+        places=(),
         name=f"{source.name} ({what})" if held_out else f"{source.name} (without the {what})",
     )
-
-
-def _is_held_out(source: Source, fraction: float) -> np.ndarray:
-    """Reads every image; returns (N,) bool."""
-
-    def below(first: int) -> list[bool]:
-        images = source.read(np.arange(first, min(first + _CHUNK, source.num_examples)))
-        hashes = (hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in images)
-        return [int.from_bytes(digest, "big") < fraction * 2**64 for digest in hashes]
-
-    chunks = range(0, source.num_examples, _CHUNK)
-    found = in_threads(below, chunks, label="choosing what is held out", unit=f" x{_CHUNK}")
-    return np.concatenate([np.array(each) for each in found])

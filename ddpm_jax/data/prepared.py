@@ -30,6 +30,8 @@ class _Prepared(typing.NamedTuple):
     """The image and its label; nothing else of an example is decoded."""
     decoders: dict[str, typing.Any]
     """Leaves a picture in its file, such as a PNG, as it is."""
+    places: tuple[tuple[str, int, int], ...]
+    """As in `Source`."""
 
 
 def load(config: DataConfig) -> Source:
@@ -88,11 +90,12 @@ def load(config: DataConfig) -> Source:
             read_labels=read_labels if class_names else None,
             class_names=class_names,
             name=name,
+            places=prepared.places,
         )
     images, labels = np.empty((num_examples, *shape), np.uint8), np.empty(num_examples, np.int32)
     for i, (pixels, number) in enumerate(in_threads(image_and_label, range(num_examples), label="reading images")):
         images[i], labels[i] = pixels, number
-    return in_memory(images, labels if class_names else None, class_names, name=name)
+    return in_memory(images, labels if class_names else None, class_names, name=name, places=prepared.places)
 
 
 def probe(config: DataConfig) -> int:
@@ -187,7 +190,7 @@ def _open_split(config: DataConfig, tfds: typing.Any, builder: typing.Any, *, pr
     if not encoded and image.get_serialized_info().np_dtype != image.np_dtype:
         raise UserError(f"data.source: the images of {name} are compressed arrays, not pictures; save them as PNG")
     try:
-        builder.info.splits[config.split]
+        files = builder.info.splits[config.split].file_instructions
     except (KeyError, ValueError, AssertionError) as error:
         raise NoSuchSplit(
             f"data.split: {config.source} has no split {config.split!r}; it has {', '.join(builder.info.splits)},"
@@ -204,7 +207,10 @@ def _open_split(config: DataConfig, tfds: typing.Any, builder: typing.Any, *, pr
     # Other features could be pictures that start a program, or unpack without end.
     chosen = {each: features[each] for each in ("image", "label") if each in features}
     return _Prepared(
-        records, tfds.features.FeaturesDict(chosen), {"image": tfds.decode.SkipDecoding()} if encoded else {}
+        records,
+        tfds.features.FeaturesDict(chosen),
+        {"image": tfds.decode.SkipDecoding()} if encoded else {},
+        tuple((pathlib.PurePath(file.filename).name, file.skip, file.skip + file.take) for file in files),
     )
 
 

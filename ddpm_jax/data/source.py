@@ -54,6 +54,8 @@ class Source:
     """The highest level of gray files with more than 8 bits; 0: there are none."""
     files_crc32: int | None = None
     """Of images that are on disk: the CRC-32 of the CRC-32s of their N files, where these were read to be checked."""
+    places: tuple[tuple[str, int, int], ...] = ()
+    """Where the N images lie, in their order: (file, first, stop) each; (): not known."""
 
     @functools.cached_property
     def labels(self) -> np.ndarray | None:

@@ -24,6 +24,7 @@ from ddpm_jax.bound import Cdf
 from ddpm_jax.config import Config
 from ddpm_jax.data.check import check_classes
 from ddpm_jax.data.fingerprint import fingerprint
+from ddpm_jax.data.shared import count_trained_on
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source, resolve
 from ddpm_jax.evaluation import plots
@@ -241,6 +242,8 @@ class Likelihood:
     """Number of images."""
     dimensions: int
     """Of an image."""
+    trained_on: int | None = None
+    """Number of these images that are also among the training images; None if that is not known."""
 
 
 class PerTimestep(typing.NamedTuple):
@@ -368,6 +371,8 @@ def run_job(trained: TrainedRun, out: Path, request: Request, *, batch_size: int
             description=f"bits/dim of {number} images",
         )
         likelihood, per_timestep = conclude(sums, dimensions=math.prod(images.source.image_shape))
+        shared = count_trained_on(config.data, request.split, images.source, images.indices)
+        likelihood = dataclasses.replace(likelihood, trained_on=shared)
         if log_variances is None and config.diffusion.variance not in LEARNED_VARIANCES:
             log_variances = _fixed(schedule, config.diffusion.variance)
         _write(out, description, likelihood, per_timestep, log_variances)
@@ -525,15 +530,17 @@ def _write_csv(path: Path, columns: dict[str, np.ndarray]) -> None:
     write_whole(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def describe_images(config: Config, split: str) -> str:
-    """Returns one line: which images a run was evaluated on, and whether it was trained on them."""
-    own = config.data.split
+def describe_images(config: Config, split: str, likelihood: Likelihood) -> str:
+    """Returns one line: which images a run was evaluated on, and how many of them it was trained on."""
+    own, number, trained_on = config.data.split, likelihood.images, likelihood.trained_on
     if split == own:
         relation = "the images that the run was trained on"
-    elif {split, own} == {"test", "train"}:
-        relation = "held out: the run was not trained on them"
+    elif trained_on is None:
+        relation = f"whether it was trained on some of them is not known; it was trained on split {own}"
+    elif trained_on:
+        relation = f"warning: the run was trained on {trained_on} of these {number} images, in split {own}"
     else:
-        relation = f"the run was trained on split {own}"
+        relation = "held out: the run was not trained on them"
     return f"images: split {split} of {config.data.source} ({relation})"
 
 

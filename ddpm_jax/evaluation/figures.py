@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.data.check import check_classes
+from ddpm_jax.data.shared import count_shared
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_held_out, load_source
 from ddpm_jax.evaluation import plots
@@ -112,7 +113,9 @@ def draw_figures(job: SamplingJob, out: Path, *, num: int = 8, batch_size: int =
             if finished is None:
                 drawn.append(_estimated_curve(job, held_out, out, batch_size=batch_size))
             drawn.append(_neighbors(samples[:num], own, out))
-            real = f"Real images are from {held_out.name}, nearest neighbors from {own.name}. "
+            shared = count_shared(held_out, own)
+            of_these = f" ({shared} of its {held_out.num_examples} are also training images)" if shared else ""
+            real = f"Real images are from {held_out.name}{of_these}, nearest neighbors from {own.name}. "
         if (trained.folder / "loss.png").is_file():
             _copy(trained.folder / "loss.png", out / "loss.png")
             drawn.append(Figure("loss.png", "The training loss."))

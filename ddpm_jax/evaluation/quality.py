@@ -13,6 +13,7 @@ import numpy as np
 import threadpoolctl
 
 from ddpm_jax.config import Config
+from ddpm_jax.data.shared import count_shared
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source, resolve
 from ddpm_jax.evaluation.frechet import frechet_distance
@@ -91,6 +92,8 @@ class Quality:
     """Which real images they are compared with."""
     held_out: str | None
     """Which real images were kept from the classifier; None if there are none."""
+    held_out_shared: int | None = None
+    """Number of these that are also among the real images; None if there are none, or that is not known."""
 
 
 def own_frechet_distances(generated: np.ndarray, real: np.ndarray) -> tuple[float, float, int]:
@@ -167,9 +170,10 @@ def _judge(images: np.ndarray, source: Source, held_out: Source | None) -> Quali
     labels_of_generated = classifier.classify(images)
     classes = source.class_names or tuple(map(str, range(int(labels.max()) + 1)))
     fd_own, fd_own_of_real, compared = own_frechet_distances(classifier.features(images), classifier.features(real))
-    confidence_of_real = accuracy = None
+    confidence_of_real = accuracy = shared = None
     if held_out is not None and held_out.labels is not None:
         unseen, labels_of_unseen = _labeled(held_out)
+        shared = count_shared(held_out, source, _evenly(held_out))
         confidence_of_real = float(classifier.probabilities(unseen).max(axis=1).mean())
         accuracy = float((classifier.classify(unseen) == labels_of_unseen).mean())
     return Quality(
@@ -184,6 +188,7 @@ def _judge(images: np.ndarray, source: Source, held_out: Source | None) -> Quali
         images_compared=compared,
         real=f"{source.name} ({len(real)} images)",
         held_out=None if confidence_of_real is None or held_out is None else f"{held_out.name} ({len(unseen)} images)",
+        held_out_shared=shared,
     )
 
 
@@ -263,16 +268,26 @@ def summary(quality: Quality) -> str:
         if quality.confidence_of_real is None or quality.accuracy is None
         else f" (held-out real images: {quality.confidence_of_real:.3f}, accuracy {quality.accuracy:.1%})"
     )
+    also = (
+        f"\nwarning: {quality.held_out_shared} of the held-out images are also among the real images, which the"
+        " classifier was trained on"
+        if quality.held_out_shared
+        else ""
+    )
     return (
         f"confidence of the classifier: {quality.confidence:.3f}{unseen}\n"
         f"classes: {counts}\n"
         f"FD-own {quality.fd_own:.3f}; real vs real {quality.fd_own_of_real:.3f}; ratio {quality.ratio:.2f} "
         f"({quality.images_compared} images per side)\n"
-        f"real images: {quality.real}; held out: {quality.held_out or 'none, there is no labeled test split'}"
+        f"real images: {quality.real}; held out: {quality.held_out or 'none, there is no labeled test split'}{also}"
     )
 
 
-def _labeled(source: Source) -> tuple[np.ndarray, np.ndarray]:
+def _evenly(source: Source) -> np.ndarray:
     count = min(source.num_examples, _MOST_REAL)
-    indices = np.arange(count) * source.num_examples // count
+    return np.arange(count) * source.num_examples // count
+
+
+def _labeled(source: Source) -> tuple[np.ndarray, np.ndarray]:
+    indices = _evenly(source)
     return source.read(indices), typing.cast(np.ndarray, source.labels)[indices]

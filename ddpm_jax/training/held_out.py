@@ -11,6 +11,7 @@ from jax import Array
 
 from ddpm_jax.config import Config
 from ddpm_jax.data.check import check_classes
+from ddpm_jax.data.shared import count_shared
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source
 from ddpm_jax.keys import image_keys, split
@@ -18,6 +19,7 @@ from ddpm_jax.networks import Params
 from ddpm_jax.pixels import to_float
 from ddpm_jax.system.errors import NoSuchSplit, UserError
 from ddpm_jax.system.mesh import batch_sharding, gather, replicated
+from ddpm_jax.system.progress import say
 from ddpm_jax.time_sampling import uniform_times
 from ddpm_jax.training.hooks import Event
 from ddpm_jax.training.setup import Setup
@@ -43,6 +45,32 @@ def load_test_split(config: Config) -> Source:
         ) from error
 
 
+def evaluated(config: Config, source: Source) -> np.ndarray:
+    """Returns the indices of the held-out images that are evaluated: `config.eval.num`, spread evenly."""
+    return np.arange(number := min(config.eval.num, source.num_examples)) * source.num_examples // number
+
+
+def check_held_out(config: Config, source: Source, training: Source) -> None:
+    """Warns if some of the images that are evaluated are training images, or if that is not known.
+
+    Args:
+      config: of the run.
+      source: the held-out images.
+      training: the training images; those on disk are not decoded for it, as this is at every start.
+    """
+    if config.data.holdout:
+        return  # by their pixels, equal images are on the same side
+    indices = evaluated(config, source)
+    shared = count_shared(source, training, indices, most_read=0)
+    if shared is None:
+        say(f"whether held-out images ({source.name}) are among the training images is not known: these are on disk")
+    elif shared:
+        say(
+            f"warning: {shared} of the {len(indices)} held-out images ({source.name}) are also training images, so that"
+            " eval_loss is not only of images that the run never saw"
+        )
+
+
 def evaluating(parts: Setup, source: Source) -> Callable[[Event], None]:
     r"""Returns the hook's function that logs the loss on held-out images, by quarter of the chain.
 
@@ -65,7 +93,8 @@ def evaluating(parts: Setup, source: Source) -> Callable[[Event], None]:
     """
     config, mesh, num_steps = parts.config, parts.layout.mesh, parts.schedule.num_steps
     check_classes(config, source, training=False)
-    indices = np.arange(number := min(config.eval.num, source.num_examples)) * source.num_examples // number
+    indices = evaluated(config, source)
+    number = len(indices)
     images = source.read(indices)
     labels = source.read_labels(indices) if config.model.num_classes and source.read_labels is not None else None
     # As many at a time as a device trains on at a time.

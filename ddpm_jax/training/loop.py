@@ -30,7 +30,7 @@ from ddpm_jax.system.hosts import Agreement, barrier, is_primary_host
 from ddpm_jax.system.progress import Progress, say
 from ddpm_jax.system.signals import stop_signals
 from ddpm_jax.training import plots
-from ddpm_jax.training.held_out import evaluating, load_test_split
+from ddpm_jax.training.held_out import check_held_out, evaluating, load_test_split
 from ddpm_jax.training.hooks import Event, Periodic, Saving, append_metrics, drawing, logging
 from ddpm_jax.training.input_pipeline import make_input_pipeline, with_inputs
 from ddpm_jax.training.metric_writers import check_packages, open_metric_writers
@@ -97,6 +97,8 @@ def train(
         check_classes(config, source)
         if config.eval.every and held_out is None:
             held_out = load_test_split(config)
+        if config.eval.every and held_out is not None:
+            check_held_out(config, held_out, source)
         number = config.train.grad_accum_steps
         with advice_for_memory(
             f"a batch of {config.train.batch_size} images" + (f" in {number} parts" if number > 1 else ""),

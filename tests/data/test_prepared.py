@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from ddpm_jax.data import prefetch, sources
+from ddpm_jax.data import prefetch, shared, sources
 
 # Pillow would start Ghostscript for it.
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
@@ -69,6 +70,19 @@ def test_a_prepared_set_is_read(sets, prepared):
     assert whole.num_examples == 8
     part = sources.load_source(sets.config("tfds:tiny_pictures", prepared, (6, 8), split="train[:2]"))
     np.testing.assert_array_equal(sets.everything(part), sets.everything(source)[:2])
+
+
+@pytest.mark.parametrize("memory_gib", [1.0, 0.0])
+def test_images_that_splits_share_are_counted(sets, prepared, memory_gib):
+    split = lambda name: sources.load_source(
+        sets.config("tfds:tiny_pictures", prepared, (6, 8), 3, split=name, memory_gib=memory_gib)
+    )
+    count = functools.partial(shared.count_shared, most_read=0)
+    assert count(split("train"), split("train[:60%]")) == 3
+    assert count(split("train[1:]"), split("train[:2]")) == 1
+    assert count(split("train[3:]"), split("train[:3]")) == 0
+    assert count(split("test"), split("train+test")) == 3
+    assert count(split("test"), split("train")) == 0
 
 
 def test_a_prepared_set_is_read_from_disk_resized_and_converted(sets, prepared):

@@ -25,6 +25,7 @@ from ddpm_jax.evaluation.bits_per_dim import (
     compute_bounds,
     conclude,
     default_folder,
+    describe_images,
     run_job,
     sums_of,
 )
@@ -344,6 +345,17 @@ def run(runs, trained, tmp_path_factory):
     return runs.save_runs(trained, folder=tmp_path_factory.mktemp("runs") / "tiny")
 
 
+def test_images_that_the_run_was_trained_on_are_counted(trained, tmp_path):
+    config = dataclasses.replace(trained.config, data=dataclasses.replace(trained.config.data, split="all"))
+    request = Request("test", 9, "model", "tanh", num_strata=3)
+    found = run_job(trained._replace(config=config), tmp_path, request, batch_size=16)
+    assert found.trained_on == json.loads((tmp_path / "likelihood.json").read_text())["trained_on"] == 9
+    line = "images: split test of digits (warning: the run was trained on 9 of these 9 images, in split all)"
+    assert describe_images(config, "test", found) == line
+    assert "(held out: " in describe_images(trained.config, "test", dataclasses.replace(found, trained_on=0))
+    assert "is not known" in describe_images(trained.config, "test", dataclasses.replace(found, trained_on=None))
+
+
 def test_the_script_computes_bits_and_prints_where(run, whole, run_script):
     likelihood, _ = whole
     status, printed, _ = run_script("evaluate.py", "likelihood", run, "--seed", 3)
@@ -374,7 +386,8 @@ def test_images_that_moved_are_found_and_checked(runs, tmp_path, run_script):
     assert re.search(f"error: data.path: .*{first}", error)
     status, printed, error = run_script(*words, "--data.path", second)  # the same job
     assert status == 0, error
-    assert "images: split test of npy (held out: the run was not trained on them)\n" in printed
+    # They are the same images.
+    assert "images: split test of npy (warning: the run was trained on 6 of these 6 images, in split train)" in printed
     np.save(second / "train.npy", images[::-1])
     status, _, error = run_script(*words, "--data.path", second)
     assert (status, "was begun on other images than" in error) == (2, True)

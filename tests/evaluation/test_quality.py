@@ -133,3 +133,11 @@ def test_a_damaged_test_split_is_not_taken_for_none(train, tmp_path):
     config = Config(data=dataclasses.replace(DATA, source="npy", path=str(tmp_path)))
     with pytest.raises(UserError, match="test.npy is not a readable"):
         judge_file(tmp_path / "drawn.npz", config, number=4)
+
+
+def test_held_out_images_that_the_classifier_saw_are_counted(train, test, shuffled, of_real):
+    assert of_real.held_out_shared == 0
+    assert "warning" not in summary(of_real)
+    seen = judge(shuffled[:50], train, dataclasses.replace(train, name="again"))
+    assert seen.held_out_shared == train.num_examples
+    assert f"warning: {train.num_examples} of the held-out images are also among the real images" in summary(seen)

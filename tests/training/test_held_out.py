@@ -12,12 +12,13 @@ import pytest
 
 from ddpm_jax.config import CheckpointConfig, Config, DataConfig, DiffusionConfig, EvalConfig, LogConfig, TrainConfig
 from ddpm_jax.data.source import in_memory
+from ddpm_jax.data.sources import load_source
 from ddpm_jax.networks import Network
 from ddpm_jax.run.build import build_schedule
 from ddpm_jax.run.validation import validate
 from ddpm_jax.system.errors import Stopped, UserError
 from ddpm_jax.training import loop
-from ddpm_jax.training.held_out import evaluating, load_test_split
+from ddpm_jax.training.held_out import check_held_out, evaluating, load_test_split
 from ddpm_jax.training.hooks import Event, Periodic
 from ddpm_jax.training.setup import make_setup
 
@@ -160,3 +161,13 @@ def test_without_held_out_images_it_is_one_line(tmp_path, data, line):
     data = dataclasses.replace(data, path=str(tmp_path / data.path) if data.path else "")
     with pytest.raises(UserError, match=line):
         load_test_split(dataclasses.replace(CONFIG, data=data))
+
+
+def test_held_out_images_that_are_trained_on_are_counted(capsys):
+    training, held_out = load_source(DataConfig()), load_source(DataConfig(split="test"))
+    check_held_out(CONFIG, held_out, training)
+    assert capsys.readouterr().err == ""
+    check_held_out(CONFIG, held_out, load_source(DataConfig(split="all")))
+    assert "warning: 100 of the 100 held-out images (digits, test) are also training images" in capsys.readouterr().err
+    check_held_out(CONFIG, held_out, dataclasses.replace(training, images=None))
+    assert "are among the training images is not known: these are on disk" in capsys.readouterr().err
