@@ -25,6 +25,8 @@ from ddpm_jax.run.weights import save_weights
 from ddpm_jax.system.environment import fix_options
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.exits import run_script
+from ddpm_jax.system.hosts import Hosts, join
+from ddpm_jax.system.progress import report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,7 @@ class LikelihoodOptions:
     out: str | None = None
     """Folder of the job (default: a folder in RUN/likelihood)."""
     data: Images = Images()
+    hosts: Hosts = Hosts()
 
 
 def likelihood(options: LikelihoodOptions) -> None:
@@ -63,6 +66,7 @@ def likelihood(options: LikelihoodOptions) -> None:
     Run the same command again to resume. Pixels are bins of 1/255 as for any 8-bit image, even if a data set has fewer
     levels (the digits have 17): its numbers compare only with others of the same data set.
     """
+    join(options.hosts)
     folder = read_out(options.out).folder
     trained = with_images(load_run(Path(options.run), step=options.step), options.data)
     request = bits_per_dim.Request(
@@ -70,9 +74,9 @@ def likelihood(options: LikelihoodOptions) -> None:
     )
     out = folder or bits_per_dim.default_folder(trained, request)
     found = bits_per_dim.run_job(trained, out, request, batch_size=options.batch_size)
-    print(bits_per_dim.summary(found))
-    print(bits_per_dim.describe_images(trained.config, options.split, found))
-    print(f"{out}: likelihood.json, terms.csv, rate_distortion.csv and their plots")
+    report(bits_per_dim.summary(found))
+    report(bits_per_dim.describe_images(trained.config, options.split, found))
+    report(f"{out}: likelihood.json, terms.csv, rate_distortion.csv and their plots")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

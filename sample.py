@@ -7,7 +7,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tyro
@@ -23,7 +23,8 @@ from ddpm_jax.system.environment import fix_options
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.exits import run_script
 from ddpm_jax.system.files import copy_file
-from ddpm_jax.system.progress import say
+from ddpm_jax.system.hosts import Hosts, barrier, is_primary_host, join
+from ddpm_jax.system.progress import report, say
 
 _FORMATS: dict[str, Format] = {".png": "grid", ".gif": "gif", ".npz": "npz"}
 
@@ -52,11 +53,13 @@ class Options(SamplerConfig):
     """Training step of the checkpoint (default: the newest)."""
     columns: int | None = None
     """Images per row of the grid (default: about a square; of class-conditional runs, each column is of one class)."""
+    hosts: Hosts = Hosts()
 
 
 def draw(options: Options) -> None:
     """Samples images from a trained run. Run the same command again to resume."""
     print_classes(options.run, options.labels)
+    join(options.hosts)
     out = read_out(options.out, files=[*_FORMATS], overwrite=options.overwrite)
     format = _FORMATS[out.file.suffix.lower()] if out.file else options.format or "grid"
     if options.format not in (None, format):
@@ -74,7 +77,7 @@ def draw(options: Options) -> None:
         columns=options.columns,
         file=out.file,
     )
-    print(f"{options.num} images of checkpoint {job.trained.step}: {shown}")
+    report(f"{options.num} images of checkpoint {job.trained.step}: {shown}")
 
 
 def print_classes(run: str, given: Sequence[str | int | None]) -> None:
@@ -110,19 +113,27 @@ class ModeOptions:
     step: int | None = None
     """Training step of the checkpoint (default: the newest)."""
     data: Images = Images()
+    hosts: Hosts = Hosts()
 
     def load(self, sampler: SamplerConfig) -> tuple[SamplingJob, Output]:
         """Loads the run, and checks where results go."""
         print_classes(self.run, sampler.labels)
+        join(self.hosts)
         out = read_out(self.out, files=[".png"], overwrite=self.overwrite)
         sampler = dataclasses.replace(sampler, guidance_scale=self.guidance_scale)
         job = load_job(Path(self.run), seed=self.seed, step=self.step, sampler=sampler)
         return job._replace(trained=with_images(job.trained, self.data)), out
 
 
-def _show(picture: Path, out: Output) -> None:
-    """Prints where the main picture of a command is, and copies it if a file is asked for."""
-    print(picture if out.file is None else copy_file(picture, out.file))
+def _show(draw: Callable[[], Path], out: Output) -> None:
+    """Draws the main picture of a command, copies it if a file is asked for, and prints where it is.
+
+    Of several hosts, host 0 draws alone.
+    """
+    if is_primary_host():
+        picture = draw()
+        print(picture if out.file is None else copy_file(picture, out.file))
+    barrier("the picture is drawn")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,10 +186,10 @@ class ProgressiveOptions(ChainOptions):
 def progressive(options: ProgressiveOptions) -> None:
     """Draws the chain over time: x_t and the x_0 predicted from it, one sample per row (Fig. 6)."""
     job, out = options.load(dataclasses.replace(options.chain(), labels=options.labels))
-    shown = edits.draw_progressive(
+    draw = lambda: edits.draw_progressive(
         job, out.folder, num=options.num, columns=options.columns, overwrite=options.overwrite
     )
-    _show(shown, out)
+    _show(draw, out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,7 +205,7 @@ class ShareOptions(ChainOptions, LabelOptions):
 def share(options: ShareOptions) -> None:
     """Draws images that share the latent x_t of one chain and differ from there on (Fig. 7)."""
     job, out = options.load(options.chain())
-    shown = edits.share_latents(
+    draw = lambda: edits.share_latents(
         job,
         out.folder,
         t=options.t,
@@ -202,7 +213,7 @@ def share(options: ShareOptions) -> None:
         label=options.number(job),
         overwrite=options.overwrite,
     )
-    _show(shown, out)
+    _show(draw, out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,7 +232,7 @@ class ReconstructOptions(ChainOptions, LabelOptions):
 def reconstruct(options: ReconstructOptions) -> None:
     """Adds noise to an image up to t, and denoises it."""
     job, out = options.load(options.chain())
-    shown = edits.reconstruct_picture(
+    draw = lambda: edits.reconstruct_picture(
         job,
         options.image,
         out.folder,
@@ -230,7 +241,7 @@ def reconstruct(options: ReconstructOptions) -> None:
         label=options.number(job),
         overwrite=options.overwrite,
     )
-    _show(shown, out)
+    _show(draw, out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -255,7 +266,7 @@ def interpolate(options: InterpolateOptions) -> None:
     """Interpolates between two images, at a timestep t or between their DDIM latents (Fig. 8)."""
     sampler = edits.interpolation_sampler(options.t, options.sampler)
     job, out = options.load(SamplerConfig(sampler=sampler, steps=options.steps))
-    shown = edits.interpolate_pictures(
+    draw = lambda: edits.interpolate_pictures(
         job,
         options.images,
         out.folder,
@@ -264,7 +275,7 @@ def interpolate(options: InterpolateOptions) -> None:
         label=options.number(job),
         overwrite=options.overwrite,
     )
-    _show(shown, out)
+    _show(draw, out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -284,7 +295,7 @@ class InpaintOptions(LabelOptions):
 def inpaint(options: InpaintOptions) -> None:
     """Repaints the black part of a mask in an image (RePaint)."""
     job, out = options.load(SamplerConfig(steps=options.steps))
-    shown = edits.inpaint_picture(
+    draw = lambda: edits.inpaint_picture(
         job,
         options.image,
         options.mask,
@@ -293,7 +304,7 @@ def inpaint(options: InpaintOptions) -> None:
         label=options.number(job),
         overwrite=options.overwrite,
     )
-    _show(shown, out)
+    _show(draw, out)
 
 
 COMMANDS: dict[str, Command] = {

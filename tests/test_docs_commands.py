@@ -217,6 +217,7 @@ NOT_RUN = {
     "python train.py configs/celebahq256.py": "needs a data set of TFDS; tests/data/test_prepared.py reads one",
     "python train.py configs/lsun_": "needs a data set of TFDS",
     "python train.py configs/cifar10.py --workdir shared/run": "two machines; tests/training/test_parallel.py runs two",
+    "python sample.py shared/run": "two machines; tests/test_scripts_on_hosts.py runs two",
     "python docs/make_api.py": "writes into the repository; tests/test_api_page.py compares",
     "python examples/minimal.py": "tests/test_examples.py runs it",
     "python benchmarks/": "measures for minutes",

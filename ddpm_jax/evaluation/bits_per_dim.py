@@ -29,7 +29,16 @@ from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source, resolve
 from ddpm_jax.evaluation import plots
 from ddpm_jax.generation.batches import Driver, Program, cut
-from ddpm_jax.generation.store import Range, job_folder, missing_ranges, part_file, part_files
+from ddpm_jax.generation.store import (
+    Range,
+    job_folder,
+    missing_ranges,
+    own_share,
+    part_file,
+    part_files,
+    per_host,
+    wait_for_hosts,
+)
 from ddpm_jax.keys import image_keys, make_key
 from ddpm_jax.likelihood import (
     Bound,
@@ -48,6 +57,7 @@ from ddpm_jax.run.trained import TrainedRun, describe_run
 from ddpm_jax.schedules import Schedule
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import short_name, write_json, write_whole
+from ddpm_jax.system.hosts import barrier, is_primary_host
 
 Sigma = typing.Literal["model", "fixed_small", "fixed_large", "optimal"]
 """Variance of the reverse steps: the model's own, a fixed one, or the one that minimizes the bound."""
@@ -325,12 +335,14 @@ def run_job(trained: TrainedRun, out: Path, request: Request, *, batch_size: int
     """Computes bits/dim of a set of images, and writes tables and plots.
 
     Every batch is saved when it is done: run again after any interruption, with any batch size, the job resumes.
+    Several hosts that share the folder call it together: each computes its share of the batches, and host 0 writes the
+    results.
 
     Args:
       trained: the run.
       out: the job's folder; created if missing.
       request: which images, variance and seed.
-      batch_size: >= 1; rounded up to a multiple of the devices.
+      batch_size: over all hosts, >= 1; rounded up to a multiple of the devices.
 
     Returns:
       the results; also in `likelihood.json`, those at each timestep in `terms.csv` and `terms.png`, the rate-distortion
@@ -356,10 +368,10 @@ def run_job(trained: TrainedRun, out: Path, request: Request, *, batch_size: int
     description = _describe(trained, request, images, estimated)
     schedule, number = build_schedule(config), len(images.indices)
     bounds = bound_program(
-        config, trained.network, batch_size=batch_size, num_strata=request.num_strata, cdf=request.cdf
+        config, trained.network, batch_size=per_host(batch_size), num_strata=request.num_strata, cdf=request.cdf
     )
     done = lambda: read_sums(out / "batches", num_steps)
-    with job_folder(out, description, kind="likelihood", number=number, done=done):
+    with job_folder(out, description, kind="likelihood", number=number, done=done, request=[batch_size]):
         log_variances = _log_variances(trained, request, schedule, bounds, estimated, out)
         sums = _evaluate(
             trained,
@@ -375,7 +387,9 @@ def run_job(trained: TrainedRun, out: Path, request: Request, *, batch_size: int
         likelihood = dataclasses.replace(likelihood, trained_on=shared)
         if log_variances is None and config.diffusion.variance not in LEARNED_VARIANCES:
             log_variances = _fixed(schedule, config.diffusion.variance)
-        _write(out, description, likelihood, per_timestep, log_variances)
+        if is_primary_host():
+            _write(out, description, likelihood, per_timestep, log_variances)
+        barrier("the results are written")
         return likelihood
 
 
@@ -461,9 +475,10 @@ def _evaluate(
     num_steps, number = int(bounds.edges[-1]), len(images.indices)
     missing = missing_ranges(read_sums(folder, num_steps), number, longest=bounds.driver.batch_size)
     for first, bound in compute_bounds(
-        bounds, trained.params, key, images, missing, log_variances=log_variances, description=description
+        bounds, trained.params, key, images, own_share(missing), log_variances=log_variances, description=description
     ):
         save_sums(folder, first, sums_of(bound, bounds.edges))
+    wait_for_hosts(lambda: read_sums(folder, num_steps), number, folder=folder)
     done = read_sums(folder, num_steps)
     if sum(stop - first for first, stop in done) != number:
         raise UserError(f"the batches in {folder} do not fit each other: remove it, and start again")

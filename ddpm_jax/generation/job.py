@@ -28,7 +28,15 @@ from ddpm_jax.generation.sampler_config import (
     make_chain,
     number_of_class,
 )
-from ddpm_jax.generation.store import Parts, StoredImages, job_folder, missing_ranges
+from ddpm_jax.generation.store import (
+    Parts,
+    StoredImages,
+    job_folder,
+    missing_ranges,
+    own_share,
+    per_host,
+    wait_for_hosts,
+)
 from ddpm_jax.keys import image_keys, make_key
 from ddpm_jax.networks import Network
 from ddpm_jax.pixels import to_uint8
@@ -38,6 +46,7 @@ from ddpm_jax.samplers.chain import Chain, initial_noise
 from ddpm_jax.system import pictures
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import check_regular, copy_file, short_name
+from ddpm_jax.system.hosts import is_primary_host, of_primary_host
 from ddpm_jax.system.progress import Progress, say
 
 Format = typing.Literal["grid", "png", "npz", "gif"]
@@ -141,13 +150,14 @@ def run_job(
     """Draws the images 0 .. number-1 of a job that its folder does not contain yet, and shows them.
 
     Every batch is saved when it is done: run again after any interruption, with any batch size, the job resumes.
-    A finished job can be shown in another format, or extended.
+    A finished job can be shown in another format, or extended. Several hosts that share the folder call it together:
+    each draws its share of the batches, and host 0 shows the images.
 
     Args:
       job: the run, the seed and the sampler.
       out: the job's folder; created if missing.
       number: of images, >= 1.
-      batch_size: >= 1; rounded up to a multiple of the devices.
+      batch_size: over all hosts, >= 1; rounded up to a multiple of the devices.
       format: how the images are shown; `samples.npz` is always written: `arr_0`, and for a class-conditional run the
         labels `arr_1`, (N,) int64.
       columns: of a grid; see `default_columns` if not given.
@@ -163,36 +173,35 @@ def run_job(
     config = job.trained.config
     columns = default_columns(config, job.sampler, number) if columns is None else columns
     # Not cut to what is missing: the same batches give the same bits, also after an interruption.
-    sampling = _sampling(config, job.trained.network, job.sampler, min(batch_size, number))
+    sampling = _sampling(config, job.trained.network, job.sampler, per_host(min(batch_size, number)))
     stored = StoredImages(out, image_shape(config), labels=cycle_of(config, job.sampler))
-    with job_folder(out, describe_job(job), kind="sampling", number=number, done=stored.done):
+    request = (batch_size, format, columns, file)
+    with job_folder(out, describe_job(job), kind="sampling", number=number, done=stored.done, request=request):
         if format == "gif":
-            path = _show_gif(job, sampling, out, stored, number=number, columns=columns)
-            return path if file is None else copy_file(path, file)
+            shown = _show_gif(job, sampling, out, stored, number=number, columns=columns)
+            return shown if file is None or not is_primary_host() else copy_file(shown, file)
         missing = missing_ranges(stored.done(), number, longest=sampling[0].batch_size)
         stored.check_space(missing)
-        for first, _, images in _draw(job, sampling, missing):
+        for first, _, images in _draw(job, sampling, own_share(missing)):
             stored.save(first, images)
-        packed = stored.pack()
-        if not missing:
-            say(f"all {number} images already exist")
-        match format:
-            case "npz" if file is not None:
-                stored.export(file, number)
-                return file
-            case "npz":
-                if packed > number:
-                    say(f"{stored.file} contains all {packed} images of this job, more than the {number} requested")
-                return stored.file
-            case "grid":
+        wait_for_hosts(stored.done, number, folder=out)
+        places = {"grid": out / "grid.png", "png": out / "images", "npz": stored.file}
+        shown = places[format] if file is None else file
+        if is_primary_host():
+            packed = stored.pack()
+            if not missing:
+                say(f"all {number} images already exist")
+            if packed > number and shown == stored.file:
+                say(f"{stored.file} contains all {packed} images of this job, more than the {number} requested")
+            if format == "grid":
                 images = np.concatenate(list(stored.read(number)))
-                file = out / "grid.png" if file is None else file
-                pictures.save_png(file, pictures.enlarge(pictures.grid(images, columns=columns)))
-                return file
-            case "png":
-                return _show_each(out / "images", stored, number)
-            case _:
-                typing.assert_never(format)
+                pictures.save_png(shown, pictures.enlarge(pictures.grid(images, columns=columns)))
+            elif format == "png":
+                _show_each(shown, stored, number)
+            elif shown != stored.file:
+                stored.export(shown, number)
+        wait_for_hosts(stored.done, number, folder=out)
+        return shown
 
 
 @functools.lru_cache(maxsize=4)
@@ -232,7 +241,7 @@ def _draw(
         yield first, stop, np.asarray(_to_uint8(state.x))[: stop - first]
 
 
-def _show_each(folder: Path, stored: StoredImages, number: int) -> Path:
+def _show_each(folder: Path, stored: StoredImages, number: int) -> None:
     index = 0
     with Progress(number, unit="image", description="writing PNG") as progress:
         for images in stored.read(number):
@@ -242,7 +251,6 @@ def _show_each(folder: Path, stored: StoredImages, number: int) -> Path:
                     pictures.save_png(path, image)
                 index += 1
                 progress.update()
-    return folder
 
 
 def _show_gif(
@@ -256,7 +264,7 @@ def _show_gif(
 ) -> Path:
     path = out / "reverse.gif"
     comment = f"{number} images, {columns} columns"
-    if path.exists() and _comment(path) == comment:
+    if of_primary_host(path.exists() and _comment(path) == comment):
         say(f"the reverse process of all {number} images already exists")
         return path
     driver, program = sampling
@@ -270,16 +278,19 @@ def _show_gif(
 
     missing = missing_ranges(parts.files(), number, longest=driver.batch_size)
     stored.check_space(missing, copies=1 + num_frames)
-    for first, stop, images in _draw(job, sampling, missing, longest=longest, watch=watch):
+    for first, stop, images in _draw(job, sampling, own_share(missing), longest=longest, watch=watch):
         stored.save(first, images)
         parts.save(first, np.stack([*(frame[: stop - first] for frame in frames), images], axis=1))
         frames.clear()
-    stored.pack()
-    images_over_time = np.concatenate(list(parts.read(0, number))).swapaxes(0, 1)
-    grids = np.stack([pictures.grid(images, columns=columns) for images in images_over_time])
-    seconds = [_GIF_SECONDS] * (num_frames - 1) + [_GIF_PAUSE]
-    pictures.save_gif(path, pictures.enlarge(grids, side=512), seconds, comment=comment)
-    parts.remove()
+    wait_for_hosts(parts.files, number, folder=parts.folder)
+    if is_primary_host():
+        stored.pack()
+        images_over_time = np.concatenate(list(parts.read(0, number))).swapaxes(0, 1)
+        grids = np.stack([pictures.grid(images, columns=columns) for images in images_over_time])
+        seconds = [_GIF_SECONDS] * (num_frames - 1) + [_GIF_PAUSE]
+        pictures.save_gif(path, pictures.enlarge(grids, side=512), seconds, comment=comment)
+        parts.remove()
+    wait_for_hosts(stored.done, number, folder=out)
     return path
 
 

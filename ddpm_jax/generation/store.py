@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import jax
 import numpy as np
 
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import check_same_job, claimed, write_whole
+from ddpm_jax.system.hosts import appears, barrier, check_same, check_shared_folder, is_primary_host, of_primary_host
 from ddpm_jax.system.progress import say
 
 _ARRAY, _LABELS = "arr_0.npy", "arr_1.npy"
@@ -51,11 +53,46 @@ def missing_ranges(done: Iterable[Range], number: int, *, longest: int) -> list[
     return missing
 
 
+def per_host(batch_size: int) -> int:
+    """Returns the share of each host in a batch over all of them, rounded up."""
+    return math.ceil(batch_size / jax.process_count())
+
+
+def own_share(missing: Sequence[Range]) -> list[Range]:
+    """Returns the ranges that this host computes: every n-th of n hosts, of those that host 0 finds missing."""
+    ranges = of_primary_host(np.reshape(missing, (-1, 2)))[jax.process_index() :: jax.process_count()]
+    return [(first, stop) for first, stop in ranges.tolist()]
+
+
+def wait_for_hosts(done: Callable[[], Iterable[Range]], number: int, *, folder: Path) -> None:
+    """Waits until every host has saved its ranges of a job, and this one sees them.
+
+    Args:
+      done: returns the ranges that are saved.
+      number: of images of the job.
+      folder: of the job, for messages.
+
+    Raises:
+      UserError: some do not appear here.
+    """
+    barrier("all hosts have saved their images")
+    if jax.process_count() > 1 and not appears(lambda: not missing_ranges(done(), number, longest=number)):
+        raise UserError(f"some images of other hosts do not appear in {folder}: run the same command again")
+
+
 @contextlib.contextmanager
 def job_folder(
-    out: Path, description: dict[str, Any], *, kind: str, number: int, done: Callable[[], Iterable[Range]]
+    out: Path,
+    description: dict[str, Any],
+    *,
+    kind: str,
+    number: int,
+    done: Callable[[], Iterable[Range]],
+    request: Sequence[object] = (),
 ) -> Iterator[None]:
     """Claims the folder of a job that can be resumed; if it is interrupted, reports how much is done.
+
+    Several hosts share the folder: host 0 claims it for all of them.
 
     Args:
       out: the folder; created if missing.
@@ -63,20 +100,31 @@ def job_folder(
       kind: of the job, for messages.
       number: of images of the job.
       done: returns the ranges of images that are saved.
+      request: what else must be the same on all hosts.
 
     Raises:
-      UserError: the folder contains something else, or another process is writing to it.
+      UserError: the folder contains something else, another process is writing to it, or the hosts do not share it or
+        were started with different options.
     """
-    if out.exists() and not (out / "job.json").exists() and (not out.is_dir() or {*out.iterdir()} - {out / ".lock"}):
-        raise UserError(f"{out} is not empty and contains no {kind} job: use another --out")
-    with claimed(out):
-        check_same_job(out / "job.json", json.loads(json.dumps(description)))
+    description = json.loads(json.dumps(description))
+    check_same(f"{out} {description} {number} {request}")
+    with _claim(out, description, kind=kind) if is_primary_host() else contextlib.nullcontext():
+        check_shared_folder(out)
         try:
             yield
         except KeyboardInterrupt:
             left = sum(stop - first for first, stop in missing_ranges(done(), number, longest=number))
             say(f"{number - left} of {number} images are done; run the same command to resume")
             raise
+
+
+@contextlib.contextmanager
+def _claim(out: Path, description: dict[str, Any], *, kind: str) -> Iterator[None]:
+    if out.exists() and not (out / "job.json").exists() and (not out.is_dir() or {*out.iterdir()} - {out / ".lock"}):
+        raise UserError(f"{out} is not empty and contains no {kind} job: use another --out")
+    with claimed(out):
+        check_same_job(out / "job.json", description)
+        yield
 
 
 def part_file(folder: Path, first: int, stop: int, suffix: str) -> Path:

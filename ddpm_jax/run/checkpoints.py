@@ -33,7 +33,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 from ddpm_jax.networks import Params
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import crc32
-from ddpm_jax.system.hosts import barrier, first_line, is_primary_host
+from ddpm_jax.system.hosts import barrier, first_line, is_primary_host, of_primary_host
 
 _FOLDER = "checkpoints"
 # Old steps are moved here at once and then deleted: a kill leaves no half-deleted step under its number.
@@ -616,7 +616,7 @@ def _reading(run: Path) -> Iterator[tuple[ocp.CheckpointManager, list[int]]]:
     with ocp.CheckpointManager(
         folder, options=ocp.CheckpointManagerOptions(read_only=True), item_handlers=_handlers()
     ) as manager:
-        steps = sorted(manager.all_steps())
+        steps = of_primary_host(sorted(manager.all_steps())).tolist()  # it may train meanwhile
         if not steps:
             raise UserError(f"no checkpoints in {run}: the run has not saved yet")
         yield manager, steps

@@ -2,7 +2,6 @@
 
 import contextlib
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,10 +12,9 @@ from ddpm_jax.run.fields import leaves, value_of
 from ddpm_jax.run.record import LearningRates, check_environment, check_same_run, rates_so_far, read_config, save_config
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import claimed, write_whole
+from ddpm_jax.system.hosts import appears
 from ddpm_jax.system.progress import say
 
-# A network file system may show a file to other hosts this much later.
-_SECONDS_TO_APPEAR = 60
 # What a start writes before its first step.
 _OF_A_START = (
     *("config.json", "data.json", "init_from.json", "metrics.jsonl", "timing.jsonl", "checkpoints", "tensorboard"),
@@ -105,10 +103,7 @@ def check_shared(config: Config, run: Path) -> None:
       UserError: it does not, or was not.
     """
     file = run / "config.json"
-    until = time.monotonic() + _SECONDS_TO_APPEAR
-    while not file.exists() and time.monotonic() < until:
-        time.sleep(1)
-    if not file.exists():
+    if not appears(file.exists):
         raise UserError(f"host 0's folder {run} is not visible from this host: it must be on a disk that all share")
     theirs = read_config(file)
     different = [name for name in leaves(Config) if value_of(theirs, name) != value_of(config, name)]

@@ -94,7 +94,7 @@ def run_script(main: Callable[[], int | None], *, give_up: Callable[[int], NoRet
         status = 128 + stop.signal_number
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
-        status = 130
+        line, status = "interrupted", 130
     except BrokenPipeError:
         # The interpreter flushes stdout once more at exit, and would report the error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -109,7 +109,7 @@ def run_script(main: Callable[[], int | None], *, give_up: Callable[[int], NoRet
         else:
             traceback.print_exc()
             line, status = f"{type(error).__name__}: {_one_line(error)}", 1
-    if status in (1, 2) and are_joined():
+    if (line or status in (1, 2)) and are_joined():
         end_all(line, status)
     if status == 2:
         give_up(status)

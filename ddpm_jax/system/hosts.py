@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,17 +25,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from numpy.typing import ArrayLike
 
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.mesh import batch_sharding, make_mesh, replicated
 from ddpm_jax.system.progress import be_silent
 
 _LONGEST_LINE = 1000
+_MOST_AXES = 4
+_SECONDS_TO_APPEAR = 60
 
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
-    """Training on many hosts; on TPU pods, under srun and under mpirun these are detected automatically."""
+    """Many hosts; on TPU pods, under srun and under mpirun these are detected automatically."""
 
     coordinator: str = ""
     """HOST:PORT of host 0, the same on every host; any free port."""
@@ -169,6 +173,70 @@ def first_line(line: str) -> str:
         if each.any():
             return bytes(each).rstrip(b"\0").decode(errors="ignore")
     return ""
+
+
+def of_primary_host(numbers: ArrayLike) -> np.ndarray:
+    """Returns the primary host's integers, in its shape, on all hosts; each host calls it with its own."""
+    mine = np.asarray(numbers, np.int64)
+    if jax.process_count() == 1:
+        return mine
+    # As words of 32 bits: JAX drops the upper half of longer ones. The other hosts do not know the shape.
+    words = lambda array: np.asarray(array, np.int64).reshape(-1).view(np.int32)
+    shape = np.full(_MOST_AXES, -1)
+    shape[: mine.ndim] = mine.shape
+    sent = lambda array: np.asarray(multihost_utils.broadcast_one_to_all(words(array))).view(np.int64)
+    shape = sent(shape)
+    shape = shape[shape >= 0]
+    return sent(mine if is_primary_host() else np.zeros(shape)).reshape(shape) if shape.all() else np.zeros(shape, int)
+
+
+def check_same(described: str) -> None:
+    """Checks that a description of what is to be done is the same on all hosts.
+
+    Raises:
+      UserError: on every host, if it is not.
+    """
+    if jax.process_count() == 1:
+        return
+    crcs = multihost_utils.process_allgather(np.uint32(zlib.crc32(described.encode())))
+    different = [str(host) for host, crc in enumerate(crcs) if crc != crcs[0]]
+    if different:
+        raise UserError(
+            f"host {', '.join(different)} was started with other options than host 0, or reads other files: start "
+            "every host with the same command"
+        )
+
+
+def check_shared_folder(folder: Path) -> None:
+    """Checks that all hosts see one and the same folder: a file that the primary host puts there for a moment.
+
+    Raises:
+      UserError: a host does not see it within a minute.
+    """
+    if jax.process_count() == 1:
+        return
+    file = folder / f".shared_{first_line(secrets.token_hex(8) if is_primary_host() else '')}"
+    try:
+        if is_primary_host():
+            file.touch()
+        barrier("the shared file is there")
+        if not appears(file.exists):
+            raise UserError(
+                f"{folder} of host 0 is not visible from host {jax.process_index()}: it must be on a disk that all "
+                "share"
+            )
+        barrier("the shared file is seen")
+    finally:
+        if is_primary_host():
+            file.unlink(missing_ok=True)
+
+
+def appears(seen: Callable[[], bool]) -> bool:
+    """Waits up to a minute for what another host has written: a network file system may show it that much later."""
+    until = time.monotonic() + _SECONDS_TO_APPEAR
+    while not (found := seen()) and time.monotonic() < until:
+        time.sleep(1)
+    return found
 
 
 class Agreement:
@@ -311,7 +379,7 @@ def is_loss_of_a_host(error: BaseException | None) -> bool:
     return False
 
 
-_RESUME = "start all hosts again; they resume from the last checkpoint"
+_RESUME = "start all hosts again; they resume from what was saved"
 LOST = f"another host is gone: {_RESUME}"
 """The error message where `is_loss_of_a_host`."""
 

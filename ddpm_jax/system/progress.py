@@ -135,7 +135,7 @@ _silent = False
 
 
 def be_silent() -> None:
-    """Silences `say` and `Progress` in this process: of many hosts only the primary one prints."""
+    """Silences `say`, `report` and `Progress` in this process: of many hosts only the primary one prints."""
     global _silent
     _silent = True
 
@@ -144,3 +144,9 @@ def say(line: str) -> None:
     """Prints a line to stderr, above the progress bar if there is one; names in it are escaped as by `printable`."""
     if not _silent:
         tqdm.write("\n".join(map(printable, line.split("\n"))), file=sys.stderr)
+
+
+def report(line: object) -> None:
+    """Prints a result to stdout."""
+    if not _silent:
+        print(line)

@@ -164,7 +164,7 @@ def test_a_lost_host_ends_the_others_with_one_line(cache, tmp_path, host, fault,
     processes[host].kill()
     _, lines = finish(processes)
     (line,) = lines[1 - host]
-    assert line == f"train.py: error: {message}: start all hosts again; they resume from the last checkpoint"
+    assert line == f"train.py: error: {message}: start all hosts again; they resume from what was saved"
 
 
 @pytest.mark.slow
@@ -180,7 +180,7 @@ def test_a_host_that_is_killed_ends_the_other_and_both_resume(two, cache, tmp_pa
     assert statuses[0] in (2, -signal.SIGABRT)
     if statuses[0] == 2:
         (line,) = lines[0]
-        assert line.endswith("start all hosts again; they resume from the last checkpoint")
+        assert line.endswith("start all hosts again; they resume from what was saved")
 
     processes = start(run, cache)
     wait_for(20, run, processes)
