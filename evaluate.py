@@ -12,9 +12,12 @@ import tyro
 
 from ddpm_jax.bound import Cdf
 from ddpm_jax.data.sources import load_source
-from ddpm_jax.evaluation import bits_per_dim
+from ddpm_jax.evaluation import bits_per_dim, scoring
+from ddpm_jax.evaluation.features import Extractor
 from ddpm_jax.evaluation.figures import draw_figures
+from ddpm_jax.evaluation.image_sets import open_npz
 from ddpm_jax.evaluation.quality import check_real, config_of, judge_file, summary
+from ddpm_jax.evaluation.statistics import Form
 from ddpm_jax.generation.job import default_folder, load_job, run_job
 from ddpm_jax.generation.output import read_out
 from ddpm_jax.generation.sampler_config import SamplerConfig
@@ -199,9 +202,98 @@ def export(options: ExportOptions) -> None:
     print(file)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FidOptions(SamplerConfig):
+    """What to score."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of a run to sample from, a folder of images, an .npz file of images (arr_0, uint8, (N, H, W, C)), or the
+    name of a config, whose training images are meant."""
+    reference: str | None = None
+    """The real images: the name of a config such as cifar10, a folder of images, or an .npz or .pkl file of images or
+    statistics (default: the training images of the run)."""
+    features: str = "inception"
+    """inception (FID), efficientnet-lite0, or your own file.py:function, which maps uint8 images to (B, D) features."""
+    weights: str | None = None
+    """File of the network's weights (default: where they are looked for, see docs/evaluation.md)."""
+    num: int | None = None
+    """Number of images (default: 50000 of a run, otherwise all)."""
+    reference_num: int = 0
+    """Number of reference images, evenly spaced; 0: all, as papers do."""
+    batch_size: int = 64
+    """Batch size of sampling and of features. It does not change the images."""
+    seed: int = 0
+    """Random seed. Image i depends only on the seed and on i."""
+    step: int | None = None
+    """Training step of the checkpoint (default: the newest)."""
+    save_statistics: str | None = None
+    """File to which the statistics of the images are written, to be another evaluation's --reference."""
+    statistics_form: Form = "pytorch-fid"
+    """Whose evaluator reads that file: pytorch-fid (or EDM), adm, clean-fid (all .npz), or edm2 (.pkl)."""
+    out: str | None = None
+    """Folder of the scores (default: one for these settings in RUN/fid, or beside the images)."""
+    data: Images = Images()
+
+
+def fid(options: FidOptions) -> None:
+    """Computes FID, sFID, Inception Score, KID, precision and recall; writes scores.json.
+
+    Run the same command again to resume.
+    """
+    out, given = read_out(options.out).folder, Path(options.run).expanduser()
+    if options.num is not None and options.num < 2:
+        raise UserError(f"--num must be at least 2, not {options.num}")
+    if options.reference_num < 0 or options.reference_num == 1:
+        raise UserError(f"--reference-num must be at least 2, or 0 for all, not {options.reference_num}")
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, not {options.batch_size}")
+    features = scoring.load_features(options.features, options.weights)
+    job, config = None, scoring.run_around(given)
+    if scoring.is_model(given):
+        job = load_job(given, seed=options.seed, step=options.step, sampler=options.alone())
+        if options.reference is None:
+            job = job._replace(trained=with_images(job.trained, options.data))
+        config = job.trained.config
+    elif options.alone() != SamplerConfig():
+        raise UserError(f"{options.run} is not a run: options of the sampler do not apply to its images")
+    else:
+        images = scoring.open_images(options.run, path=options.data.path)
+    reference = None
+    if options.reference is not None or options.save_statistics is None:
+        reference = scoring.open_reference(
+            options.reference,
+            features=features,
+            config=config,
+            evaluated=given,
+            number=options.reference_num,
+            path=options.data.path,
+        )
+    if job is not None:
+        number = options.num or scoring.NUMBER
+        file = run_job(job, default_folder(job), number=number, batch_size=options.batch_size, format="npz")
+        images = open_npz(file)
+    elif options.num is not None and options.num > images.number:
+        raise UserError(f"{options.run} contains {images.number} images: use --num {images.number} or less")
+    images = images.first(options.num or (scoring.NUMBER if job else images.number))
+    name = reference.name if reference else "statistics"
+    out = out or scoring.folder_of_scores(job, options.run, name, images.number, features)
+    result = scoring.score(
+        images,
+        reference,
+        Extractor(features, batch_size=options.batch_size),
+        out,
+        drawn=scoring.describe_drawn(job) if job else None,
+        statistics=(Path(options.save_statistics), options.statistics_form) if options.save_statistics else None,
+    )
+    if result is not None:
+        print(scoring.summary(result))
+        print(out / "scores.json")
+
+
 COMMANDS: dict[str, Command] = {
     "likelihood": likelihood,
     "quality": quality,
+    "fid": fid,
     "figures": figures,
     "verify": verify,
     "export": export,

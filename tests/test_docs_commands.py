@@ -90,7 +90,7 @@ WHOLE = [
     ("train.py",),
     ("sample.py", "RUN"),
     *(("sample.py", mode, "RUN") for mode in ("progressive", "share", "reconstruct", "interpolate", "inpaint")),
-    *(("evaluate.py", name, "RUN") for name in ("likelihood", "quality", "figures", "verify", "export")),
+    *(("evaluate.py", name, "RUN") for name in ("likelihood", "quality", "fid", "figures", "verify", "export")),
 ]
 # Of other programs: `tfds build`.
 NOT_OURS = {"--data_dir"}
@@ -214,6 +214,10 @@ NOT_RUN = {
     "pip ": "downloads",
     "apt-get ": "downloads",
     "tfds ": "downloads",
+    **{
+        f"python evaluate.py fid {what}": "needs Inception's weights; tests/evaluation/test_scoring.py uses others"
+        for what in ("runs/cifar10", "samples.npz", "my_samples", "cifar10")
+    },
     "python train.py configs/celebahq256.py": "needs a data set of TFDS; tests/data/test_prepared.py reads one",
     "python train.py configs/lsun_": "needs a data set of TFDS",
     "python train.py configs/cifar10.py --workdir shared/run": "two machines; tests/training/test_parallel.py runs two",
@@ -248,9 +252,10 @@ FEW = {
     "inpaint": {"--draws": "1"},
     "likelihood": {"--num": "8", "--num-strata": "5"},
     "quality": {"--num": "8"},
+    "fid": {"--num": "8", "--reference-num": "8", "--batch-size": "8"},
     "figures": {"--num": "2"},
 }
-STEPS = {"sample", "progressive", "share", "reconstruct", "interpolate", "inpaint", "quality", "figures"}
+STEPS = {"sample", "progressive", "share", "reconstruct", "interpolate", "inpaint", "quality", "fid", "figures"}
 
 
 def shorten(script, words):
@@ -380,6 +385,11 @@ def check_quality(words, out, err):
     assert json.loads(file.read_text())
 
 
+def check_fid(words, out, err):
+    (file,) = [Path(word) for word in out.split() if Path(word).name == "scores.json"]
+    assert json.loads(file.read_text())["scores"]["FD-EfficientNetLite0"] > 0
+
+
 def check_figures(words, out, err):
     page = next(path for word in out.split() for path in (Path(word), Path(word) / "figures.md") if path.is_file())
     named = re.findall(r"\]\((\S+\.png)\)", page.read_text())
@@ -399,6 +409,7 @@ MODES = {
     **dict.fromkeys(("progressive", "share", "reconstruct", "interpolate", "inpaint"), check_edit),
     "likelihood": check_likelihood,
     "quality": check_quality,
+    "fid": check_fid,
     "figures": check_figures,
     "verify": check_verify,
     "export": check_export,

@@ -1,10 +1,8 @@
 """CIFAR-10's own archive (its Python version), as downloaded or unpacked."""
 
 import gzip
-import io
 import pathlib
 import pickle
-import pickletools
 import tarfile
 import typing
 import zlib
@@ -16,6 +14,7 @@ from ddpm_jax.config import DataConfig
 from ddpm_jax.data.source import Source, in_memory, no_split, shape_of
 from ddpm_jax.system.errors import UserError, printable
 from ddpm_jax.system.files import open_file
+from ddpm_jax.system.plain_pickle import read_dictionary
 
 _URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 _DEFAULT = pathlib.Path("data")
@@ -122,66 +121,19 @@ def _read(files: Mapping[str, bytes], batches: list[str]) -> tuple[np.ndarray, n
     """Pickles of Python 2: dictionaries of an array and a list."""
     images, labels = [], []
     for name in batches:
-        batch = _unpickled(files[name])
+        batch = read_dictionary(files[name], encoding="bytes")
         pixels = getattr(batch[b"data"], "value", None)
-        if not isinstance(pixels, np.ndarray) or pixels.shape[1:] != (_PIXELS,):
+        if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (_PIXELS,):
             raise ValueError(f"{name} holds no (N, {_PIXELS}) uint8")
         images.append(pixels)
         labels.append(np.array(batch[b"labels"], np.int64))
         if labels[-1].shape != (len(pixels),) or not len(pixels):
             raise ValueError(f"{name} has labels of shape {labels[-1].shape} for {len(pixels)} images")
-    names = [printable(name.decode("ascii")) for name in _unpickled(files["batches.meta"])[b"label_names"]]
+    names = [
+        printable(name.decode("ascii"))
+        for name in read_dictionary(files["batches.meta"], encoding="bytes")[b"label_names"]
+    ]
     numbers = np.concatenate(labels)
     if numbers.min() < 0 or numbers.max() >= len(names):
         raise ValueError(f"a label is {numbers.max()} where there are {len(names)} classes")
     return np.concatenate(images), numbers, names
-
-
-class _Array:
-    """An array of bytes in a pickle; NumPy's own way from a pickle to an array believes any shape and type."""
-
-    value = np.empty(0, np.uint8)
-
-    def __setstate__(self, state: typing.Any) -> None:
-        _, shape, _, fortran, content = state
-        self.value = np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran else "C")
-
-
-class _Type:
-    """A type in a pickle. The arrays are of bytes, and others than these have another size than they should."""
-
-    def __setstate__(self, state: typing.Any) -> None:
-        pass
-
-
-class _Plain(pickle.Unpickler):
-    """Reads arrays of bytes, lists, dictionaries and text: a pickle could otherwise run any program."""
-
-    _ADMITTED: typing.ClassVar[dict[tuple[str, str], typing.Any]] = {
-        ("numpy", "ndarray"): None,
-        ("numpy", "dtype"): lambda *_: _Type(),
-        # The function that makes an array; NumPy 2 moved it.
-        ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
-        ("numpy._core.multiarray", "_reconstruct"): lambda *_: _Array(),
-        ("_codecs", "encode"): lambda text, coding="latin1": text.encode("latin1"),
-    }
-
-    def find_class(self, module: str, name: str) -> typing.Any:
-        """Admits what an array is made of."""
-        try:
-            return self._ADMITTED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
-
-
-def _unpickled(content: bytes) -> dict[typing.Any, typing.Any]:
-    """Reads a dictionary from a pickle, of which no instruction may claim more memory than it has bytes."""
-    for number, (instruction, argument, _) in enumerate(pickletools.genops(content)):
-        if instruction.name in ("BYTEARRAY8", "NEXT_BUFFER", "EXT1", "EXT2", "EXT4") or (
-            instruction.name in ("PUT", "BINPUT", "LONG_BINPUT") and typing.cast(int, argument) > number
-        ):
-            raise pickle.UnpicklingError(f"it has {instruction.name} {argument}")
-    found = _Plain(io.BytesIO(content), encoding="bytes").load()
-    if not isinstance(found, dict):
-        raise ValueError(f"a {type(found).__name__} where a dictionary belongs")
-    return found

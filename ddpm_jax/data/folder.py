@@ -17,7 +17,7 @@ import pathlib
 import re
 import typing
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -308,26 +308,40 @@ def _notes_of_pictures(facts: list[Facts], shape: tuple[int, int, int]) -> list[
 
 def probe(config: DataConfig) -> int:
     """Finds the number of channels in the heads of the files, which must agree."""
-
-    def channels_of(path: pathlib.Path) -> int | None:
-        try:
-            return header(path).channels
-        except Unreadable:
-            return None  # named when the files are loaded
-
-    paths = _list_folder(config).paths
-    seen: dict[int, pathlib.Path] = {}
-    for path, channels in zip(paths, in_threads(channels_of, paths, label="looking at the files"), strict=True):
-        if channels is not None:
-            seen.setdefault(channels, path)
-    if not seen:
-        raise UserError(
-            f"data.path: none of the {len(paths)} files in {printable(config.path)} can be read as an image"
-        )
+    seen = _by_head(config, lambda facts: facts.channels)
     if len(seen) > 1:
         kinds = ", ".join(f"{printable(path)} has {channels}" for channels, path in sorted(seen.items()))
         raise UserError(f"data.channels: the images do not agree ({kinds}); set it to 1, 3 or 4 to convert them")
     return next(iter(seen))
+
+
+def sizes(config: DataConfig) -> dict[tuple[int, int], pathlib.Path]:
+    """Finds the sizes, (height, width), in the heads of the files, and the first file of each size."""
+    return _by_head(config, lambda facts: facts.size)
+
+
+T = typing.TypeVar("T")
+
+
+def _by_head(config: DataConfig, fact: Callable[[Facts], T]) -> dict[T, pathlib.Path]:
+    """Returns the values of a fact of the readable files, and the first file of each."""
+
+    def of(path: pathlib.Path) -> T | None:
+        try:
+            return fact(header(path))
+        except Unreadable:
+            return None  # named when the files are loaded
+
+    paths = _list_folder(config).paths
+    seen: dict[T, pathlib.Path] = {}
+    for path, found in zip(paths, in_threads(of, paths, label="looking at the files"), strict=True):
+        if found is not None:
+            seen.setdefault(found, path)
+    if not seen:
+        raise UserError(
+            f"data.path: none of the {len(paths)} files in {printable(config.path)} can be read as an image"
+        )
+    return seen
 
 
 def load(config: DataConfig) -> Source:

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from ddpm_jax.evaluation.frechet import frechet_distance
+from ddpm_jax.evaluation.frechet import Moments, distance_of_moments, frechet_distance, moments
 
 
 def with_moments(mean, covariance, number, seed=0):
@@ -63,3 +63,42 @@ def test_symmetric_zero_for_equal_sets_and_blind_to_rotations(size, seed, number
 def test_what_has_no_covariance_is_refused(shapes):
     with pytest.raises(ValueError, match="needs"):
         frechet_distance(*(np.zeros(shape) for shape in shapes))
+
+
+def sets_of_features():
+    random = np.random.default_rng(3)
+    mix = random.normal(size=(256, 256)) / 16
+    full = lambda number: np.maximum(random.normal(size=(number, 256)) @ mix + 0.2, 0)
+    yield full(2000), full(1500) * 1.1
+    low = random.normal(size=(40, 256)) / 6
+    yield (
+        random.normal(size=(1000, 40)) @ low,
+        random.normal(size=(900, 40)) @ (low + 0.05 * random.normal(size=low.shape)) + 0.1,
+    )
+    yield full(12), full(9) + 0.3
+
+
+@pytest.mark.parametrize(
+    ("number", "of_pytorch_fid", "rel"),
+    # Of pytorch-fid 0.3.0: full rank, singular, fewer images than features. It takes the root of the product itself,
+    # which is less exact where that is singular.
+    [(0, 8.614159890068805, 1e-12), (1, 31.47153731155845, 2e-6), (2, 204.4404431219806, 2e-7)],
+)
+def test_distances_equal_those_of_pytorch_fid(number, of_pytorch_fid, rel):
+    a, b = list(sets_of_features())[number]
+    distance = frechet_distance(a, b)
+    assert distance == pytest.approx(of_pytorch_fid, rel=rel)
+    # The trace of the root, from the images alone: the sum of the singular values of all their products.
+    a_, b_ = ((each - each.mean(axis=0)) / (len(each) - 1) ** 0.5 for each in (a, b))
+    root = np.linalg.svd(a_ @ b_.T, compute_uv=False).sum()
+    exact = ((a.mean(axis=0) - b.mean(axis=0)) ** 2).sum() + (a_**2).sum() + (b_**2).sum() - 2 * root
+    assert distance == pytest.approx(exact, rel=1e-11)
+
+
+def test_moments_are_those_of_numpy_whatever_the_type_and_the_blocks():
+    features = (5 + np.random.default_rng(0).normal(size=(5000, 3))).astype(np.float32)
+    found = moments(features)
+    assert found.mean == pytest.approx(features.astype(np.float64).mean(axis=0), rel=1e-13)
+    assert found.covariance == pytest.approx(np.cov(features.astype(np.float64), rowvar=False), rel=1e-12)
+    with pytest.raises(ValueError, match="features"):
+        distance_of_moments(found, Moments(np.zeros(2), np.eye(2)))

@@ -1,0 +1,315 @@
+"""FID and the scores beside it, of a run, a folder or a file of images, with the protocol to compare them by."""
+
+import dataclasses
+import importlib.metadata
+import json
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm_jax.config import Config
+from ddpm_jax.data.sources import load_source
+from ddpm_jax.evaluation.efficientnet import load_efficientnet
+from ddpm_jax.evaluation.extraction import FeatureParts, extract
+from ddpm_jax.evaluation.features import INCEPTION, Extractor, Features, users_features
+from ddpm_jax.evaluation.image_sets import ImageSet, is_npz_of_images, of_source, open_folder, open_npz
+from ddpm_jax.evaluation.inception import load_inception
+from ddpm_jax.evaluation.scores import (
+    INCEPTION_SCORE_SPLITS,
+    KID_SUBSET,
+    MOST_REFERENCES,
+    NEIGHBOR,
+    Statistics,
+    check_width,
+    compute_scores,
+    names_of_scores,
+)
+from ddpm_jax.evaluation.statistics import (
+    Form,
+    is_statistics,
+    read_statistics,
+    reference_statistics,
+    statistics_of,
+    write_statistics,
+)
+from ddpm_jax.generation.job import SamplingJob, default_folder, describe_job
+from ddpm_jax.generation.store import job_folder
+from ddpm_jax.run.experiments import load_config
+from ddpm_jax.run.record import is_run, read_run
+from ddpm_jax.system import user_code
+from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import printable, short_name, write_json
+from ddpm_jax.system.progress import say
+
+NUMBER = 50_000
+"""Images of a score as papers report it."""
+
+_NETWORKS = {"inception": load_inception, "efficientnet-lite0": load_efficientnet}
+
+
+class Reference(typing.NamedTuple):
+    """What images are compared with: statistics that a file contains, images, or both."""
+
+    name: str
+    """As it was given, for the names of folders."""
+    images: ImageSet | None = None
+    statistics: Statistics | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what the scores depend on of it."""
+        images = {} if self.images is None else {"images": self.images.name, "checksum": self.images.identity}
+        known = {} if self.statistics is None else {"statistics": self.statistics.name}
+        number = self.statistics.number if self.statistics is not None else self.images and self.images.number
+        return {**images, **known, "number": number}
+
+
+def load_features(name: str, weights: str | None = None) -> Features:
+    """Loads features by name: inception, efficientnet-lite0, or a user's `file.py:function`.
+
+    Args:
+      name: of the features.
+      weights: file of the network's weights, if it is not where it is looked for.
+
+    Raises:
+      UserError: there are no such features, or their weights are missing or are others.
+    """
+    if user_code.is_named(name):
+        if weights is not None:
+            raise UserError("--weights is for inception and efficientnet-lite0: your function loads its own")
+        return users_features(name)
+    if name not in _NETWORKS:
+        raise UserError(f"--features {name}: choose {', '.join(_NETWORKS)}, or your own file.py:function")
+    return _NETWORKS[name](None if weights is None else Path(weights).expanduser())
+
+
+def is_model(folder: Path) -> bool:
+    """Returns whether a folder looks like that of a run or of diffusers, and not like one of images."""
+    return any((folder / name).is_file() for name in ("config.json", "model_index.json"))
+
+
+def run_around(path: Path) -> Config | None:
+    """Returns the configuration of the run in whose folder a file lies; None if there is none."""
+    return next((read_run(folder) for folder in path.absolute().parents if is_run(folder)), None)
+
+
+def open_images(given: str, *, path: str | None = None) -> ImageSet:
+    """Opens images that are not to be drawn: of an .npz file, a folder, or the data set of a config.
+
+    Args:
+      given: the file, the folder, or the name of the config.
+      path: where the config's images are, if not where it says.
+
+    Raises:
+      UserError: there are none; the message says what was looked for.
+    """
+    place = Path(given).expanduser()
+    if place.suffix == ".npz":
+        return open_npz(place)
+    if place.is_dir():
+        return _open_folder(place)
+    if place.exists() or (place.suffix != ".py" and (place.suffix or "/" in given)):
+        raise UserError(
+            f"{printable(given)} is neither a folder, nor an .npz file of images, nor a config such as cifar10"
+        )
+    return _training_images(load_config(given), path)
+
+
+def _training_images(config: Config, path: str | None = None) -> ImageSet:
+    data = config.data if path is None else dataclasses.replace(config.data, path=path)
+    return of_source(load_source(data))
+
+
+def _open_folder(folder: Path) -> ImageSet:
+    try:
+        return open_folder(folder)
+    except UserError as error:
+        if "no image file" not in str(error):
+            raise
+        raise UserError(
+            f"{printable(folder)} is no folder of a run (it has no config.json), none of diffusers (no "
+            "model_index.json), and none of images (no image file in it or below)"
+        ) from None
+
+
+def open_reference(
+    given: str | None,
+    *,
+    features: Features,
+    config: Config | None = None,
+    evaluated: Path | None = None,
+    number: int = 0,
+    path: str | None = None,
+) -> Reference:
+    """Opens what images are compared with.
+
+    Args:
+      given: a file of statistics or of images, a folder of images, or a config, whose training images are meant; the
+        training images of the run if not given.
+      features: in which they are compared.
+      config: of the run, if a run is evaluated.
+      evaluated: the run, the folder or the file that is evaluated; a reference inside it is refused.
+      number: of reference images to use, evenly spaced; 0: all.
+      path: where the images of a given config are, if not where it says.
+
+    Raises:
+      UserError: there is no such reference, or it is what is evaluated.
+    """
+    if given is None:
+        if config is None:
+            raise UserError(
+                "--reference is missing: name the real images (a config such as cifar10, a folder, an .npz)"
+            )
+        return Reference("train", _training_images(config).spaced(number))
+    place = Path(given).expanduser()
+    if evaluated is not None and place.exists():
+        here, there = place.resolve(), evaluated.resolve()
+        if here == there or there in here.parents:
+            raise UserError(
+                f"--reference {printable(given)} is what is evaluated, or part of it: name real images, or leave it "
+                "out to compare a run with its training images"
+            )
+    if place.is_dir() and is_model(place):
+        raise UserError(f"--reference {printable(given)} is a model: name real images, or an .npz file of its samples")
+    if not (place.is_file() and is_statistics(place)):
+        return Reference(place.stem, open_images(given, path=path).spaced(number))
+    statistics = read_statistics(place, features=features.name)
+    images = open_npz(place) if place.suffix == ".npz" and is_npz_of_images(place) else None
+    return Reference(place.stem, images, statistics)
+
+
+def folder_of_scores(job: SamplingJob | None, given: str, reference: str, number: int, features: Features) -> Path:
+    """Returns the default folder of the scores of some images: in the run's folder, or beside the images."""
+    path = Path(given).expanduser()
+    base = path.with_name(f"{path.stem}_fid") if job is None else job.trained.folder / "fid"
+    drawn = "" if job is None else f"{default_folder(job).name}_"
+    return base / short_name(f"{drawn}num_{number}_{features.name}_{reference}")
+
+
+def score(
+    images: ImageSet,
+    reference: Reference | None,
+    extractor: Extractor,
+    out: Path,
+    *,
+    drawn: Mapping[str, Any] | None = None,
+    statistics: tuple[Path, Form] | None = None,
+    cache: Path | None = None,
+) -> dict[str, Any] | None:
+    """Scores images, and writes `scores.json`; interrupted, it resumes where it was.
+
+    Args:
+      images: the generated images.
+      reference: the real ones; None: statistics of the images are written, and no scores computed.
+      extractor: of the features.
+      out: the folder of the scores, and of the features until they are done.
+      drawn: how the images were drawn, for the protocol.
+      statistics: the file to which the statistics of the images are written, and its form.
+      cache: folder of the statistics of references; that of `cache_folder` if not given.
+
+    Returns:
+      the scores and the protocol, as they are in the file; None without a reference.
+
+    Raises:
+      UserError: the images are too few or are the reference, or the reference is of other features.
+    """
+    if images.number < 2:
+        raise UserError(f"{images.name}: scores need at least 2 images, and many to mean something")
+    real = None if reference is None else reference.images
+    if real is not None and real.identity.split(",")[0] == images.identity.split(",")[0]:
+        raise UserError(f"--reference: {real.name} holds the images that are evaluated: name real images")
+    if real is not None and real.shape[:2] != images.shape[:2]:
+        here, there = ("x".join(map(str, shape[:2])) for shape in (images.shape, real.shape))
+        raise UserError(
+            f"--reference: the images of {real.name} are {there}, and those of {images.name} {here}: resize them "
+            "first, as the training images were"
+        )
+    width = extractor(np.zeros((1, *images.shape), np.uint8))["pool"].shape[1]
+    if reference is not None and reference.statistics is not None:
+        check_width(reference.statistics, width)
+    protocol = _protocol(images, reference, extractor.features, drawn or {})
+    file, parts = out / "scores.json", FeatureParts(out / "parts")
+    with job_folder(out, protocol, kind="fid", number=images.number, done=parts.done):
+        if file.exists() and statistics is None:
+            return typing.cast(dict[str, Any], json.loads(file.read_text()))
+        known = None if reference is None else _known(reference, extractor, cache)
+        features = extract(images, extractor, parts)
+        if statistics is not None:
+            found = statistics_of(images.name, features)
+            for written in write_statistics(
+                statistics[0], found, images, form=statistics[1], features=extractor.features.name
+            ):
+                say(f"statistics of {images.name}: {written}")
+        result = None
+        if known is not None:
+            scores = compute_scores(features, known, name=extractor.features.name)
+            result = {"scores": scores, **protocol}
+            write_json(file, result)
+        parts.remove()
+    return result
+
+
+def _known(reference: Reference, extractor: Extractor, cache: Path | None) -> Statistics:
+    found = reference.statistics
+    if reference.images is None:
+        return typing.cast(Statistics, found)
+    of_images = reference_statistics(reference.images, extractor, cache=cache)
+    return of_images if found is None else found._replace(features=of_images.features)
+
+
+def _protocol(
+    images: ImageSet, reference: Reference | None, features: Features, drawn: Mapping[str, Any]
+) -> dict[str, Any]:
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
+    return {
+        "images": {"name": images.name, "number": images.number, "checksum": images.identity, "drawn": dict(drawn)},
+        "reference": None if reference is None else reference.describe(),
+        "features": {"name": features.name, "sha256": features.identity, "resize": features.resize},
+        "settings": {
+            "covariance": "divisor N - 1, float64",
+            "IS": f"{INCEPTION_SCORE_SPLITS} splits in order, logits without bias",
+            "KID": f"disjoint subsets of at most {KID_SUBSET} images",
+            "precision and recall": f"k = {NEIGHBOR}, {MOST_REFERENCES} reference images at most",
+        },
+        "versions": versions,
+    }
+
+
+def describe_drawn(job: SamplingJob) -> dict[str, Any]:
+    """Returns how the images of a job are drawn, for the protocol."""
+    return {"run": job.trained.folder.name, **describe_job(job)}
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """Returns scores and protocol as lines of text."""
+    scores, images, reference, features = (result[name] for name in ("scores", "images", "reference", "features"))
+    frechet, kernel = names_of_scores(features["name"])
+    lines = [f"{frechet} {scores[frechet]:.4f} ({images['number']:,} images)"]
+    more = [f"sFID {scores['sFID']:.4f}"] if "sFID" in scores else []
+    more += [f"IS {scores['IS']:.3f} ({scores['IS_std']:.3f})"] if "IS" in scores else []
+    if kernel in scores:
+        more.append(f"{kernel} {scores[kernel]:.6f} (standard error {scores[f'{kernel}_standard_error']:.6f})")
+    if "precision" in scores:
+        more.append(f"precision {scores['precision']:.4f}, recall {scores['recall']:.4f}")
+    lines += ["; ".join(more)] if more else []
+    if images["number"] < NUMBER:
+        unbiased = f"; {kernel} has no such bias" if kernel in scores else ""
+        lines.append(
+            f"warning: {frechet} of {images['number']:,} images is higher than that of the {NUMBER:,} of papers: "
+            f"compare it only with scores of as many images{unbiased}"
+        )
+    drawn = images["drawn"]
+    if drawn:
+        keys = ("checkpoint", "seed", "sampler", "steps", "spacing", "eta", "guidance_scale", "labels")
+        shown = ", ".join(f"{key} {drawn[key]}" for key in keys if drawn.get(key) not in (None, [], ()))
+        lines.append(f"images: {drawn['run']}, {shown}")
+    else:
+        lines.append(f"images: {images['name']}")
+    of = f" ({reference['number']:,} images)" if reference["number"] else ""
+    lines.append(f"reference: {reference.get('statistics') or reference['images']}{of}")
+    lines.append(f"features: {features['name']}, SHA-256 {features['sha256'][:8]}, {features['resize']}")
+    if features["name"] != INCEPTION:
+        lines.append(f"{frechet} is not FID: it compares only with distances in the same features")
+    return "\n".join(lines)
