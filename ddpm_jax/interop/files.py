@@ -1,5 +1,7 @@
 """Files of arrays under names, whoever wrote them: safetensors or PyTorch's, told apart by their content."""
 
+import math
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,9 @@ import safetensors
 from ddpm_jax.interop.torch_files import is_torch_file, read_torch
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import printable
+
+# Weights hardly shrink when compressed.
+_UNPACKED = 8
 
 Arrays = dict[str, np.ndarray]
 """Arrays by name, as in the file."""
@@ -39,6 +44,43 @@ def read_arrays(file: Path) -> tuple[Arrays, dict[str, str]]:
         raise UserError(
             f"cannot read {printable(file)} as a file of weights, neither safetensors ({reason}) nor PyTorch's"
         ) from error
+
+
+def read_npz(file: Path) -> Arrays:
+    """Reads all arrays of an .npz file, within the memory that its size allows.
+
+    Args:
+      file: the file, as `numpy.savez` or `numpy.savez_compressed` wrote it.
+
+    Returns:
+      the arrays by name.
+
+    Raises:
+      UserError: there is no such file, it is damaged, or contains anything but arrays of numbers.
+    """
+    shown = printable(file)
+    if not file.is_file():
+        raise UserError(f"there is no file {shown}")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            if len({entry.filename for entry in entries}) != len(entries):
+                raise ValueError("two arrays have the same name")
+            if sum(entry.file_size for entry in entries) > _UNPACKED * file.stat().st_size + 2**26:
+                raise ValueError("it would unpack to many times its size")
+            for entry in entries:
+                with archive.open(entry) as member:
+                    version = np.lib.format.read_magic(member)
+                    read = np.lib.format.read_array_header_1_0
+                    shape, _, dtype = (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(member)
+                    size = math.prod(shape) * dtype.itemsize
+                    if dtype.hasobject or min(shape, default=0) < 0 or member.tell() + size != entry.file_size:
+                        raise ValueError(f"{entry.filename} is not an array of numbers, or not whole")
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except Exception as error:  # NumPy and zipfile raise half a dozen kinds
+        reason = printable(" ".join(str(error).split()))[:200] or type(error).__name__
+        raise UserError(f"cannot read {shown} as an .npz file of arrays: {reason}") from error
 
 
 def _state_dict(tree: Any, shown: str) -> Arrays:
