@@ -49,8 +49,10 @@ class Range:
         return " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound))
 
 
-Count = Annotated[int, Range(at_least=1)]
-CountOrZero = Annotated[int, Range(at_least=0)]
+# Larger values are typing errors that would fill the memory before they fail.
+Count = Annotated[int, Range(at_least=1, below=2**31)]
+CountOrZero = Annotated[int, Range(at_least=0, below=2**31)]
+Size = Annotated[int, Range(at_least=1, below=2**16)]
 NotNegative = Annotated[float, Range(at_least=0)]
 Positive = Annotated[float, Range(above=0)]
 Probability = Annotated[float, Range(at_least=0, below=1)]
@@ -69,11 +71,11 @@ class DataConfig:
     digits."""
     split: str = "train"
     """train, test or all; for TFDS, any of its splits."""
-    height: Count = 8
+    height: Size = 8
     """Image height in pixels; images of a folder are resized and center-cropped to it."""
-    width: Count = 8
+    width: Size = 8
     """Image width in pixels."""
-    channels: Annotated[int | None, Range(at_least=1)] = 1
+    channels: Annotated[int | None, Range(at_least=1, below=2**16)] = 1
     """1 (gray), 3 (color) or 4 (color with alpha); None: as in the files of the folder, which must agree."""
     flip: bool = False
     """Mirror each image left to right with probability 0.5 at every step."""
@@ -99,7 +101,7 @@ class DiffusionConfig:
 
     schedule: ScheduleName = "linear"
     """How beta grows with t."""
-    num_steps: Count = 1000
+    num_steps: Annotated[int, Range(at_least=1, below=2**20)] = 1000
     """T, the number of diffusion steps. If T is not 1000, scale the betas by 1000/T."""
     beta_start: Beta = 1e-4
     """The first beta; not used by jsd, cosine and const."""
@@ -123,21 +125,21 @@ class ModelConfig:
     """Your own network, as my_net.py:function: the function takes the whole Config and returns a Linen module or a
     ddpm_jax.Network. If empty, the paper's U-Net, which the fields below describe."""
     # The timestep embedding needs two frequencies, each with its sine and cosine.
-    width: Annotated[int, Range(at_least=4)] = 128
+    width: Annotated[int, Range(at_least=4, below=2**16)] = 128
     """Channels of the first level."""
-    channel_mult: tuple[Count, ...] = (1, 2, 2, 2)
+    channel_mult: tuple[Size, ...] = (1, 2, 2, 2)
     """Channels of each level as multiples of the width, one number per level."""
-    num_res_blocks: Count = 2
+    num_res_blocks: Annotated[int, Range(at_least=1, below=2**10)] = 2
     """Residual blocks per level on the way down; one more on the way up."""
     attention_resolutions: tuple[Count, ...] = (16,)
     """Heights of the feature maps at which each block is followed by attention."""
     mid_attention: bool = True
     """Attention in the middle block."""
-    num_heads: Count = 1
+    num_heads: Size = 1
     """Attention heads; must divide the channels of every level."""
     num_head_channels: CountOrZero = 0
     """Channels of each attention head, instead of num_heads: wider levels have more heads; 0: num_heads heads."""
-    num_groups: Count = 32
+    num_groups: Size = 32
     """Groups of the group normalizations; must divide the channels of every level."""
     norm_eps: Positive = 1e-6
     """Added to the variance in the group normalizations; PyTorch's default is 1e-5."""

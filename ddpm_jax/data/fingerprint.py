@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ddpm_jax.data.source import Source, in_threads
-from ddpm_jax.system.errors import UserError, printable
+from ddpm_jax.system.errors import Damage, UserError, printable
 from ddpm_jax.system.files import read_json, write_json
 
 _LOOKED_AT = 64
@@ -88,12 +88,23 @@ def read_class_names(run: Path) -> tuple[str, ...]:
       run: the run's folder.
 
     Returns:
-      the names; none if the run is unconditional, or its folder has no readable `data.json`.
+      the names; none if the run is unconditional, or its folder has no `data.json`.
+
+    Raises:
+      UserError: the file is damaged.
     """
+    file = run / "data.json"
+    return tuple(map(printable, _read(file).get("class_names", ()))) if file.exists() else ()
+
+
+def _read(file: Path) -> dict[str, typing.Any]:
     try:
-        return tuple(map(printable, read_json(run / "data.json")["class_names"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return ()
+        return read_json(file)
+    except Damage as damage:
+        raise UserError(
+            f"{file}, which says what images the run was begun on, is damaged ({damage}): put it back; to go on all "
+            "the same, remove it"
+        ) from None
 
 
 def _add_labels(crc: int, labels: np.ndarray) -> int:
@@ -115,13 +126,7 @@ def check_same_set(file: Path, source: Source, *, write: bool = True) -> None:
       UserError: the run was begun on another set, and in what they differ; or the file is damaged.
     """
     here = fingerprint(source)
-    try:
-        there = dict(read_json(file)) if file.exists() else {}
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(
-            f"{file}, which says what images the run was begun on, is damaged: put it back; to go on with "
-            f"{source.name} all the same, remove it"
-        ) from error
+    there = _read(file) if file.exists() else {}
     different = [
         _DIFFERENT.get(name) or f"{name} {there[name]!s:.200} there, {here[name]!s:.200} here"
         for name in here

@@ -1,6 +1,5 @@
 """The paper's figures for a run, drawn into one folder with their captions: what `evaluate.py figures` does."""
 
-import json
 import math
 import typing
 from collections.abc import Sequence
@@ -27,8 +26,8 @@ from ddpm_jax.likelihood import rate_distortion
 from ddpm_jax.run.trained import TrainedRun, describe_run
 from ddpm_jax.samplers.chain import initial_noise
 from ddpm_jax.system import pictures
-from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import write_json, write_whole
+from ddpm_jax.system.errors import Damage, UserError
+from ddpm_jax.system.files import read_json, write_json, write_whole
 from ddpm_jax.system.progress import say
 
 LAMBDAS = np.linspace(0, 1, 11)
@@ -306,17 +305,18 @@ def finished_curve(trained: TrainedRun) -> Path | None:
     found = []
     for file in (trained.folder / "likelihood").glob("*/likelihood.json"):
         try:
-            of = json.loads(file.read_text())["job"]
-            if of["weights"] == weights and (file.parent / "rate_distortion.png").is_file():
-                found.append((file.stat().st_mtime, file.parent))
-        except (OSError, ValueError, TypeError, KeyError):
-            continue  # damaged
+            of = read_json(file)["job"]
+        except Damage as damage:
+            say(f"{file} is damaged ({damage}), and left out: evaluate again to write it anew")
+            continue
+        if of["weights"] == weights and (file.parent / "rate_distortion.png").is_file():
+            found.append((file.stat().st_mtime, file.parent))
     return max(found)[1] if found else None
 
 
 def _copied_curve(folder: Path, out: Path) -> Figure:
     """Copies the rate-distortion curve of a finished likelihood job."""
-    results = json.loads((folder / "likelihood.json").read_text())
+    results = read_json(folder / "likelihood.json")
     of = results["job"]
     _copy(folder / "rate_distortion.png", out / "rate_distortion.png")
     return _curve(

@@ -27,7 +27,7 @@ from ddpm_jax.pixels import to_uint8
 from ddpm_jax.run.build import image_shape
 from ddpm_jax.run.weights import checksum
 from ddpm_jax.system import pictures
-from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.errors import Damage, UserError
 from ddpm_jax.system.files import claimed, crc32, job_differences, read_json, short_name, write_json
 
 SamplerName = typing.Literal["ancestral", "ddim"]
@@ -410,9 +410,9 @@ def results_folder(description: dict[str, Any], out: Path, *, overwrite: bool) -
     file = out / "job.json"
     if file.is_file():
         try:
-            found = dict(read_json(file))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{file} is damaged: use another --out, or remove {out}") from error
+            found = read_json(file)
+        except Damage as damage:
+            raise UserError(f"{file} is damaged ({damage}): use another --out, or remove {out}") from None
         there = found.get("command")
         if there != command:
             content = f"the results of {there}" if there else "another job"

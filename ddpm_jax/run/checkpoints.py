@@ -10,7 +10,6 @@ import contextlib
 import copy
 import dataclasses
 import errno
-import json
 import logging
 import math
 import os
@@ -18,7 +17,6 @@ import re
 import shutil
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -31,8 +29,8 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
 
 from ddpm_jax.networks import Params
-from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import crc32
+from ddpm_jax.system.errors import Damage, UserError
+from ddpm_jax.system.files import crc32, dump_checked, load_checked
 from ddpm_jax.system.hosts import barrier, first_line, is_primary_host, of_primary_host
 
 _FOLDER = "checkpoints"
@@ -63,10 +61,6 @@ def silence_orbax() -> None:
             report(unraisable)
 
     sys.unraisablehook = hook
-
-
-class Damage(Exception):
-    """A checkpoint whose files do not hold what was saved."""
 
 
 class CannotRead(Exception):
@@ -138,37 +132,12 @@ class _NotesHandler(ocp.JsonCheckpointHandler):
     async def async_save(self, directory, item=None, args=None):
         async def write() -> None:
             if jax.process_index() == 0:
-                (directory / "metadata").write_text(sealed(args.make()))
+                (directory / "metadata").write_bytes(dump_checked(args.make()))
 
         return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="notes")]
 
     def restore(self, directory, item=None, args=None):
-        return unsealed((directory / "metadata").read_text())
-
-
-_SEAL = ', "crc32": '
-
-
-def sealed(notes: Mapping[str, Any]) -> str:
-    """Returns non-empty notes as JSON whose last entry is a checksum of the text before it."""
-    text = json.dumps(notes)
-    return f"{text[:-1]}{_SEAL}{zlib.crc32(text.encode())}}}"
-
-
-def unsealed(content: str) -> dict[str, Any]:
-    """Returns the notes that `sealed` turned into text.
-
-    Raises:
-      Damage: the text is anything else.
-
-    >>> unsealed(sealed({"window": [0.5]}))
-    {'window': [0.5]}
-    """
-    text, _, crc = content.rpartition(_SEAL)
-    text += "}"
-    if crc != f"{zlib.crc32(text.encode())}}}":
-        raise Damage("their checksum differs")
-    return dict(json.loads(text))
+        return load_checked((directory / "metadata").read_bytes())
 
 
 class _Failed(NamedTuple):
@@ -249,7 +218,7 @@ class Restored(NamedTuple):
     """A checkpoint that was read."""
 
     step: int
-    """Its step, from the folder's name: one number less that could be damaged or disagree."""
+    """Its step: the folder's name, and in its notes."""
     items: dict[str, Any]
     """The pytrees, by the names they were saved under."""
     notes: dict[str, Any]
@@ -330,7 +299,7 @@ class Checkpoints:
         self._losses[step] = loss
         saves = {name: _SaveArrays(tree) for name, tree in items.items()}
         as_now = copy.deepcopy({**notes, "loss": loss})  # the caller may change it while this is saved
-        written = _SaveNotes(lambda: {**as_now, "leaves": describe()})
+        written = _SaveNotes(lambda: {"step": step, **as_now, "leaves": describe()})
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**saves, notes=written))
 
@@ -418,6 +387,8 @@ def _restore(
     """Restores the items `of` a step and checks every array against its checksum."""
     try:
         notes = _read_notes(manager, step)
+    except Damage:
+        raise
     except Exception as error:
         _raise(_failure(error, "its notes cannot be read: "), manager, step)
     saved = notes["leaves"]
@@ -450,7 +421,11 @@ def _raise(failure: Damage | CannotRead, manager: ocp.CheckpointManager, step: i
 
 
 def _read_notes(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    return manager.restore(step, args=ocp.args.Composite(notes=_RestoreNotes()))["notes"]
+    notes: dict[str, Any] = manager.restore(step, args=ocp.args.Composite(notes=_RestoreNotes()))["notes"]
+    saved = notes.pop("step", None)
+    if saved != step:
+        raise Damage(f"it was saved at step {saved}, and its folder was renamed")
+    return notes
 
 
 def _check_shapes(step: int, saved: dict[str, Any], abstract: dict[str, Any], *, of: Sequence[str]) -> None:

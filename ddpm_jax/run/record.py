@@ -1,7 +1,6 @@
 """The record of a run: its configuration as JSON, and whether another configuration can resume it."""
 
 import dataclasses
-import json
 import typing
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,12 @@ from typing import Any
 from ddpm_jax.config import Config
 from ddpm_jax.run import code
 from ddpm_jax.run.fields import cast, leaves, nearest, value_of
+from ddpm_jax.run.validation import validate
 from ddpm_jax.system import environment
-from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import write_json
+from ddpm_jax.system.errors import Damage, UserError
+from ddpm_jax.system.files import read_json, write_json
 
-FORMAT = 2
+FORMAT = 3
 """Version of the record: raised whenever a field gets another name or meaning. New fields with defaults need none."""
 
 
@@ -134,7 +134,7 @@ def read_to_resume(folder: Path) -> Config:
 
 
 def read_config(path: str | Path) -> Config:
-    """Reads what `save_config` wrote.
+    """Reads what `save_config` wrote, and checks it as strictly as a command line.
 
     A field that is missing in the file (it was added since) takes its default, so that older runs stay readable.
 
@@ -145,8 +145,8 @@ def read_config(path: str | Path) -> Config:
       the `Config`.
 
     Raises:
-      UserError: the file is missing, is not JSON or has another format, a key is unknown, or a value has the wrong
-        type; the message names the file.
+      UserError: the file is missing, damaged, was changed by hand or has another format, a key is unknown, or
+        `validate` refuses a value; the message names the file.
     """
     return _read(path)[0]
 
@@ -154,33 +154,41 @@ def read_config(path: str | Path) -> Config:
 def _read(path: str | Path) -> tuple[Config, dict[str, str], LearningRates]:
     """Returns the configuration in a record, the checksums of the user's files in it, and its learning rates."""
     loaded = _load(path)
-    found = loaded.pop("format", 1)
     loaded.pop("environment", None)
-    if found != FORMAT:
-        raise UserError(
-            f"{path} has format {found}, and this version of ddpm_jax reads format {FORMAT}: train the run again, or "
-            "use the version that wrote it"
-        )
-    checksums = loaded.pop("code", {})
     try:
-        rates = tuple(LearningRate(**each) for each in loaded.pop("learning_rates", []))
+        checksums = loaded.pop("code", {})
+        if not isinstance(checksums, dict):
+            raise UserError(f"code must be an object in braces, not {checksums!r:.40}")
+        rates = tuple(map(_rate, loaded.pop("learning_rates", [])))
+        config = _from_json(Config, loaded, "")
+        validate(config)
     except TypeError as error:
         raise UserError(f"{path}: learning_rates: {error}") from None
-    try:
-        return _from_json(Config, loaded, ""), checksums, rates
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    return config, checksums, rates
+
+
+def _rate(loaded: Any) -> LearningRate:
+    hints = typing.get_type_hints(LearningRate)
+    rate = LearningRate(**loaded)
+    return LearningRate(*(cast(hints[name], value) for name, value in rate._asdict().items()))
 
 
 def _load(path: str | Path) -> dict[str, Any]:
     try:
-        loaded = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged, it is not a complete JSON file: {error}") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path}: the configuration must be an object in braces, not {loaded!r:.40}")
+        loaded = read_json(Path(path))
+    except Damage as damage:
+        raise UserError(
+            f"{path} is damaged, was changed by hand, or is of an older version of ddpm_jax ({damage}): put "
+            "the file back that train.py wrote; what may change is changed by train.py RUN --section.field VALUE"
+        ) from None
+    found = loaded.pop("format", None)
+    if found != FORMAT:
+        raise UserError(
+            f"{path} has format {found}, and this version of ddpm_jax reads format {FORMAT}: train the run "
+            "again, or use the version that wrote it"
+        )
     return loaded
 
 

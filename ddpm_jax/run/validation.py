@@ -31,6 +31,8 @@ def validate(config: Config) -> None:
             which = ": each entry must" if isinstance(value, tuple) else " must"
             optional = " or None" if type(None) in members(leaf.kind) else ""
             raise UserError(f"{name}={value}{which} be {leaf.range}{optional}")
+        if isinstance(value, str) and "\0" in value:
+            raise UserError(f"{name}={value!r} must not contain the character 0, which no path or name has")
     data, diffusion, model, train = config.data, config.diffusion, config.model, config.train
     if config.name in ("", ".", "..") or Path(config.name).name != config.name:
         raise UserError(f"name={config.name!r} must be the name of a folder, without a path")

@@ -22,8 +22,9 @@ from ddpm_jax.config import Config
 from ddpm_jax.interop.files import read_arrays
 from ddpm_jax.networks import Params
 from ddpm_jax.run.checkpoints import load_ema
+from ddpm_jax.run.record import is_run, read_config
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import crc32, parse_json, read_json, write_json, write_whole
+from ddpm_jax.system.files import crc32, parse_json, read_json, read_or_set_aside, write_json, write_whole
 from ddpm_jax.system.progress import say
 
 _SEPARATOR = "."
@@ -190,15 +191,13 @@ def start_from(init_from: Path, params: Params, ema: Params, *, run: Path, confi
     if init_from.is_dir():
         step, average = load_ema(init_from, warn=say)
         weights = jax.tree.map(np.asarray, average)  # from the host they can go to any devices
-        trained_by = (
-            (init_from / "config.json").read_text(errors="replace") if (init_from / "config.json").is_file() else ""
-        )
+        trained_by = dataclasses.asdict(read_config(init_from / "config.json")) if is_run(init_from) else {}
     elif not init_from.exists():
         raise UserError(f"train.init_from={init_from}: there is no such run folder or .safetensors file")
     else:
         weights, metadata = load_weights(init_from)
         step = int(metadata["step"]) if re.fullmatch("[0-9]{1,18}", metadata.get("step", "")) else None
-        trained_by = metadata.get("config", "")
+        trained_by = _json_of(metadata.get("config", ""))
     try:
         params, fitted = fit(params, weights)
         ema, _ = fit(ema, weights)
@@ -214,11 +213,18 @@ def start_from(init_from: Path, params: Params, ema: Params, *, run: Path, confi
     return params, ema
 
 
-def _other_diffusion(trained_by: str, config: Config) -> list[str]:
-    """Lists the fields of the diffusion that differ from those in a JSON text of a configuration; [] if it is none."""
+def _json_of(text: str) -> dict[str, Any]:
+    """Returns the object in a JSON text; {} if it holds none."""
     try:
-        theirs = dict(parse_json(trained_by)["diffusion"])
-    except (ValueError, TypeError, KeyError):
+        return dict(parse_json(text))
+    except (ValueError, TypeError):
+        return {}
+
+
+def _other_diffusion(trained_by: Mapping[str, Any], config: Config) -> list[str]:
+    """Lists the fields of the diffusion that differ from those of a configuration as JSON; [] if it is none."""
+    theirs = trained_by.get("diffusion")
+    if not isinstance(theirs, dict):
         return []
     ours = dataclasses.asdict(config.diffusion)
     different = {name for name in ours if theirs.get(name, ours[name]) != ours[name]} - {"clip_x0"}
@@ -228,11 +234,9 @@ def _other_diffusion(trained_by: str, config: Config) -> list[str]:
 
 
 def _note(file: Path, found: dict[str, Any]) -> None:
-    if file.exists():
-        try:
-            noted = dict(read_json(file))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{file} is damaged: use another --workdir") from error
+    # Damaged, it is made again: before the first checkpoint nothing is lost by another beginning.
+    noted = read_or_set_aside(file, read_json) if file.exists() else None
+    if noted is not None:
         if noted.get("crc32") != found["crc32"]:
             raise UserError(
                 f"the weights of {found['from']} are not those that {file.parent} started from (step "

@@ -32,6 +32,10 @@ class NoSuchSplit(UserError):
     """A data set has no split of that name."""
 
 
+class Damage(Exception):
+    """A file that does not hold what was written, or holds what was written for something else; names no file."""
+
+
 class Stopped(Exception):
     """A run stopped by a signal after saving a checkpoint; the scripts end with status 128 + the signal."""
 

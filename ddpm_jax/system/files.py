@@ -1,14 +1,21 @@
-"""Files written atomically, and folders that one process writes at a time."""
+"""Files written atomically, files with a checksum of their content, and folders that one process writes at a time.
+
+What is read back was written by `write_json`, `write_npz`, or line by line with `dump_checked`: a changed bit, a file
+under another's name, and a file of another job raise `Damage` when it is read, and are never taken for what it was.
+"""
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
 import shutil
 import stat
+import typing
+import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,10 +23,13 @@ import filelock
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ddpm_jax.system.errors import UserError, printable  # noqa: F401
+from ddpm_jax.system.errors import Damage, UserError, printable  # noqa: F401
+from ddpm_jax.system.progress import say
 
 _LARGEST_JSON = 2**24  # parsed, it may take thirty times its size
 _LONGEST_NAME = 120  # encrypted file systems take 143 bytes, others 255
+_KEY, _ZEROS = b'"checksum": "', b"00000000"
+_READ_AT_ONCE = 2**20
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -64,35 +74,191 @@ def open_file(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def read_json(path: Path) -> Any:
-    """Reads a file of JSON, which another program may have written.
-
-    Raises:
-      OSError: it cannot be read, or is no regular file.
-      ValueError: it is no JSON, is not UTF-8, is nested too deeply, or is larger than 16 MiB.
-    """
-    with open_file(path) as file:
-        content = file.read(_LARGEST_JSON + 1)
-    if len(content) > _LARGEST_JSON:
-        raise ValueError("it is larger than 16 MiB")
-    return parse_json(content)
-
-
 def parse_json(text: str | bytes) -> Any:
     """Parses JSON that another program may have written.
 
     Raises:
-      ValueError: it is no JSON, is not UTF-8, or is nested too deeply.
+      ValueError: it is no JSON, is not UTF-8, is nested too deeply, or has a key twice.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_without_duplicates)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a value as indented JSON, atomically; raises as `write_whole`."""
-    write_whole(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode("ascii")))
+def dump_checked(value: Mapping[str, Any], *, indent: int | None = None) -> bytes:
+    """Returns an object as JSON whose last entry, `"checksum"`, is the CRC-32 of the text with zeros in its place."""
+    text = json.dumps({**value, "checksum": _ZEROS.decode()}, indent=indent).encode("ascii")
+    head, _, tail = text.rpartition(_ZEROS)
+    return head + f"{zlib.crc32(text):08x}".encode() + tail
+
+
+def load_checked(content: bytes) -> dict[str, Any]:
+    """Reads what `dump_checked` wrote.
+
+    Raises:
+      Damage: it is anything else.
+
+    >>> load_checked(dump_checked({"step": 10, "loss": 0.5}))
+    {'step': 10, 'loss': 0.5}
+    """
+    head, key, tail = content.rpartition(_KEY)
+    if not key:
+        raise Damage("it has no checksum")
+    if f"{zlib.crc32(head + key + _ZEROS + tail[8:]):08x}".encode() != tail[:8]:
+        raise Damage("its checksum differs")
+    try:
+        value = parse_json(content)
+    except ValueError as error:
+        raise Damage(f"it is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise Damage("it is not an object in braces")
+    value.pop("checksum", None)
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes an object as indented JSON with a checksum, atomically; raises as `write_whole`."""
+    write_whole(path, lambda file: file.write(dump_checked(value, indent=2) + b"\n"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads what `write_json` wrote.
+
+    Raises:
+      Damage: the file does not hold what was written.
+      UserError: it cannot be read now; the message gives the reason.
+    """
+    with _reading(path), open_file(path) as file:
+        content = file.read(_LARGEST_JSON + 1)
+    if len(content) > _LARGEST_JSON:
+        raise Damage("it is larger than 16 MiB")
+    return load_checked(content.removesuffix(b"\n"))
+
+
+def write_npz(path: Path, write: Callable[[zipfile.ZipFile], object], about: Mapping[str, Any]) -> None:
+    """Writes an .npz file, atomically, with a checksum and what it is about in the archive's comment.
+
+    `np.load` reads it. Equal content gives equal bytes if `write` sets no dates.
+
+    Args:
+      path: where to; its folder is created if missing.
+      write: adds the members to an archive, as `add_array` does.
+      about: what was asked for, as JSON values; `open_npz` compares it.
+
+    Raises:
+      UserError: as `write_whole`.
+    """
+
+    def fill(file: BinaryIO) -> None:
+        comment = lambda crc: dump_checked({**about, "crc32": f"{crc:08x}"})
+        with zipfile.ZipFile(file, "w") as archive:
+            write(archive)
+            archive.comment = comment(0)
+        file.flush()
+        size = file.seek(-len(comment(0)), os.SEEK_END)
+        with open(file.name, "rb") as written:
+            crc = _crc32_of(written, size)
+        file.write(comment(crc))
+
+    write_whole(path, fill)
+
+
+def add_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+    """Adds an array to an .npz archive, without a date."""
+    with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+        np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
+    """Writes arrays by name; see `write_npz`."""
+    write_npz(path, lambda archive: [add_array(archive, name, array) for name, array in arrays.items()], about)
+
+
+def open_npz(path: Path, about: Mapping[str, Any]) -> tuple[zipfile.ZipFile, dict[str, Any]]:
+    """Opens what `write_npz` wrote, after its whole content was compared with its checksum.
+
+    Args:
+      path: the file.
+      about: what it must be about; what the file says beyond that is not compared.
+
+    Returns:
+      the archive, to be closed, and all that the file is about.
+
+    Raises:
+      Damage: the file does not hold what was written, or is about something else.
+      UserError: it cannot be read now.
+    """
+    with contextlib.ExitStack() as opened, _reading(path):
+        check_regular(path)
+        try:
+            archive = opened.enter_context(zipfile.ZipFile(path))
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # a damaged archive raises half a dozen kinds
+            raise Damage(f"it is not a whole .npz archive: {error}") from None
+        found = load_checked(archive.comment)
+        with open_file(path) as file:
+            size = file.seek(-len(archive.comment), os.SEEK_END)
+            file.seek(0)
+            if found.pop("crc32", None) != f"{_crc32_of(file, size):08x}":
+                raise Damage("its checksum differs")
+        for name, value in json.loads(json.dumps(about)).items():
+            if found.get(name) != value:
+                raise Damage(f"it is of {name} {found.get(name)}, not {value}")
+        opened.pop_all()
+        return archive, found
+
+
+def read_arrays(path: Path, about: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Reads what `write_arrays` wrote; raises as `open_npz`."""
+    archive, _ = open_npz(path, about)
+    with archive, _reading(path):
+        try:
+            return {name.removesuffix(".npy"): _read_array(archive, name) for name in archive.namelist()}
+        except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise Damage(f"it holds no arrays: {error}") from None
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(name) as member:
+        return np.lib.format.read_array(member, allow_pickle=False)
+
+
+def _crc32_of(file: BinaryIO, size: int) -> int:
+    crc = 0
+    while size > 0 and (block := file.read(min(size, _READ_AT_ONCE))):
+        crc, size = zlib.crc32(block, crc), size - len(block)
+    return crc
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a damaged file to `NAME.damaged`, with a number if there is one already, and returns its new path.
+
+    Raises:
+      UserError: it cannot be renamed.
+    """
+    names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in itertools.count())
+    aside = next(name for name in names if not name.exists())
+    try:
+        return path.rename(aside)
+    except OSError as error:
+        raise UserError(f"cannot rename {path}, which is damaged: {error.strerror or error}") from error
 
 
 def short_name(name: str) -> str:
@@ -153,8 +319,22 @@ def claimed(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+Content = typing.TypeVar("Content")
+
+
+def read_or_set_aside(path: Path, read: Callable[[Path], Content]) -> Content | None:
+    """Reads a file that can be made again; a damaged one is set aside with a line for the user, and None returned."""
+    try:
+        return read(path)
+    except Damage as damage:
+        say(f"{path} is damaged ({damage}): kept as {set_aside(path).name}, and made again")
+        return None
+
+
 def check_same_job(file: Path, description: dict[str, Any]) -> None:
     """Writes a job's description into its folder, or checks that the one there is the same.
+
+    A damaged one is set aside and written again: the files of the job say themselves what they are of.
 
     Args:
       file: the description, in the job's folder.
@@ -163,7 +343,8 @@ def check_same_job(file: Path, description: dict[str, Any]) -> None:
     Raises:
       UserError: the folder holds another job; the message names the differences.
     """
-    if not file.exists():
+    there = read_or_set_aside(file, read_json) if file.exists() else None
+    if there is None:
         write_json(file, description)
         return
     try:

@@ -23,6 +23,7 @@ from ddpm_jax.run.build import check_fits, image_shape, matmul_precision
 from ddpm_jax.run.checkpoints import Checkpoints
 from ddpm_jax.run.folder import adopted, check_shared
 from ddpm_jax.run.record import LearningRates, rates_so_far
+from ddpm_jax.run.validation import validate
 from ddpm_jax.system import environment, pictures
 from ddpm_jax.system.errors import Stopped, UserError
 from ddpm_jax.system.exits import advice_for_memory
@@ -68,14 +69,15 @@ def train(
       hooks: what else to do every N steps, in this order: after logging, evaluation and grids, before the checkpoint.
 
     Raises:
-      UserError: the folder holds a different run or is in use, the images cannot be read, the batch does not fit the
-        devices, a checkpoint cannot be read or written, or the loss is not finite.
+      UserError: the configuration is invalid, the folder holds a different run or is in use, the images cannot be read,
+        the batch does not fit the devices, a checkpoint cannot be read or written, or the loss is not finite.
       Stopped: SIGINT, SIGTERM, SIGUSR1 or SIGHUP was received; a checkpoint is saved.
     """
     check_packages(config)
     source = source and check_source(source, "source")
     held_out = held_out and check_source(held_out, "held_out")
     config = _with_given(config, network, source)
+    validate(config)  # what the run's record is checked by when it is read
     if config.eval.every and source is not None and held_out is None:
         raise UserError("eval.every needs held-out images: give them to train() as held_out, or use eval.every=0")
     with contextlib.ExitStack() as held:

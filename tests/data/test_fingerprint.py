@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import shutil
 
 import numpy as np
@@ -9,6 +8,7 @@ from ddpm_jax.data import fingerprint as module
 from ddpm_jax.data.fingerprint import check_same_set, fingerprint, read_class_names
 from ddpm_jax.data.sources import load_source
 from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import read_json, write_json
 
 
 @pytest.fixture
@@ -108,13 +108,13 @@ def test_a_note_of_less_is_held_to_what_it_has_and_then_has_more(sets, folder, t
     file = tmp_path / "data.json"
     held, streamed = (loaded(sets, folder, memory_gib=gib) for gib in (1.0, 0.0))
     old = {name: value for name, value in fingerprint(held).items() if name != "crc32_all"}
-    file.write_text(json.dumps(old))
+    write_json(file, old)
     check_same_set(file, held, write=False)
-    assert json.loads(file.read_text()) == old
+    assert read_json(file) == old
     check_same_set(file, held)
-    assert json.loads(file.read_text()) == fingerprint(held)
+    assert read_json(file) == fingerprint(held)
     check_same_set(file, streamed)
-    assert json.loads(file.read_text()) == fingerprint(held) | fingerprint(streamed)
+    assert read_json(file) == fingerprint(held) | fingerprint(streamed)
     check_same_set(file, held)
 
 
@@ -127,6 +127,9 @@ def test_a_damaged_note_is_no_leave_to_go_on(sets, folder, tmp_path):
     file = tmp_path / "data.json"
     for content in ("junk", "[1]", ""):
         file.write_text(content)
-        with pytest.raises(UserError, match=r"data.json, which says .* is damaged: put it back; .*, remove it$"):
+        with pytest.raises(
+            UserError,
+            match=r"data.json, which says .* is damaged \(it has no checksum\): put it back; ",
+        ):
             check_same_set(file, loaded(sets, folder))
         assert file.read_text() == content

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import itertools
-import json
 import re
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from ddpm_jax.likelihood import Bound, bound_terms, optimal_log_variances, strat
 from ddpm_jax.pixels import to_float
 from ddpm_jax.run.build import build_schedule
 from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import read_json
 
 T = 10
 WHOLE = Request("test", 0, "model", "tanh", seed=3)
@@ -139,8 +139,8 @@ def test_the_job_computes_the_bound_of_the_whole_set(trained, test_set, whole):
     assert curve["reverse_time"].tolist() == list(range(1, T + 1))
     np.testing.assert_allclose(curve["rmse"], terms["x0_rmse"][::-1])
 
-    written = json.loads((out / "likelihood.json").read_text())
-    assert written.pop("job") == json.loads((out / "job.json").read_text())
+    written = read_json(out / "likelihood.json")
+    assert written.pop("job") == read_json(out / "job.json")
     assert Likelihood(**written) == likelihood
     for name in ("terms.png", "rate_distortion.png"):
         with Image.open(out / name) as picture:
@@ -349,7 +349,7 @@ def test_images_that_the_run_was_trained_on_are_counted(trained, tmp_path):
     config = dataclasses.replace(trained.config, data=dataclasses.replace(trained.config.data, split="all"))
     request = Request("test", 9, "model", "tanh", num_strata=3)
     found = run_job(trained._replace(config=config), tmp_path, request, batch_size=16)
-    assert found.trained_on == json.loads((tmp_path / "likelihood.json").read_text())["trained_on"] == 9
+    assert found.trained_on == read_json(tmp_path / "likelihood.json")["trained_on"] == 9
     line = "images: split test of digits (warning: the run was trained on 9 of these 9 images, in split all)"
     assert describe_images(config, "test", found) == line
     assert "(held out: " in describe_images(trained.config, "test", dataclasses.replace(found, trained_on=0))
@@ -364,7 +364,7 @@ def test_the_script_computes_bits_and_prints_where(run, whole, run_script):
     assert printed.startswith(f"{likelihood.bits_per_dim:.4f} +- {likelihood.standard_error:.4f} bits/dim over 359")
     assert str(out) in printed
     assert_same(
-        Likelihood(**{k: v for k, v in json.loads((out / "likelihood.json").read_text()).items() if k != "job"}),
+        Likelihood(**{k: v for k, v in read_json(out / "likelihood.json").items() if k != "job"}),
         likelihood,
     )
 
@@ -398,7 +398,7 @@ def test_the_script_draws_and_judges(run, run_script):
     assert status == 0
     assert "FD-own" in printed
     (file,) = run.glob("samples/*/quality.json")
-    quality = json.loads(file.read_text())
+    quality = read_json(file)
     assert quality["images"] == sum(quality["counts"].values()) == 40
     # Of random weights nothing good is drawn.
     assert quality["ratio"] > 5

@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import re
 
 import numpy as np
@@ -11,6 +10,7 @@ from ddpm_jax.data.sources import load_source
 from ddpm_jax.evaluation.quality import config_of, judge, judge_file, own_frechet_distances, read_images, summary
 from ddpm_jax.run.record import save_config
 from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import read_json
 
 DATA = DataConfig()
 
@@ -90,7 +90,7 @@ def test_a_file_is_judged_and_the_result_written_beside_it(shuffled, tmp_path):
     quality = judge_file(file, config_of(file, None), number=80)
     assert quality.images == 80
     assert quality.accuracy > 0.95
-    assert json.loads((file.parent / "quality.json").read_text()) == dataclasses.asdict(quality)
+    assert read_json(file.parent / "quality.json") == dataclasses.asdict(quality)
     confidence, _, distance, images = summary(quality).splitlines()
     assert images == "real images: digits, train (1438 images); held out: digits, test (359 images)"
     assert re.search(r"\(held-out real images: 0\.\d{3}, accuracy \d\d\.\d%\)$", confidence)

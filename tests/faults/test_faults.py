@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm_jax.run.checkpoints import sealed, unsealed
+from ddpm_jax.system.files import dump_checked, load_checked
 
 HERE = Path(__file__).parent
 SHORT = [
@@ -48,25 +48,25 @@ def test_changed_data_would_be_detected(program, bench):
     run = bench.folder / "reference"
     bench.check(run)
     notes = run / "checkpoints" / str(program.STEPS) / "notes" / "metadata"
-    before = notes.read_text()
+    before = notes.read_bytes()
     try:
         name = next(iter(bench.reference.saved[program.STEPS][0]))
         crc = bench.reference.saved[program.STEPS][0][name]["crc32"]
-        notes.write_text(before.replace(str(crc), str(crc ^ 1)))
-        with pytest.raises(program.Lost, match=f"step {program.STEPS} is damaged on disk: their checksum differs"):
+        notes.write_bytes(before.replace(str(crc).encode(), str(crc ^ 1).encode()))
+        with pytest.raises(program.Lost, match=f"step {program.STEPS} is damaged on disk: its checksum differs"):
             bench.check(run)
-        others = unsealed(before)
+        others = load_checked(before)
         others["leaves"][name]["crc32"] ^= 1
-        notes.write_text(sealed(others))
+        notes.write_bytes(dump_checked(others))
         with pytest.raises(program.Lost, match=f"step {program.STEPS} is damaged on disk: the checksum of .* differs"):
             bench.check(run)
-        others = unsealed(before)
+        others = load_checked(before)
         others["window"] = [[0.5] * 11]
-        notes.write_text(sealed(others))
+        notes.write_bytes(dump_checked(others))
         with pytest.raises(program.Lost, match=f"step {program.STEPS} differs from the reference run"):
             bench.check(run)
     finally:
-        notes.write_text(before)
+        notes.write_bytes(before)
     metrics = run / "metrics.jsonl"
     content = metrics.read_bytes()
     try:

@@ -1,7 +1,6 @@
 """The commands of sample.py beside samples."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from ddpm_jax.generation.edits import (
 )
 from ddpm_jax.generation.sampler_config import SamplerConfig
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import claimed
+from ddpm_jax.system.files import claimed, dump_checked, read_json
 
 
 def load(path):
@@ -162,7 +161,7 @@ def test_results_of_other_settings_are_replaced_on_request_alone(job, tmp_path):
         *("00.png", "01.png", "row.png", "job.json", ".lock"),
         *("notes.txt", "100.png"),
     }
-    description = json.loads((out / "job.json").read_text())
+    description = read_json(out / "job.json")
     assert all(len(description.pop(name)) == 8 for name in ("weights", "content"))
     assert description == {
         "command": "reconstruct",
@@ -185,7 +184,7 @@ def test_every_command_describes_its_results(job, own, tmp_path):
     interpolate_pictures(few, ["1", "2"], tmp_path / "2", t=7, num=2)
     interpolate_pictures(few, ["1", "2"], tmp_path / "3", t=None, num=2, label=3)
     inpaint_picture(few, "1", str(own / "square.png"), tmp_path / "4", draws=1)
-    said = [json.loads((tmp_path / str(number) / "job.json").read_text()) for number in range(5)]
+    said = [read_json(tmp_path / str(number) / "job.json") for number in range(5)]
     assert [each["command"] for each in said] == ["progressive", "share", "interpolate", "interpolate", "inpaint"]
     assert [each["steps"] for each in said] == [2, 5, 3, 2, 2]
     assert [each.get("t") for each in said] == [[12, 1], [12, 9, 6, 3], 7, None, None]
@@ -200,14 +199,14 @@ def test_a_folder_of_something_else_is_left_alone(job, tmp_path):
     with pytest.raises(UserError, match="is not empty and contains no results of reconstruct"):
         reconstruct()
     for there, content in (
-        ('{"seed": 3}', "contains another job"),
-        ('{"command": "share"}', "contains the results of share"),
-        ("{", "job.json is damaged"),
+        (dump_checked({"seed": 3}), "contains another job"),
+        (dump_checked({"command": "share"}), "contains the results of share"),
+        (b"{", "job.json is damaged"),
     ):
-        (tmp_path / "job.json").write_text(there)
+        (tmp_path / "job.json").write_bytes(there)
         with pytest.raises(UserError, match=content):
             reconstruct()
-        assert (tmp_path / "job.json").read_text() == there
+        assert (tmp_path / "job.json").read_bytes() == there
     (tmp_path / "job.json").unlink()
     (tmp_path / "05.png").rename(tmp_path / ".05.png")
     with (

@@ -22,6 +22,7 @@ from ddpm_jax.run.record import save_config
 from ddpm_jax.samplers.chain import sample
 from ddpm_jax.system import pictures
 from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import write_json
 
 T, SHAPE = 10, (4, 6, 1)
 SCRIPT = Path(__file__).parents[2] / "sample.py"
@@ -316,7 +317,7 @@ def test_the_script_writes_the_file_that_out_names(run, expected, tmp_path, run_
 def test_the_script_takes_classes_by_name(runs, tmp_path, run_script):
     config = runs.make_config(data=DataConfig(height=4, width=6), num_steps=2, num_classes=3)
     run = runs.save_runs(runs.make_trained(config), folder=tmp_path / "run")
-    (run / "data.json").write_text(json.dumps({"class_names": ["cats", "dogs", "smileys"]}))
+    write_json(run / "data.json", {"class_names": ["cats", "dogs", "smileys"]})
     words = (run, "--num", 4, "--batch-size", 8)
     assert run_script("sample.py", run, "--labels", "help")[:2] == (0, "0  cats\n1  dogs\n2  smileys\n")
     assert run_script("sample.py", "share", run, "--label", "help")[:2] == (0, "0  cats\n1  dogs\n2  smileys\n")

@@ -19,11 +19,9 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ddpm_jax.run.checkpoints import Checkpoints, Damage, load_ema, sealed, silence_orbax, unsealed, verify
+from ddpm_jax.run.checkpoints import Checkpoints, load_ema, silence_orbax, verify
 from ddpm_jax.system.errors import UserError
 
 # Threads that Orbax leaves behind where it found damage.
@@ -317,14 +315,15 @@ class TestDamaged:
         assert not warnings
         same_bits(state, state_at(20))
 
-    @given(st.data())
-    def test_no_flipped_bit_of_the_notes_gives_others(self, data):
-        text = sealed({"window": [[0.25, 1e-7, 3.5]], "loss": None, "leaves": {"params['a']": {"shape": [2]}}})
-        changed = bytearray(text.encode())
-        changed[data.draw(st.integers(0, len(changed) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-        with pytest.raises(Damage):
-            unsealed(changed.decode(errors="replace"))
-        assert unsealed(text)["window"] == [[0.25, 1e-7, 3.5]]
+    def test_a_folder_that_was_renamed_is_named_and_not_restored(self, run):
+        (run / "checkpoints" / "20").rename(run / "checkpoints" / "23")
+        reason = "it was saved at step 20, and its folder was renamed"
+        assert [(found.step, found.damage) for found in verify(run)] == [(10, None), (23, reason)]
+        with pytest.raises(UserError, match=rf"checkpoint 23 of .* is damaged \({reason}\): other checkpoints: 10$"):
+            load_ema(run, step=23, warn=pytest.fail)
+        (_, state, _), (warning,) = restore(run)
+        same_bits(state, state_at(10))
+        assert f"checkpoint 23 is damaged ({reason}): set aside as " in warning
 
 
 def test_late_errors_of_orbax_are_silenced_and_no_others(monkeypatch):

@@ -15,6 +15,7 @@ from ddpm_jax.config import CheckpointConfig, Config, DiffusionConfig, LogConfig
 from ddpm_jax.run.checkpoints import Checkpoints, load_ema
 from ddpm_jax.run.weights import checksum, fit, load_weights, save_weights, start_from
 from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import read_json
 from ddpm_jax.training import setup
 from ddpm_jax.training.loop import train
 
@@ -141,7 +142,7 @@ class TestStart:
             params, ema = begin(init_from, run)
             chex.assert_trees_all_equal(params, weights_of(0))
             chex.assert_trees_all_equal(ema, weights_of(0))
-            noted = json.loads((run / "init_from.json").read_text())
+            noted = read_json(run / "init_from.json")
             assert noted == {"from": str(init_from), "step": 70, "crc32": checksum(weights_of(0))}
             assert f"starting from the weights of {init_from}, step 70:\nloaded" in capsys.readouterr().err
 

@@ -1,7 +1,6 @@
 """A step that is not finite is done again, and the layer that was the first is named."""
 
 import dataclasses
-import json
 import shutil
 
 import flax.linen as nn
@@ -12,6 +11,7 @@ import pytest
 
 from ddpm_jax.config import CheckpointConfig, Config, LogConfig, TrainConfig
 from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import read_json, write_json
 from ddpm_jax.training import setup
 from ddpm_jax.training.diagnosis import find_not_finite, first_not_finite
 from ddpm_jax.training.loop import train
@@ -114,8 +114,8 @@ def test_another_run_is_refused_in_the_words_of_training(run):
 def test_other_images_are_refused_and_nothing_is_written(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     file = tmp_path / "run" / "data.json"
-    there = json.loads(file.read_text())
-    file.write_text(json.dumps({**there, "crc32": there["crc32"] ^ 1}))
+    there = read_json(file)
+    write_json(file, {**there, "crc32": there["crc32"] ^ 1})
     with pytest.raises(UserError, match="was begun on other images than .*other pixels or labels"):
         find_not_finite(CONFIG, tmp_path / "run")
     file.unlink()
