@@ -179,7 +179,12 @@ def add_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
     """Writes arrays by name; see `write_npz`."""
-    write_npz(path, lambda archive: [add_array(archive, name, array) for name, array in arrays.items()], about)
+
+    def write(archive: zipfile.ZipFile) -> None:
+        for name, array in arrays.items():
+            add_array(archive, name, array)
+
+    write_npz(path, write, about)
 
 
 def open_npz(path: Path, about: Mapping[str, Any]) -> tuple[zipfile.ZipFile, dict[str, Any]]:

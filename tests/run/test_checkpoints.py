@@ -51,7 +51,7 @@ def abstract_of(state, sharding=None):
 def save(run, *steps, keep=5, notes=None, losses=None, **rules):
     with Checkpoints(run, keep=keep, warn=pytest.fail, **rules) as checkpoints:
         for step in steps:
-            checkpoints.save(step, state_at(step), notes=notes or {"step": step}, loss=losses and losses[step])
+            checkpoints.save(step, state_at(step), notes=notes or {"at": step}, loss=losses and losses[step])
         checkpoints.wait()
         return checkpoints.steps()
 
@@ -122,7 +122,7 @@ class TestSaved:
         assert restore(saved)[1] == []
         step, state, notes = restore(saved)[0]
         same_bits(state, state_at(20))
-        assert (step, notes) == (20, {"step": 20})
+        assert (step, notes) == (20, {"at": 20})
 
     def test_nothing_saved_is_nothing_restored(self, tmp_path):
         assert restore(tmp_path) == (None, [])
@@ -222,7 +222,7 @@ class TestDamaged:
         flip_a_bit_of(leaf, files_of(run, 20, item))
         (_, state, notes), warnings = restore(run)
         same_bits(state, state_at(10))
-        assert notes == {"step": 10}
+        assert notes == {"at": 10}
         (warning,) = warnings
         assert f"checkpoint 20 is damaged (the checksum of {name} differs)" in warning
         assert "damaged_20_0" in warning

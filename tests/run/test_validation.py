@@ -46,7 +46,7 @@ def test_every_field_is_held_to_its_range(small, with_value):
         ({"name": "a/b"}, "must be the name of a folder"),
         ({"name": ".."}, "must be the name of a folder"),
         ({"data.height": 9}, "image height 9 is not divisible by 2"),
-        ({"data.channels": 0}, "must be at least 1 or None"),
+        ({"data.channels": 0}, "must be at least 1 and below 65536 or None"),
         ({"model.channel_mult": ()}, "give one number per level"),
         ({"model.channel_mult": (1, 0)}, r"=\(1, 0\): each entry must be at least 1"),
         ({"model.width": 10}, "10 channels .* are not divisible by 4 groups"),
