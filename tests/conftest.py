@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig
+from ddpm_jax.config import Config, DataConfig, DiffusionConfig, LossConfig, ModelConfig
 from ddpm_jax.generation.job import SamplingJob
 from ddpm_jax.generation.sampler_config import SamplerConfig
 from ddpm_jax.networks import parameter_shapes
@@ -39,6 +39,7 @@ def make_config(*, num_classes=0, data=None, **diffusion):
             num_groups=4,
             num_classes=num_classes,
         ),
+        loss=LossConfig(kind="hybrid" if diffusion.get("variance", "").startswith("learned") else "simple"),
     )
 
 
