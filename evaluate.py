@@ -21,8 +21,10 @@ from ddpm_jax.evaluation.statistics import Form
 from ddpm_jax.generation.job import default_folder, load_job, run_job
 from ddpm_jax.generation.output import read_out
 from ddpm_jax.generation.sampler_config import SamplerConfig
+from ddpm_jax.interop.checkpoints import Program, read_checkpoint
 from ddpm_jax.run import checkpoints
 from ddpm_jax.run.command import Command, run_command
+from ddpm_jax.run.imported import imported_summary, save_imported
 from ddpm_jax.run.trained import Images, load_run, with_images
 from ddpm_jax.run.weights import save_weights
 from ddpm_jax.system.environment import fix_options
@@ -290,6 +292,34 @@ def fid(options: FidOptions) -> None:
         print(out / "scores.json")
 
 
+@dataclasses.dataclass(frozen=True)
+class ImportOptions:
+    """What to import."""
+
+    file: tyro.conf.Positional[str]
+    """A checkpoint of improved-diffusion, guided-diffusion or pesser's pytorch_diffusion (.pt, .ckpt, .pth or
+    .safetensors), or the variables of the original code's checkpoint (.npz)."""
+    flags: str | None = None
+    """In quotes, the flags that it was trained with, in that program's own words: MODEL_FLAGS and DIFFUSION_FLAGS. What
+    the weights show may be left out; the flags of OpenAI's published files are known by their names."""
+    program: Program | None = None
+    """Which of OpenAI's programs wrote it, if it is none of their published files: their defaults differ."""
+    out: str | None = None
+    """Folder to write (default: runs/NAME, after the file)."""
+    overwrite: bool = False
+    """Replace a network that was imported to the same folder."""
+
+
+def import_checkpoint(options: ImportOptions) -> None:
+    """Imports another program's checkpoint into a folder that sample.py and the other commands take like a run's."""
+    file = Path(options.file)
+    found = read_checkpoint(file, flags=options.flags, program=options.program)
+    out = Path("runs", found.config.name) if options.out is None else Path(options.out)
+    save_imported(out, found, file=file, flags=options.flags, overwrite=options.overwrite)
+    print(imported_summary(found))
+    print(out)
+
+
 COMMANDS: dict[str, Command] = {
     "likelihood": likelihood,
     "quality": quality,
@@ -297,6 +327,7 @@ COMMANDS: dict[str, Command] = {
     "figures": figures,
     "verify": verify,
     "export": export,
+    "import": import_checkpoint,
 }
 
 

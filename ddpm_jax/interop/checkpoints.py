@@ -93,7 +93,7 @@ def read_checkpoint(file: Path, *, flags: str | None = None, program: Program | 
       UserError: the file cannot be read, is of none of these programs, or its flags are missing or contradict it.
     """
     shown = printable(file)
-    arrays = read_npz(file) if file.suffix == ".npz" else read_arrays(file)[0]
+    arrays, metadata = (read_npz(file), {}) if file.suffix == ".npz" else read_arrays(file)
     # Networks that were trained on several GPUs.
     if all(name.startswith("module.") for name in arrays):
         arrays = {name.removeprefix("module."): array for name, array in arrays.items()}
@@ -120,6 +120,7 @@ def read_checkpoint(file: Path, *, flags: str | None = None, program: Program | 
     except UserError as error:
         raise UserError(f"{shown}: {error}") from None
     step, averaged = _from_name(file)
+    averaged = True if metadata.get("entry") == "ema" else averaged
     return network._replace(
         step=network.step or (released.step if released else 0) or step,
         averaged=averaged if network.averaged is None else network.averaged,

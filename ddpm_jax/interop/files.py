@@ -26,7 +26,8 @@ def read_arrays(file: Path) -> tuple[Arrays, dict[str, str]]:
       file: the file; its content decides its format, whatever its name.
 
     Returns:
-      the arrays by name, and the metadata of a safetensors file.
+      the arrays by name, and the metadata of a safetensors file. Of several sets of weights in a file of PyTorch's
+      these are the averages (EMA); the name of the set that was taken is the metadata "entry".
 
     Raises:
       UserError: there is no such file, it is damaged or of another format, or it contains several sets of weights.
@@ -34,7 +35,7 @@ def read_arrays(file: Path) -> tuple[Arrays, dict[str, str]]:
     if not file.is_file():
         raise UserError(f"there is no file {printable(file)}")
     if is_torch_file(file):
-        return _state_dict(read_torch(file), printable(file)), {}
+        return _state_dict(read_torch(file), printable(file))
     try:
         with safetensors.safe_open(file, framework="numpy") as opened:
             arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -83,14 +84,17 @@ def read_npz(file: Path) -> Arrays:
         raise UserError(f"cannot read {shown} as an .npz file of arrays: {reason}") from error
 
 
-def _state_dict(tree: Any, shown: str) -> Arrays:
+def _state_dict(tree: Any, shown: str) -> tuple[Arrays, dict[str, str]]:
     """Finds the one dictionary of arrays: the whole, or an entry of it such as "state_dict"."""
     if _is_state_dict(tree):
-        return dict(tree)
+        return dict(tree), {}
     entries = dict(tree.items() if isinstance(tree, dict) else enumerate(tree if isinstance(tree, list) else []))
     found = [name for name, entry in entries.items() if _is_state_dict(entry)]
-    if len(found) == 1:
-        return dict(entries[found[0]])
+    # ermongroup/ddim saves a list: network, optimizer, epoch, step, averages.
+    averages = [4] if found == [0, 4] else [name for name in found if "ema" in str(name).lower()]
+    chosen = averages if len(averages) == 1 else found
+    if len(chosen) == 1:
+        return dict(entries[chosen[0]]), {"entry": "ema" if averages else str(chosen[0])}
     listed = printable(", ".join(map(str, found)))[:200]
     raise UserError(
         f"{shown} contains {f'several sets of weights ({listed})' if found else 'no weights: no arrays under names'}"

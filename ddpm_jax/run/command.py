@@ -185,6 +185,7 @@ def _parse(
     program: str | None = None,
     default: Any = tyro.MISSING_NONPROP,
 ) -> Any:
+    words = _with_values(words)
     if {"-h", "--help"} & set(words):
         words = ["--help"]
     else:
@@ -209,6 +210,18 @@ def _parse(
         _refuse_value_of_flag(unknown[0])
         raise UserError(f"unexpected argument {unknown[0]!r}: see --help")
     return read
+
+
+def _with_values(words: Sequence[str]) -> list[str]:
+    """Joins an option and a value that begins with dashes: other programs' flags in quotes. No option has a space."""
+    joined: list[str] = []
+    for word in words:
+        value = word.startswith("--") and " " in word.partition("=")[0]
+        if value and joined and joined[-1].startswith("--") and "=" not in joined[-1]:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _option(name: str) -> str:

@@ -11,7 +11,7 @@ from ddpm_jax.run.fields import cast, leaves, nearest, value_of
 from ddpm_jax.run.validation import validate
 from ddpm_jax.system import environment
 from ddpm_jax.system.errors import Damage, UserError
-from ddpm_jax.system.files import read_json, write_json
+from ddpm_jax.system.files import parse_json, read_json, write_json
 
 FORMAT = 3
 """Version of the record: raised whenever a field gets another name or meaning. New fields with defaults need none."""
@@ -223,6 +223,17 @@ def check_environment(path: str | Path) -> str:
     return (
         f"{Path(path).parent}: {'; '.join(different)}: the steps from here on differ by rounding" if different else ""
     )
+
+
+def parse_config(text: str) -> Config:
+    """Parses a configuration in JSON, as files of weights have it in their metadata.
+
+    Raises:
+      UserError: a key is unknown, or a value has the wrong type.
+      ValueError: it is not JSON.
+    """
+    config: Config = _from_json(Config, parse_json(text), "")
+    return config
 
 
 def _from_json(kind: type, loaded: Any, section: str) -> Any:

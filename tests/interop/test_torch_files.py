@@ -240,7 +240,16 @@ def test_the_one_set_of_weights_in_a_file_is_found(torch_files, write):
         b"](" + arrays + other + b"e",
     ):
         found, metadata = read_arrays(write(torch_files.zip_of(pickled, {"0": DATA})))
-        assert (list(found), metadata) == (["a"], {})
+        assert list(found) == ["a"]
+        assert metadata.get("entry") != "ema"
+    averages = torch_files.dict_of([("b", torch_files.tensor())])
+    number = torch_files.number(3)
+    for pickled in (
+        torch_files.dict_of([("model", arrays), ("model_ema", averages)]),
+        b"](" + arrays + b"}" + number + number + averages + b"e",
+    ):
+        found, metadata = read_arrays(write(torch_files.zip_of(pickled, {"0": DATA})))
+        assert (list(found), metadata) == (["b"], {"entry": "ema"})
     for pickled, words in ((b"](" + arrays + arrays + b"e", "several"), (other, "no weights")):
         with pytest.raises(UserError, match=words):
             read_arrays(write(torch_files.zip_of(pickled, {"0": DATA})))

@@ -1,0 +1,82 @@
+"""The folder of a network that was imported from another program's checkpoint: its weights, and where they are from."""
+
+import hashlib
+from pathlib import Path
+
+import jax
+
+from ddpm_jax.interop.pretrained import Pretrained
+from ddpm_jax.run.record import is_run, parse_config
+from ddpm_jax.run.weights import load_weights, save_weights
+from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import read_json, write_json
+
+_WEIGHTS, _RECORD = "weights.safetensors", "imported.json"
+
+
+def is_imported(folder: Path) -> bool:
+    """Returns whether a folder is one that `save_imported` wrote."""
+    return (folder / _RECORD).is_file() and (folder / _WEIGHTS).is_file()
+
+
+def save_imported(folder: Path, found: Pretrained, *, file: Path, flags: str | None, overwrite: bool = False) -> None:
+    """Writes a network and the record of its origin into a folder that stands for a run's.
+
+    Args:
+      folder: created if missing.
+      found: the network.
+      file: the checkpoint that it is from.
+      flags: of the program that wrote it, as the user gave them.
+      overwrite: whether to replace another imported network.
+
+    Raises:
+      UserError: the folder contains something else, or another network and `overwrite` is not set; or it cannot be
+        written.
+    """
+    if is_run(folder):
+        raise UserError(f"{folder} contains a run: use another --out")
+    if is_imported(folder) and not overwrite:
+        raise UserError(
+            f"{folder} already contains an imported network: use --overwrite to replace it, or another --out"
+        )
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    record = {"file": file.name, "sha256": digest, "flags": flags, "step": found.step, "averaged": found.averaged}
+    save_weights(folder / _WEIGHTS, found.params, config=found.config, step=found.step)
+    write_json(folder / _RECORD, record)
+
+
+def imported_summary(found: Pretrained) -> str:
+    """Returns what was imported, in words: the network, its diffusion, and whether the weights are averages."""
+    data, diffusion, model = found.config.data, found.config.diffusion, found.config.model
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(found.params))
+    averaged = {True: "averages (EMA)", False: "not averages", None: "averages or not: not recorded"}[found.averaged]
+    heads = f"heads of {model.num_head_channels} channels" if model.num_head_channels else f"heads: {model.num_heads}"
+    classes = f"{model.num_classes} classes" if model.num_classes else "unconditional"
+    return "\n".join(
+        [
+            f"network: {parameters:,} parameters, {data.height}x{data.width}x{data.channels}, {classes}, {heads}",
+            f"diffusion: {diffusion.schedule}, T={diffusion.num_steps}, predicts {diffusion.prediction}, variance "
+            f"{diffusion.variance}, timesteps times {model.timestep_scale:g}",
+            f"weights: {averaged}, step {found.step or 'not recorded'}",
+        ]
+    )
+
+
+def load_imported(folder: Path) -> Pretrained:
+    """Reads what `save_imported` wrote.
+
+    Raises:
+      UserError: it is damaged, or written by another version with other fields.
+    """
+    weights = folder / _WEIGHTS
+    params, metadata = load_weights(weights)
+    try:
+        config, step = parse_config(metadata["config"]), int(metadata["step"])
+        averaged = dict(read_json(folder / _RECORD)).get("averaged")
+    except (KeyError, ValueError, TypeError, OSError, UserError) as error:
+        raise UserError(f"{folder} is damaged, its configuration cannot be read ({error}): import it again") from error
+    if config.model.network or (config.data.source, config.data.path) != ("folder", ""):
+        # Such a folder may come from anywhere, and these fields can name code to run.
+        raise UserError(f"{weights} names a network or images of its own, which no imported network does")
+    return Pretrained(config, params, step, averaged=averaged if isinstance(averaged, bool) else None)
