@@ -7,8 +7,9 @@ import jax
 
 from ddpm_jax.interop.pretrained import Pretrained
 from ddpm_jax.run.record import is_run, parse_config
+from ddpm_jax.run.validation import validate
 from ddpm_jax.run.weights import load_weights, save_weights
-from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.errors import Damage, UserError
 from ddpm_jax.system.files import read_json, write_json
 
 _WEIGHTS, _RECORD = "weights.safetensors", "imported.json"
@@ -73,8 +74,9 @@ def load_imported(folder: Path) -> Pretrained:
     params, metadata = load_weights(weights)
     try:
         config, step = parse_config(metadata["config"]), int(metadata["step"])
-        averaged = dict(read_json(folder / _RECORD)).get("averaged")
-    except (KeyError, ValueError, TypeError, OSError, UserError) as error:
+        averaged = read_json(folder / _RECORD).get("averaged")
+        validate(config)
+    except (KeyError, ValueError, OSError, Damage, UserError) as error:
         raise UserError(f"{folder} is damaged, its configuration cannot be read ({error}): import it again") from error
     if config.model.network or (config.data.source, config.data.path) != ("folder", ""):
         # Such a folder may come from anywhere, and these fields can name code to run.

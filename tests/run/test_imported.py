@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from ddpm_jax.interop.pretrained import Pretrained
 from ddpm_jax.run.imported import is_imported, load_imported, save_imported
 from ddpm_jax.run.weights import save_weights
 from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import read_json
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_a_folder_has_the_network_and_its_origin(found, file, tmp_path):
     read = load_imported(folder)
     assert (read.config, read.step, read.averaged) == (found.config, 70, True)
     np.testing.assert_array_equal(read.params["conv_in"]["kernel"], found.params["conv_in"]["kernel"])
-    assert json.loads((folder / "imported.json").read_text()) == {
+    assert read_json(folder / "imported.json") == {
         "file": "theirs.pt",
         "sha256": hashlib.sha256(b"weights").hexdigest(),
         "flags": "--lr 1",
@@ -69,7 +69,7 @@ def test_a_folder_cannot_name_code_to_run(section, field, value, found, file, tm
 
 def test_damage_is_one_line(found, file, tmp_path):
     save_imported(tmp_path, found, file=file, flags=None)
-    for content in ("", "[1]"):
+    for content in ("", "[1]", "{}"):
         (tmp_path / "imported.json").write_text(content)
         with pytest.raises(UserError, match="damaged, its configuration cannot be read"):
             load_imported(tmp_path)
