@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import io
 import math
 import pathlib
 import typing
@@ -15,6 +14,7 @@ from ddpm_jax.config import DataConfig
 from ddpm_jax.data.source import Source, fits_memory, no_split, shape_of
 from ddpm_jax.system.errors import NoSuchSplit, UserError, printable
 from ddpm_jax.system.files import open_file
+from ddpm_jax.system.npy import headers_of, read_header, read_npz
 
 _SPLITS = ("train", "test", "all")
 _IMAGES = ("images", "image", "imgs", "data", "x", "arr_0", "pixels", "samples")
@@ -23,7 +23,6 @@ _SPELLED = {"train": ("train", "training"), "test": ("test", "testing"), "valida
 _MOST_CLASSES = 10_000  # larger labels are numbers of something else, unless there are as many images
 _MOST_CHANNELS = 4  # of pictures
 _LOOKED_AT = 64  # images by which the range of floats is judged
-_LONGEST_HEADER = 10_000  # bytes, as NumPy's own limit
 _LABELS_GIB = 0.25  # for labels, whatever data.memory_gib
 
 
@@ -365,49 +364,18 @@ def _members(file: pathlib.Path) -> dict[str, _Array]:
         changed = file.stat().st_mtime_ns
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
-                return {
-                    name: _Array(file, name, *_header_in(archive, entry), changed)
-                    for entry in archive.infolist()
-                    if (name := entry.filename.removesuffix(".npy")) != entry.filename
-                }
+                headers = headers_of(archive)
+                return {name: _Array(file, name, each.shape, each.dtype, changed) for name, each in headers.items()}
         found = {"images": file} | ({"labels": beside} if beside.is_file() else {})
         return {name: _mapped(each) for name, each in found.items()}
 
 
 def _mapped(file: pathlib.Path) -> _Array:
     with open_file(file) as opened:
-        shape, dtype, begin = _header(opened)
-    array = _Array(file, "", shape, dtype, file.stat().st_mtime_ns)
-    if file.stat().st_size < begin + array.num_bytes:
-        raise ValueError(f"{file.stat().st_size - begin} bytes of data where its header says {array.num_bytes}")
-    return array
-
-
-def _header_in(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype]:
-    """Reads shape and type of an array in an .npz, and not the array; its size must be that of its entry."""
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"{entry.filename} is compressed as NumPy never does")
-    with archive.open(entry) as member:
-        shape, dtype, begin = _header(typing.cast(typing.BinaryIO, member))
-    if entry.file_size != begin + math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{entry.filename} has {entry.file_size} bytes, which is not the size in its header")
-    return shape, dtype
-
-
-def _header(file: typing.BinaryIO) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Reads the header of an array; returns its shape and type, and where its data begin."""
-    version = np.lib.format.read_magic(file)
-    size = file.read(2 if version == (1, 0) else 4)
-    length = int.from_bytes(size, "little")
-    if length > _LONGEST_HEADER:  # NumPy would read all of it first
-        raise ValueError(f"a header of {length} bytes")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(io.BytesIO(size + file.read(length)))
-    if not all(type(each) is int and 0 <= each < 2**63 for each in shape):
-        raise ValueError(f"a shape of {shape}")
-    if dtype.hasobject:
-        raise ValueError("it holds Python objects; save the pixels as uint8")
-    return shape, dtype, 8 + len(size) + length
+        header = read_header(opened)
+    if (size := file.stat().st_size - header.begin) < header.num_bytes:
+        raise ValueError(f"{size} bytes of data where its header says {header.num_bytes}")
+    return _Array(file, "", header.shape, header.dtype, file.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=16)
@@ -416,8 +384,7 @@ def _open(array: _Array) -> np.ndarray:
     with _clear_damage(f"{array} cannot be read"):
         if not array.name:
             return typing.cast(np.ndarray, np.load(array.file, mmap_mode="r"))
-        with np.load(array.file, allow_pickle=False) as arrays:
-            return typing.cast(np.ndarray, arrays[array.name])
+        return read_npz(array.file, [array.name], most_bytes=array.num_bytes)[array.name]
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ import functools
 import io
 import math
 import typing
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,12 +57,15 @@ from ddpm_jax.schedules import Schedule
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import short_name, write_json, write_whole
 from ddpm_jax.system.hosts import barrier, is_primary_host
+from ddpm_jax.system.npy import read_npz
 
 Sigma = typing.Literal["model", "fixed_small", "fixed_large", "optimal"]
 """Variance of the reverse steps: the model's own, a fixed one, or the one that minimizes the bound."""
 
 ESTIMATED_FROM = 512
 """Number of training images that optimal variances are estimated from; half of them if there are fewer than twice."""
+
+_MOST_BYTES = 2**30  # of a saved batch
 
 # The uses of the job's key.
 _EVALUATION, _ESTIMATION = 0, 1
@@ -215,9 +217,9 @@ def read_sums(folder: Path, num_steps: int) -> dict[Range, Sums]:
     for (first, stop), path in part_files(folder, ".npz"):
         size, moments = (stop - first,), (4, num_steps)
         try:
-            with np.load(path) as arrays:
-                sums = Sums(**{field: arrays[field] for field in Sums._fields})
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            arrays = read_npz(path, Sums._fields, most_bytes=_MOST_BYTES)
+            sums = Sums(**{field: arrays[field] for field in Sums._fields})
+        except (OSError, ValueError, KeyError):
             continue
         if tuple(array.shape for array in sums) == (size, size, size, moments, moments):
             found[first, stop] = sums

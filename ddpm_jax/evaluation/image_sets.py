@@ -17,6 +17,7 @@ from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source, resolve
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import printable
+from ddpm_jax.system.npy import headers_of
 
 _MEMBER = "arr_0.npy"
 _DAMAGE = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError)
@@ -109,9 +110,7 @@ def open_npz(file: Path) -> ImageSet:
                 found = ", ".join(name.removesuffix(".npy") for name in archive.namelist())
                 raise UserError(f"{shown} contains no images: they must be arr_0, and there are {found or 'no arrays'}")
             checksum = archive.getinfo(_MEMBER).CRC
-            with archive.open(_MEMBER) as member:
-                shape, fortran, dtype = _header(member)
-                start = member.tell()
+            shape, dtype, fortran, start = headers_of(archive)[_MEMBER.removesuffix(".npy")]
     except _DAMAGE as error:
         raise UserError(f"{shown} contains no readable arr_0 ({str(error) or type(error).__name__})") from error
     if len(shape) != 4 or dtype != np.uint8 or not all(shape):
@@ -143,9 +142,3 @@ class _Reader:
             return images.reshape(-1, *self._shape)
         except _DAMAGE as error:
             raise UserError(f"{printable(self._file)} is damaged ({str(error) or type(error).__name__})") from error
-
-
-def _header(member: typing.IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(member)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(member)

@@ -21,12 +21,14 @@ from ddpm_jax.run.experiments import load_config
 from ddpm_jax.run.record import read_run
 from ddpm_jax.system.errors import NoSuchSplit, UserError
 from ddpm_jax.system.files import write_json
+from ddpm_jax.system.npy import read_npz
 
 _FEATURES = 64
 # Images that the classifier sees in all its epochs: seconds on one core.
 _IMAGES_SEEN = 300_000
 _MOST_REAL = 20_000
 _MOST_PIXELS = 64 * 64 * 3
+_MOST_BYTES = 2**33  # of generated images: 700,000 of the largest size
 _HALVINGS = 20
 
 
@@ -229,12 +231,11 @@ def read_images(file: Path) -> np.ndarray:
       UserError: the file does not exist, is damaged, or contains no such array.
     """
     try:
-        with np.load(file) as arrays:
-            images = typing.cast(np.ndarray, arrays["arr_0"])
+        images = read_npz(file, ["arr_0"], most_bytes=_MOST_BYTES)["arr_0"]
     except FileNotFoundError:
         raise UserError(f"there is no file {file}") from None
-    except Exception as error:  # damaged archives make NumPy raise half a dozen kinds
-        raise UserError(f"{file} contains no readable arr_0 ({str(error) or type(error).__name__})") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file} contains no readable arr_0 ({error})") from error
     if images.ndim != 4 or images.dtype != np.uint8:
         raise UserError(f"{file}: arr_0 must be (N, H, W, C) uint8, not {images.shape} {images.dtype}")
     return images

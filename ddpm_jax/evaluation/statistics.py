@@ -22,6 +22,7 @@ from ddpm_jax.evaluation.image_sets import ImageSet
 from ddpm_jax.evaluation.scores import MOST_REFERENCES, Statistics, evenly_spaced
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import claimed, printable, write_whole
+from ddpm_jax.system.npy import read_npz
 from ddpm_jax.system.plain_pickle import read_dictionary
 from ddpm_jax.system.progress import say
 
@@ -30,10 +31,11 @@ Form = typing.Literal["pytorch-fid", "adm", "clean-fid", "edm2"]
 
 _DAMAGE = (
     *(OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, zipfile.BadZipFile, zlib.error),
-    pickle.UnpicklingError,
+    *(pickle.UnpicklingError, RecursionError, MemoryError, NotImplementedError),
 )
 # Features that are kept for KID: 410 MB of Inception's.
 _MOST_FEATURES = 50_000
+_MOST_BYTES = 2**32  # of all arrays in a file
 _KID = "_kid.npz"
 
 
@@ -87,10 +89,10 @@ def reference_statistics(images: ImageSet, extractor: Extractor, *, cache: Path 
 
 def _read_cached(file: Path, name: str) -> Statistics | None:
     try:
-        with np.load(file) as arrays:
-            spatial = Moments(arrays["mu_s"], arrays["sigma_s"]) if "mu_s" in arrays.files else None
-            pool = Moments(arrays["mu"], arrays["sigma"])
-            return Statistics(name, int(arrays["number"]), pool, spatial, arrays["feats"])
+        arrays = read_npz(file, most_bytes=_MOST_BYTES)
+        spatial = Moments(arrays["mu_s"], arrays["sigma_s"]) if "mu_s" in arrays else None
+        pool = Moments(arrays["mu"], arrays["sigma"])
+        return Statistics(name, int(arrays["number"]), pool, spatial, arrays["feats"])
     except FileNotFoundError:
         return None
     except _DAMAGE as error:
@@ -143,12 +145,10 @@ def read_statistics(file: Path, *, features: str) -> Statistics:
 
 
 def _of_npz(file: Path) -> dict[str, Any]:
-    with np.load(file) as found:
-        arrays = {name: found[name] for name in ("mu", "sigma", "mu_s", "sigma_s", "feats") if name in found.files}
+    arrays = read_npz(file, ("mu", "sigma", "mu_s", "sigma_s", "feats"), most_bytes=_MOST_BYTES)
     beside = file.with_name(f"{file.stem}{_KID}")
     if "feats" not in arrays and beside.is_file():
-        with np.load(beside) as found:
-            arrays["feats"] = found["feats"]
+        arrays["feats"] = read_npz(beside, ("feats",), most_bytes=_MOST_BYTES)["feats"]
     return arrays
 
 

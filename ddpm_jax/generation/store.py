@@ -19,8 +19,9 @@ import jax
 import numpy as np
 
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import check_same_job, claimed, write_whole
+from ddpm_jax.system.files import check_same_job, claimed, open_file, write_whole
 from ddpm_jax.system.hosts import appears, barrier, check_same, check_shared_folder, is_primary_host, of_primary_host
+from ddpm_jax.system.npy import headers_of, read_header
 from ddpm_jax.system.progress import say
 
 _ARRAY, _LABELS = "arr_0.npy", "arr_1.npy"
@@ -151,9 +152,10 @@ class Parts:
         """Returns the intact parts of this shape, in rising order; anything else counts as missing."""
         found = {}
         for (first, stop), path in part_files(self.folder, ".npy"):
-            with contextlib.suppress(ValueError, OSError):
-                array = np.load(path, mmap_mode="r")
-                if array.shape == (stop - first, *self.shape) and array.dtype == np.uint8:
+            with contextlib.suppress(OSError, ValueError), open_file(path) as file:
+                header = read_header(file)
+                whole = path.stat().st_size == header.begin + header.num_bytes
+                if whole and header.shape == (stop - first, *self.shape) and header.dtype == np.uint8:
                     found[first, stop] = path
         return found
 
@@ -277,10 +279,14 @@ class StoredImages:
     @contextlib.contextmanager
     def _open(self) -> Iterator[BinaryIO]:
         try:
-            with zipfile.ZipFile(self.file) as archive, archive.open(_ARRAY) as member:
-                yield member  # type: ignore[misc]
-        except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
-            raise UserError(f"{self.file} is damaged ({error}): move it away to draw its images again") from error
+            with zipfile.ZipFile(self.file) as archive:
+                headers_of(archive)  # an array has the size that its header says
+                with archive.open(_ARRAY) as member:
+                    yield member  # type: ignore[misc]
+        except Exception as error:  # damaged archives make zipfile and NumPy raise a dozen kinds
+            raise UserError(
+                f"{self.file} is damaged ({error or type(error).__name__}): move it away to draw its images again"
+            ) from error
 
 
 def _write_npz(file: BinaryIO, shape: tuple[int, ...], arrays: Iterable[np.ndarray], labels: np.ndarray | None) -> None:

@@ -1,5 +1,7 @@
 """Errors that a user can cause and fix."""
 
+_LONGEST = 2000  # characters of a message
+
 
 def printable(name: object) -> str:
     r"""Returns a text with everything that a terminal cannot show escaped: control characters, undecodable bytes.
@@ -24,8 +26,9 @@ class UserError(Exception):
     """One clear line: what is wrong, which value, what to do. The scripts print it and end with status 2."""
 
     def __init__(self, message: object):
-        """Escapes what is not printable, and joins several lines to one."""
-        super().__init__(printable(" ".join(str(message).splitlines())))
+        """Escapes what is not printable, joins several lines to one, and leaves out the middle of a very long one."""
+        line = printable(" ".join(str(message).splitlines()))
+        super().__init__(line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} .. {line[-_LONGEST // 4 :]}")
 
 
 class NoSuchSplit(UserError):

@@ -1,0 +1,595 @@
+"""Every reader of files that others may have made, on files that are damaged at random and on purpose.
+
+Whatever the bytes, a reader returns what it promises or raises a `UserError` of one printable line. It raises nothing
+else, does not hang, and takes little memory. `make test` reads a few dozen files per reader, always the same ones;
+`make test-slow` reads others, for a minute per reader (FUZZ_SECONDS).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import gzip
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import struct
+import tarfile
+import tempfile
+import time
+import tracemalloc
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from hypothesis import strategies as st
+from PIL import Image
+
+from ddpm_jax.config import Config, DataConfig
+from ddpm_jax.data import sources
+from ddpm_jax.data.decode import Unreadable, header, open_picture
+from ddpm_jax.data.fingerprint import check_same_set, read_class_names
+from ddpm_jax.data.source import in_memory
+from ddpm_jax.evaluation.bits_per_dim import read_sums
+from ddpm_jax.evaluation.features import INCEPTION
+from ddpm_jax.evaluation.image_sets import open_npz
+from ddpm_jax.evaluation.quality import read_images
+from ddpm_jax.evaluation.statistics import is_statistics, read_statistics
+from ddpm_jax.generation.store import StoredImages
+from ddpm_jax.interop.torch_files import read_torch
+from ddpm_jax.run.record import read_config, save_config
+from ddpm_jax.run.validation import validate
+from ddpm_jax.run.weights import load_weights, save_weights
+from ddpm_jax.system.errors import UserError
+from ddpm_jax.training import metrics
+
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "60"))
+MEMORY = 2**26  # bytes of Python objects and arrays that a reader may take for files this small
+LIMIT = 2.0**-6  # GiB: the data.memory_gib of these sets
+PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+LABELS = np.arange(6) % 3
+
+Files = dict[str, bytes]
+"""Content by relative path."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """What is damaged, and what reads it."""
+
+    files: Callable[[], Files]
+    """Makes intact files; a name that ends in `!` is of the content before it is packed."""
+    read: Callable[[Path], object]
+    """Reads them in a folder, to the last pixel; raises AssertionError if it believes something impossible."""
+    pack: Callable[[Files], Files] = lambda files: files
+    """Packs damaged content as an intact archive with right checksums."""
+
+
+# The files and their readers.
+
+
+def whole(source):
+    """Checks that a source is what it promises."""
+    pixels = source.read(np.arange(source.num_examples))
+    assert pixels.shape == (source.num_examples, *source.image_shape)
+    assert pixels.dtype == np.uint8
+    if source.labels is not None:
+        assert source.labels.shape == (source.num_examples,)
+        assert (source.labels >= 0).all()
+        assert (source.labels < max(1, len(source.class_names))).all()
+    assert all(map(str.isprintable, (source.name, source.describe(), *source.class_names, *source.notes)))
+
+
+def read_set(kind, path, *, size=(8, 8), channels=3, memory_gib=LIMIT, **others):
+    config = DataConfig(
+        source=kind,
+        path=str(path),
+        height=size[0],
+        width=size[1],
+        channels=channels,
+        memory_gib=memory_gib,
+        max_megapixels=1.0,
+        **others,
+    )
+    whole(sources.load_source(sources.resolve(config)))
+
+
+def each(read, things):
+    """Reads all of several things, and then raises the first error."""
+    errors = []
+    for thing in things:
+        try:
+            read(thing)
+        except (UserError, Unreadable) as error:
+            errors.append(UserError(error))
+    if errors:
+        raise errors[0]
+
+
+def saved(write, *arguments, **named):
+    file = io.BytesIO()
+    write(file, *arguments, **named)
+    return file.getvalue()
+
+
+def pictures():
+    image, gray = Image.fromarray(PIXELS[0]), Image.fromarray(PIXELS[0, ..., 0])
+    deep = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    made = {f"a.{kind}": saved(image.save, kind) for kind in ("png", "webp", "tiff", "bmp", "ppm", "qoi", "tga", "pcx")}
+    made["a.jpg"] = saved(image.save, "jpeg", exif=exif)
+    made["a.jp2"], made["a.avif"] = saved(image.save, "jpeg2000"), saved(image.save, "avif")
+    made["deep.png"], made["lzw.tif"] = saved(deep.save, "png"), saved(gray.save, "tiff", compression="tiff_lzw")
+    made["several.gif"] = saved(image.save, "gif", save_all=True, append_images=[Image.fromarray(PIXELS[1])])
+    made["several.png"] = saved(image.save, "png", save_all=True, append_images=[Image.fromarray(PIXELS[1])])
+    return made
+
+
+def read_pictures(folder):
+    read = lambda memory_gib: read_set("folder", folder, memory_gib=memory_gib, on_unreadable="skip", channels=3)
+    each(read, (LIMIT, 0.0))
+    each(lambda path: (header(path), open_picture(str(path))), sorted(folder.iterdir()))
+
+
+def packed(files, compression=zipfile.ZIP_DEFLATED):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def npz_members():
+    arrays = {"train_images": PIXELS, "train_labels": LABELS, "test_images": PIXELS[:2], "other": np.array("text")}
+    return {f"{name}.npy!": saved(np.save, array) for name, array in arrays.items()}
+
+
+def read_npz(folder):
+    each(lambda split: read_set("npz", folder / "a.npz", split=split), ("train", "test", "all"))
+
+
+def idx_files():
+    images = bytes([0, 0, 8, 3]) + struct.pack(">3I", 6, 8, 8) + PIXELS[..., 0].tobytes()
+    labels = bytes([0, 0, 8, 1]) + struct.pack(">I", 6) + LABELS.astype("u1").tobytes()
+    return {"train-images-idx3-ubyte!": images, "train-labels-idx1-ubyte!": labels}
+
+
+def gzipped(files):
+    return {f"{name[:-1]}.gz": gzip.compress(content, 1) for name, content in files.items()}
+
+
+CIFAR = "cifar-10-batches-py"
+
+
+def cifar_pickles():
+    rows = np.random.default_rng(1).integers(0, 256, (2, 3072), np.uint8)
+    files = {f"data_batch_{i}!": pickle.dumps({b"labels": [i, 9 - i], b"data": rows}, protocol=2) for i in range(1, 6)}
+    files["test_batch!"] = pickle.dumps({b"labels": [0, 1], b"data": rows}, protocol=2)
+    files["batches.meta!"] = pickle.dumps({b"label_names": [f"class {i}".encode() for i in range(10)]}, protocol=2)
+    return files
+
+
+def tar_of(files):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz", compresslevel=1) as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"{CIFAR}/{name.removesuffix('!')}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return {"cifar-10-python.tar.gz": file.getvalue()}
+
+
+def read_cifar(folder):
+    each(lambda split: read_set("cifar10", folder, size=(32, 32), split=split), ("train", "test"))
+
+
+class FuzzPictures(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        image = tfds.features.Image(shape=(8, 8, 3), encoding_format="png")
+        features = {"image": image, "label": tfds.features.ClassLabel(names=["cat", "dog"])}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i, pixels in enumerate(PIXELS[:2]):
+            yield i, {"image": saved(Image.fromarray(pixels).save, "png"), "label": i}
+
+
+@functools.cache
+def tfds_files():
+    """A prepared set, under a name of which TFDS has no program: it believes what the files say."""
+    files = written(lambda folder: FuzzPictures(data_dir=folder, file_format="array_record").download_and_prepare())
+    other = lambda text: text.replace("fuzz_pictures", "found")
+    return {
+        other(name): other(content.decode()).encode() if name.endswith(".json") else content
+        for name, content in files.items()
+    }
+
+
+def read_tfds(folder):
+    read_set("tfds:found", folder)
+    read_set("tfds:found", folder, memory_gib=0.0, channels=None)
+
+
+def written(write):
+    """Returns the files that a function writes into a folder."""
+    with tempfile.TemporaryDirectory() as place:
+        write(Path(place))
+        found = [path for path in Path(place).rglob("*") if path.is_file()]
+        return {path.relative_to(place).as_posix(): path.read_bytes() for path in found}
+
+
+def config_file():
+    return written(lambda folder: save_config(Config(), folder / "config.json"))
+
+
+def read_record(folder):
+    config = read_config(folder / "config.json")
+    validate(config)
+    json.dumps(dataclasses.asdict(config), allow_nan=False)
+
+
+def metrics_file():
+    lines = [
+        {
+            "step": step,
+            "loss": 0.5 / step,
+            "loss_quartiles": [0.5, None, 0.25, 0.1],
+            "grad_norm": 1.5,
+            "param_norm": 9.0,
+        }
+        for step in range(1, 4)
+    ]
+    return {"metrics.jsonl": b"".join(json.dumps(line).encode() + b"\n" for line in lines)}
+
+
+def read_metrics(folder):
+    warnings = []
+    for values in metrics.read_lines(folder / "metrics.jsonl"):
+        assert isinstance(values["step"], int)
+    metrics.rewind(folder / "metrics.jsonl", 2, warn=warnings.append)
+    assert all(len(line) < 1000 for line in warnings)
+
+
+WEIGHTS = {"a": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.zeros(3, np.float16)}}
+
+
+def weights_file():
+    return written(lambda folder: save_weights(folder / "w.safetensors", WEIGHTS, config=Config(), step=7))
+
+
+def read_weights(folder):
+    (file,) = folder.iterdir()
+    weights, metadata = load_weights(file)
+    names = [*weights]
+    assert all(isinstance(name, str) for name in (*names, *metadata))
+
+
+def header_of_weights():
+    content = weights_file()["w.safetensors"]
+    size = int.from_bytes(content[:8], "little")
+    return {"header!": content[8 : 8 + size], "data": content[8 + size :]}
+
+
+def with_header(files):
+    header = files["header!"]
+    return {"w.safetensors": len(header).to_bytes(8, "little") + header + files["data"]}
+
+
+def torch_members():
+    pytest.importorskip("torch")
+    import torch
+
+    kernel = torch.arange(12, dtype=torch.float32).reshape(3, 4)
+    tree = {"a.weight": kernel, "b": kernel.t()[1:], "c": torch.zeros(2, dtype=torch.bfloat16), "step": 7}
+    return {"new": saved_by_torch(tree, new=True), "old": saved_by_torch(tree, new=False)}
+
+
+def saved_by_torch(tree, *, new):
+    import torch
+
+    file = io.BytesIO()
+    torch.save(tree, file, _use_new_zipfile_serialization=new)
+    return file.getvalue()
+
+
+def torch_files():
+    return {"old.pt": torch_members()["old"]}
+
+
+def torch_archive():
+    with zipfile.ZipFile(io.BytesIO(torch_members()["new"])) as archive:
+        return {f"{name}!": archive.read(name) for name in archive.namelist()}
+
+
+def read_torch_tree(folder):
+    (file,) = folder.iterdir()
+    waiting = [read_torch(file, max_bytes=2**24)]
+    while waiting:
+        value = waiting.pop()
+        assert isinstance(value, (dict, list, tuple, np.ndarray, int, float, str, bytes, type(None)))
+        waiting.extend(value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [])
+        if isinstance(value, np.ndarray):
+            value.sum(dtype=np.float64) if value.dtype.kind in "biuf" else value.astype(np.float32).sum()
+
+
+def write_job(folder):
+    stored = StoredImages(folder, (8, 8, 3), labels=[1, 2])
+    stored.save(0, PIXELS[:2])
+    stored.save(2, PIXELS[2:4])
+    stored.pack()
+    stored.save(4, PIXELS[4:])
+
+
+def read_job(folder):
+    stored = StoredImages(folder, (8, 8, 3), labels=[1, 2])
+    done = stored.done()
+    assert all(0 <= first <= stop for first, stop in done)
+    number = stored.pack()
+    assert sum(map(len, stored.read(number))) == number if number else True
+    read_images(folder / "samples.npz")
+
+
+def sums_files():
+    arrays = {
+        "total": np.ones(2),
+        "prior": np.ones(2),
+        "decoder": np.ones(2),
+        "first_moments": np.ones((4, 5)),
+        "second_moments": np.ones((4, 5)),
+    }
+    return {"00000000-00000002.npz": saved(np.savez, **arrays)}
+
+
+def set_file():
+    return written(lambda folder: check_same_set(folder / "data.json", in_memory(PIXELS, LABELS)))
+
+
+def read_set_file(folder):
+    assert all(map(str.isprintable, read_class_names(folder)))
+    check_same_set(folder / "data.json", in_memory(PIXELS, LABELS))
+
+
+def statistics_arrays():
+    moments = {"mu": np.zeros(4), "sigma": np.eye(4)}
+    arrays = {**moments, "mu_s": np.zeros(2), "sigma_s": np.eye(2), "feats": np.ones((5, 4), np.float32)}
+    return {f"{name}.npy!": saved(np.save, array) for name, array in arrays.items()}
+
+
+def statistics_files():
+    array = lambda value: np.asarray(value, np.float64)
+    pickled = pickle.dumps({"fid": {"mu": array(np.zeros(4)), "sigma": array(np.eye(4))}, "num_images": 9}, protocol=4)
+    arrays = {name.removesuffix("!"): content for name, content in statistics_arrays().items()}
+    return {"a.npz": packed(arrays), "b.pkl": pickled, "c.npz": saved(np.savez, PIXELS)}
+
+
+def read_statistics_files(folder):
+    def read(file):
+        if not is_statistics(file):
+            images = open_npz(file)
+            assert images.read(np.arange(min(images.number, 10))).shape[1:] == images.shape
+            return
+        found = read_statistics(file, features=INCEPTION)
+        assert found.pool.covariance.shape == (len(found.pool.mean),) * 2
+
+    each(read, sorted(folder.iterdir()))
+
+
+READERS = {
+    "pictures": Reader(pictures, read_pictures),
+    "npz": Reader(lambda: {"a.npz": packed({k[:-1]: v for k, v in npz_members().items()})}, read_npz),
+    "npz, its arrays": Reader(
+        npz_members, read_npz, lambda files: {"a.npz": packed({k[:-1]: v for k, v in files.items()})}
+    ),
+    "npy": Reader(
+        lambda: {"a.npy": saved(np.save, PIXELS), "a_labels.npy": saved(np.save, LABELS)},
+        lambda folder: read_set("npy", folder / "a.npy", channels=None),
+    ),
+    "idx": Reader(
+        lambda: {name[:-1]: content for name, content in idx_files().items()},
+        lambda folder: read_set("idx", folder, channels=1),
+    ),
+    "idx, gzip": Reader(lambda: gzipped(idx_files()), lambda folder: read_set("idx", folder, channels=1)),
+    "idx, its content": Reader(idx_files, lambda folder: read_set("idx", folder, channels=1), gzipped),
+    "CIFAR-10": Reader(lambda: tar_of(cifar_pickles()), read_cifar),
+    "CIFAR-10, its pickles": Reader(
+        cifar_pickles, read_cifar, lambda files: {f"{CIFAR}/{k[:-1]}": v for k, v in files.items()}
+    ),
+    "TFDS": Reader(tfds_files, read_tfds),
+    "config.json": Reader(config_file, read_record),
+    "metrics.jsonl": Reader(metrics_file, read_metrics),
+    "data.json": Reader(set_file, read_set_file),
+    "weights": Reader(weights_file, read_weights),
+    "weights, their header": Reader(header_of_weights, read_weights, with_header),
+    "PyTorch": Reader(torch_files, read_torch_tree),
+    "PyTorch, its pickle": Reader(
+        torch_archive,
+        read_torch_tree,
+        lambda files: {"new.pt": packed({k[:-1]: v for k, v in files.items()}, zipfile.ZIP_STORED)},
+    ),
+    "samples": Reader(lambda: written(write_job), read_job),
+    "statistics": Reader(statistics_files, read_statistics_files),
+    "statistics, their arrays": Reader(
+        statistics_arrays,
+        read_statistics_files,
+        lambda files: {"a.npz": packed({k[:-1]: v for k, v in files.items()})},
+    ),
+    "likelihood": Reader(sums_files, lambda folder: read_sums(folder, 5)),
+}
+
+
+# What is done to them.
+
+NUMBERS = [0, 1, 2, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1]
+TOKENS = [
+    *(
+        number.to_bytes(size, order)
+        for number in NUMBERS
+        for size in (1, 2, 4, 8)
+        for order in ("little", "big")
+        if number < 256**size
+    ),
+    *(str(number).encode() for number in (-1, 0, 10**12, 10**400, 1e308, "NaN", "Infinity", "null", "true", "{}")),
+    *(b"[" * 3000, b"(" * 3000, b'{"a":' * 3000, b"-" * 3000, b"9" * 5000, b"\x1b[31m\x07\x9b", "\u202e".encode()),
+    *(b"\xff\xfe\xed", b"\0" * 64, b"\n", b'"', b"\\ud800", b"True", b"|O", b"<f8", b"V9999999", b"evil.Feature"),
+    # Instructions of pickles: memory, functions, calls, and values of many kinds.
+    *(b"r\xff\xff\xff\x7f", b"\x96\xff\xff\xff\xff\x7f\0\0\0", b"cposix\nsystem\n", b"cbuiltins\neval\n"),
+    *(bytes([code]) for code in b"Rb(tldeus012N}]).Q\x81\x93\x94"),
+    *(b"h\0", b"q\0", b"cnumpy\nndarray\n", b"cnumpy\ndtype\n", b"cnumpy._core.multiarray\n_reconstruct\n"),
+]
+VALUES = st.sampled_from(
+    [None, True, -1, 0, 10**12, 10**400, 1e308, float("nan"), float("inf"), 0.5, "", "9" * 5000, "\x1b[31m", "\ud800"]
+    + [[], {}, [[[[]]]], {"a": {"a": {}}}, ["train"], "evil.Feature", "<python>", "x.py:f", "NaN", 2**31, 2**63]
+)
+
+
+@st.composite
+def damages(draw):
+    """One change of a content, as a function of it: of its bytes, or if it is JSON, of one of its values."""
+    kind = draw(st.sampled_from(["flip", "flip", "write", "insert", "cut", "remove", "repeat", "json", "json"]))
+    place, length = draw(st.integers(0, 2**16)), draw(st.integers(1, 64))
+    token, value, bit = draw(st.sampled_from(TOKENS)), draw(VALUES), draw(st.integers(0, 7))
+
+    def damage(content):
+        if not content:
+            return token
+        at = place % len(content)
+        match kind:
+            case "flip":
+                return content[:at] + bytes([content[at] ^ (1 << bit)]) + content[at + 1 :]
+            case "write":
+                return content[:at] + token + content[at + len(token) :]
+            case "insert":
+                return content[:at] + token + content[at:]
+            case "cut":
+                return content[:at]
+            case "remove":
+                return content[:at] + content[at + length :]
+            case "repeat":
+                return content[: at + length] + content[at:]
+        return with_other_value(content, place, value)
+
+    return damage
+
+
+def with_other_value(content, place, value):
+    """Replaces a value in JSON, or its key, or writes a value beside it; other content is left as it is."""
+    try:
+        tree = json.loads(content)
+    except (ValueError, RecursionError):
+        return content
+    spots = []
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        items = [*node.items()] if isinstance(node, dict) else [*enumerate(node)] if isinstance(node, list) else []
+        spots += [(node, key) for key, _ in items]
+        waiting += [each for _, each in items]
+    if not spots:
+        return json.dumps(value).encode()
+    node, key = spots[place % len(spots)]
+    how = place // len(spots) % 3
+    if how == 0 or isinstance(node, list):
+        node[key] = value
+    elif how == 1:
+        node[str(value)[:50]] = node.pop(key)
+    else:
+        node[f"{key}.x"] = value
+    return json.dumps(tree).encode()
+
+
+CHANGES = st.lists(st.tuples(st.integers(0, 100), damages()), min_size=1, max_size=4)
+
+
+@contextlib.contextmanager
+def bounded() -> Iterator[None]:
+    """Fails if what is inside hangs or takes more memory than it may."""
+
+    def hang(number, frame):
+        raise TimeoutError("a reader hangs")
+
+    before = signal.signal(signal.SIGALRM, hang)
+    signal.setitimer(signal.ITIMER_REAL, 60)
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < MEMORY, "a reader takes too much memory"
+    finally:
+        tracemalloc.stop()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def check(reader, files, folder, *, intact=False):
+    """Reads files; of intact ones nothing may be refused."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, content in reader.pack(files).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    line = "refused"
+    with bounded(), contextlib.nullcontext() if intact else contextlib.suppress(UserError):
+        try:
+            reader.read(folder)
+        except UserError as error:
+            line = str(error)
+            raise
+    assert line.isprintable()
+    assert 0 < len(line) < 2000
+
+
+def damaged(files, changes):
+    files = dict(files)
+    names = sorted(name for name in files)
+    for which, damage in changes:
+        name = names[which % len(names)]
+        files[name] = damage(files[name])
+    return files
+
+
+def run(reader, files, folder, *, examples, seed=None):
+    settings = hypothesis.settings(
+        max_examples=examples,
+        derandomize=seed is None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+    )
+    test = hypothesis.given(CHANGES)(lambda changes: check(reader, damaged(files, changes), folder))
+    (settings(test) if seed is None else hypothesis.seed(seed)(settings(test)))()
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_intact_files_are_read(name, tmp_path):
+    reader = READERS[name]
+    check(reader, reader.files(), tmp_path / "read", intact=True)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_damaged_file_is_read_or_named(name, tmp_path):
+    reader = READERS[name]
+    run(reader, reader.files(), tmp_path / "read", examples=30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READERS)
+def test_a_damaged_file_is_read_or_named_for_a_minute(name, tmp_path):
+    reader, end = READERS[name], time.monotonic() + SECONDS
+    files, seed = reader.files(), time.time_ns() % 2**32
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    while time.monotonic() < end:
+        run(reader, files, tmp_path / "read", examples=100, seed=seed)
+        seed += 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident < 2**20  # KiB: also of Pillow and its like
