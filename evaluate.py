@@ -6,6 +6,7 @@ if __name__ == "__main__":
     interrupts.end_at_once()
 
 import dataclasses
+import typing
 from pathlib import Path
 
 import tyro
@@ -21,6 +22,7 @@ from ddpm_jax.evaluation.statistics import Form
 from ddpm_jax.generation.job import default_folder, load_job, run_job
 from ddpm_jax.generation.output import read_out
 from ddpm_jax.generation.sampler_config import SamplerConfig
+from ddpm_jax.interop import diffusers
 from ddpm_jax.interop.checkpoints import Program, read_checkpoint
 from ddpm_jax.run import checkpoints
 from ddpm_jax.run.command import Command, run_command
@@ -190,18 +192,38 @@ class ExportOptions:
 
     run: tyro.conf.Positional[str]
     """Folder of the run, as written by train.py."""
+    format: typing.Literal["safetensors", "diffusers"] = "safetensors"
+    """safetensors: one file of weights; diffusers: the folder of a DDPMPipeline with a model card, ready to upload."""
     out: str | None = None
-    """The file to write (default: RUN/weights_STEP.safetensors)."""
+    """The file or folder to write (default: RUN/weights_STEP.safetensors, or RUN/diffusers_STEP)."""
     step: int | None = None
     """Training step of the checkpoint (default: the newest)."""
+    license: str | None = None
+    """License of the weights for the model card of diffusers, such as mit or cc-by-4.0 (default: unknown)."""
+    overwrite: bool = False
+    """Replace a model of diffusers that was exported to the same folder."""
 
 
 def export(options: ExportOptions) -> None:
-    """Exports the EMA weights to a .safetensors file, for other programs or --train.init-from."""
+    """Exports the EMA weights, for other programs or --train.init-from."""
+    if options.format == "safetensors" and (options.license or options.overwrite):
+        raise UserError(f"--{'license' if options.license else 'overwrite'} applies only to --format diffusers")
     trained = load_run(Path(options.run), step=options.step)
-    file = trained.folder / f"weights_{trained.step}.safetensors" if options.out is None else Path(options.out)
-    save_weights(file, trained.params, config=trained.config, step=trained.step)
-    print(file)
+    names = {"safetensors": f"weights_{trained.step}.safetensors", "diffusers": f"diffusers_{trained.step}"}
+    out = trained.folder / names[options.format] if options.out is None else Path(options.out)
+    if options.format == "safetensors":
+        save_weights(out, trained.params, config=trained.config, step=trained.step)
+    else:
+        diffusers.write_folder(
+            out,
+            trained.params,
+            config=trained.config,
+            step=trained.step,
+            class_names=trained.class_names,
+            license=options.license or "unknown",
+            overwrite=options.overwrite,
+        )
+    print(out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

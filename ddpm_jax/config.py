@@ -13,6 +13,7 @@ from typing import Annotated
 from ddpm_jax.bound import Cdf
 from ddpm_jax.losses import Weighting
 from ddpm_jax.reverse import Prediction, Variance
+from ddpm_jax.samplers.respacing import Spacing
 from ddpm_jax.schedules import ScheduleName
 from ddpm_jax.time_sampling import TimeSamplingName
 
@@ -115,6 +116,8 @@ class DiffusionConfig:
     """The variance of the reverse steps."""
     clip_x0: bool = True
     """Clip the predicted x_0 to [-1, 1] at every reverse step."""
+    spacing: Spacing | None = None
+    """Spacing of the timesteps where sample.py draws in fewer steps than T; None: what suits its sampler."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -125,7 +125,8 @@ class Editor:
     def _schedule(self, sampler_config: SamplerConfig, *, extra_timesteps: Sequence[int] = ()) -> Schedule:
         """Makes the tables of the chain of `make_chain`."""
         betas, steps = build_betas(self._config), sampler_config.steps
-        spacing = sampler_config.spacing or default_spacing(sampler_config.sampler, steps)
+        spacing = sampler_config.spacing or self._config.diffusion.spacing
+        spacing = spacing or default_spacing(sampler_config.sampler, steps)
         return respace(
             betas, choose_timesteps(betas, num_steps=steps, spacing=spacing, extra_timesteps=extra_timesteps)
         )

@@ -36,7 +36,7 @@ class SamplerConfig:
     """Number of steps; all T of the schedule if not given."""
     spacing: str | None = None
     """Timesteps of a shorter chain: linspace, leading, trailing, quadratic, log_snr, or sections ("10,20,30"); if not
-    given, what suits the sampler and the number of steps."""
+    given, the run's diffusion.spacing, or what suits the sampler and the number of steps."""
     eta: float | None = None
     """Share of noise in DDIM, 0 (default) to 1."""
     clip: typing.Literal["on", "off", "dynamic"] | None = None
@@ -209,7 +209,7 @@ def make_chain(
                 variance=diffusion.variance,
             ),
             num_steps=sampler_config.steps,
-            spacing=sampler_config.spacing,
+            spacing=sampler_config.spacing or diffusion.spacing,
             extra_timesteps=extra_timesteps,
             eta=sampler_config.eta,
             eps_after_clipping=sampler_config.eps_after_clipping,

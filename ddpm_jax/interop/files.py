@@ -1,16 +1,19 @@
 """Files of arrays under names, whoever wrote them: safetensors or PyTorch's, told apart by their content."""
 
+import json
 import math
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors
+import safetensors.numpy
 
 from ddpm_jax.interop.torch_files import is_torch_file, read_torch
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import printable
+from ddpm_jax.system.files import printable, write_whole
 
 # Weights hardly shrink when compressed.
 _UNPACKED = 8
@@ -82,6 +85,26 @@ def read_npz(file: Path) -> Arrays:
     except Exception as error:  # NumPy and zipfile raise half a dozen kinds
         reason = printable(" ".join(str(error).split()))[:200] or type(error).__name__
         raise UserError(f"cannot read {shown} as an .npz file of arrays: {reason}") from error
+
+
+def write_safetensors(file: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes a .safetensors file, atomically: the same arrays and metadata give the same bytes.
+
+    Args:
+      file: where to; its folder is created if missing.
+      arrays: by name, C-contiguous.
+      metadata: text by name.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    content = safetensors.numpy.save(dict(arrays), dict(metadata))
+    # The library orders the metadata anew each time.
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the arrays start at a multiple of 8
+    whole = len(header).to_bytes(8, "little") + header + content[8 + size :]
+    write_whole(file, lambda opened: opened.write(whole))
 
 
 def _state_dict(tree: Any, shown: str) -> tuple[Arrays, dict[str, str]]:

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 from ddpm_jax.config import Config
+from ddpm_jax.interop.folders import is_pretrained, load_pretrained
 from ddpm_jax.run.experiments import load_config
 from ddpm_jax.run.fields import Leaf, describe, leaves, nearest
 from ddpm_jax.run.record import is_run, read_to_resume
@@ -80,7 +81,8 @@ def parse_run(
 ) -> RunCommand[Options]:
     """Parses a command line of the form `[CONFIG_FILE or RUN] [options] [--section.field value ...]`.
 
-    The folder of a run stands for the configuration that is recorded in it.
+    The folder of a run stands for the configuration that is recorded in it; that of another program's network, for one
+    that starts from its weights.
 
     Args:
       kind: the script's own options: a frozen dataclass whose fields all have defaults.
@@ -115,8 +117,15 @@ def parse_run(
         if words == given:
             raise
     _refuse_value_of_flag(file)
-    folder = Path(file) if is_run(Path(file)) else None
-    config = load_config(file) if folder is None else read_to_resume(folder)
+    folder = None
+    if is_pretrained(Path(file)):
+        found = load_pretrained(Path(file)).config
+        config = dataclasses.replace(found, train=dataclasses.replace(found.train, init_from=file))
+    elif is_run(Path(file)):
+        folder = Path(file)
+        config = read_to_resume(folder)
+    else:
+        config = load_config(file)
     defaults = run(config_or_run=file, config=config)
     read = _parse(run, given, known, description=description, default=defaults)
     return RunCommand(read.options, read.config, folder)
@@ -124,7 +133,7 @@ def parse_run(
 
 _CONFIG_OR_RUN = (
     "The experiment: a Python file that sets `config`, or the name of one in configs/; or the folder of a run, to "
-    "resume it with its own configuration."
+    "resume it with its own configuration; or of a model of another program, to fine-tune it."
 )
 
 Command = Callable[[Any], None]

@@ -1,4 +1,4 @@
-"""A trained run: its configuration, its network, and its EMA weights."""
+"""A trained run, or a trained network of another program: its configuration, its network, and its weights."""
 
 import dataclasses
 import typing
@@ -10,10 +10,13 @@ import jax
 from ddpm_jax.config import Config
 from ddpm_jax.data.fingerprint import check_same_set, read_class_names
 from ddpm_jax.data.sources import load_source, resolve
+from ddpm_jax.interop.folders import LOOKED_FOR, is_pretrained, load_pretrained
 from ddpm_jax.networks import Network, Params, parameter_shapes
 from ddpm_jax.run.build import build_network
 from ddpm_jax.run.checkpoints import load_ema
-from ddpm_jax.run.record import read_run
+from ddpm_jax.run.experiments import load_config
+from ddpm_jax.run.record import is_run, read_config, read_run
+from ddpm_jax.run.validation import validate
 from ddpm_jax.run.weights import checksum
 from ddpm_jax.system import environment
 from ddpm_jax.system.errors import UserError
@@ -28,9 +31,9 @@ class TrainedRun(typing.NamedTuple):
     network: Network
     """The network that it trained."""
     params: Params
-    """The EMA weights."""
+    """The EMA weights; those in its files, of another program's network."""
     step: int
-    """The training step of these weights."""
+    """The training step of these weights; 0 if it is not known."""
     folder: Path
     """The run's folder."""
     class_names: tuple[str, ...] = ()
@@ -38,10 +41,10 @@ class TrainedRun(typing.NamedTuple):
 
 
 def load_run(folder: Path, *, step: int | None = None, network: Network | None = None) -> TrainedRun:
-    """Loads a run from its folder, and checks the weights against the configuration.
+    """Loads a run, or another program's trained network, and checks the weights against the configuration.
 
     Args:
-      folder: as `train.py` wrote it.
+      folder: as `train.py` wrote it; or of another program's network, see `interop`.
       step: of which checkpoint; the newest undamaged one if None.
       network: the network, if it was given to `train` in Python.
 
@@ -49,15 +52,38 @@ def load_run(folder: Path, *, step: int | None = None, network: Network | None =
       the run, with its EMA weights.
 
     Raises:
-      UserError: there is no such folder, it is not a run's, it has no such checkpoint, or one of another network.
+      UserError: there is no such folder, it contains neither a run nor a network that can be read, it has no such
+        checkpoint, or one of another network.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: give the folder of a run, such as runs/digits")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not the folder of a run: it has no config.json")
+    if is_pretrained(folder):
+        return _load_pretrained(folder, step)
+    if not is_run(folder):
+        raise UserError(f"{folder} is neither a run nor a model of another program: looked for {LOOKED_FOR}")
     config = read_run(folder)
     network = build_network(config) if network is None else network
     step, params = load_ema(folder, step=step, warn=say)
+    _check_fits(network, params, f"checkpoint {step}", f"{folder / 'config.json'}", "restore the run's own file")
+    names = read_class_names(folder)
+    known = names if len(names) == config.model.num_classes else ()
+    return TrainedRun(config, network, params, step, folder, known)
+
+
+def _load_pretrained(folder: Path, step: int | None) -> TrainedRun:
+    if step is not None:
+        raise UserError(f"--step {step} is of a run with checkpoints: {folder} has one set of weights")
+    found = load_pretrained(folder)
+    try:
+        validate(found.config)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    network = build_network(found.config)
+    _check_fits(network, found.params, "the weights", f"the configuration of {folder}", "get both from one source")
+    return TrainedRun(found.config, network, found.params, found.step, folder, found.class_names)
+
+
+def _check_fits(network: Network, params: Params, weights: str, config: str, remedy: str) -> None:
     kinds = lambda tree: {
         jax.tree_util.keystr(path): f"{leaf.shape} {leaf.dtype}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -66,12 +92,9 @@ def load_run(folder: Path, *, step: int | None = None, network: Network | None =
     for name in sorted({*expected, *found}):
         if expected.get(name) != found.get(name):
             raise UserError(
-                f"checkpoint {step} does not fit {folder / 'config.json'}: {name} is {found.get(name, 'absent')} in "
-                f"the checkpoint and {expected.get(name, 'absent')} by the configuration; restore the run's own file"
+                f"{weights} and {config} do not fit: {name} is {found.get(name, 'absent')} in the weights and "
+                f"{expected.get(name, 'absent')} by the configuration; {remedy}"
             )
-    names = read_class_names(folder)
-    known = names if len(names) == config.model.num_classes else ()
-    return TrainedRun(config, network, params, step, folder, known)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +102,10 @@ class Images:
     """Options of commands that read a run's images."""
 
     path: str | None = None
-    """Where the run's images are, if they have moved since it was trained."""
+    """Where the run's images are, if they have moved since it was trained; or those to take for a model of another
+    program: a folder, unless --data.config says otherwise."""
+    config: str | None = None
+    """For a model of another program: the config file, or the run, whose data section describes the images."""
 
 
 def with_images(trained: TrainedRun, images: Images) -> TrainedRun:
@@ -92,9 +118,22 @@ def with_images(trained: TrainedRun, images: Images) -> TrainedRun:
     Raises:
       UserError: there are no images, or not those that the run was trained on.
     """
-    if images.path is None:
+    if images.path is None and images.config is None:
         return trained
-    data = dataclasses.replace(trained.config.data, path=images.path)
+    data = trained.config.data
+    if images.config is not None:
+        if not is_pretrained(trained.folder):
+            raise UserError(f"--data.config is for models of other programs: {trained.folder} records its own images")
+        described = Path(images.config)
+        data = (read_config(described / "config.json") if is_run(described) else load_config(images.config)).data
+        size = lambda data: f"{data.height}x{data.width}x{data.channels}"
+        if size(data) != size(trained.config.data):
+            raise UserError(
+                f"--data.config {images.config} has images of {size(data)}, and the model needs "
+                f"{size(trained.config.data)}"
+            )
+    if images.path is not None:
+        data = dataclasses.replace(data, path=images.path)
     check_same_set(trained.folder / "data.json", load_source(data), write=False)
     return trained._replace(config=dataclasses.replace(trained.config, data=resolve(data)))
 

@@ -14,21 +14,26 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import safetensors.numpy
 from flax import traverse_util
 
 import ddpm_jax
 from ddpm_jax.config import Config
-from ddpm_jax.interop.files import read_arrays
+from ddpm_jax.interop.files import read_arrays, write_safetensors
+from ddpm_jax.interop.folders import is_pretrained, load_pretrained
 from ddpm_jax.networks import Params
 from ddpm_jax.run.checkpoints import load_ema
 from ddpm_jax.run.record import is_run, read_config
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import crc32, parse_json, read_json, read_or_set_aside, write_json, write_whole
+from ddpm_jax.system.files import crc32, parse_json, read_json, read_or_set_aside, write_json
 from ddpm_jax.system.progress import say
 
 _SEPARATOR = "."
 _DEEPEST = 64  # parts of a name: JAX walks nested dictionaries by recursion
+# What a network computes and the shapes of its weights do not show.
+_SHAPELESS = (
+    *("num_heads", "num_head_channels", "num_groups", "norm_eps", "symmetric_downsampling"),
+    *("freq_shift", "cos_first", "timestep_scale"),
+)
 # Arrays listed by name in a table, at most.
 _NAMED = 20
 
@@ -65,16 +70,7 @@ def save_weights(file: Path, params: Params, *, config: Config, step: int) -> No
         "config": json.dumps(dataclasses.asdict(config)),
         "crc32": json.dumps({name: crc32(array) for name, array in arrays.items()}),
     }
-    content = _in_order(safetensors.numpy.save(arrays, metadata))
-    write_whole(file, lambda opened: opened.write(content))
-
-
-def _in_order(content: bytes) -> bytes:
-    """Sorts the header of a .safetensors file, whose order the library changes each time."""
-    size = int.from_bytes(content[:8], "little")
-    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the arrays start at a multiple of 8
-    return len(header).to_bytes(8, "little") + header + content[8 + size :]
+    write_safetensors(file, arrays, metadata)
 
 
 def load_weights(file: Path) -> tuple[Params, dict[str, str]]:
@@ -169,17 +165,19 @@ def fit(params: Params, weights: Mapping[str, Any]) -> tuple[Params, Fitted]:
 
 
 def start_from(init_from: Path, params: Params, ema: Params, *, run: Path, config: Config) -> tuple[Params, Params]:
-    """Replaces a new run's weights, where they fit, by another run's EMA weights or those in a .safetensors file.
+    """Replaces a new run's weights, where they fit, by another run's EMA weights, a model's, or those in a file.
 
     The run's numbers depend on them, so it records which they were: started again (killed before its first
     checkpoint), it refuses others.
 
     Args:
-      init_from: a run's folder, whose newest undamaged EMA weights are taken, or a .safetensors file.
+      init_from: a run's folder, whose newest undamaged EMA weights are taken; the folder of a model of diffusers; or a
+        file of weights.
       params: the parameters as initialized, without an axis of devices.
       ema: their EMA, likewise.
       run: the folder of the run that starts; gets a file `init_from.json`.
-      config: its configuration. Where the weights were trained for another diffusion, a warning names the difference.
+      config: its configuration. Where the weights were trained for another diffusion or another computation, a warning
+        names the difference.
 
     Returns:
       the parameters and their EMA.
@@ -188,12 +186,16 @@ def start_from(init_from: Path, params: Params, ema: Params, *, run: Path, confi
       UserError: there are no such weights, none fit, or they are others than this run started from.
     """
     step: int | None
-    if init_from.is_dir():
+    if is_pretrained(init_from):
+        pretrained = load_pretrained(init_from)
+        step, weights = pretrained.step or None, pretrained.params
+        trained_by = dataclasses.asdict(pretrained.config)
+    elif init_from.is_dir():
         step, average = load_ema(init_from, warn=say)
         weights = jax.tree.map(np.asarray, average)  # from the host they can go to any devices
         trained_by = dataclasses.asdict(read_config(init_from / "config.json")) if is_run(init_from) else {}
     elif not init_from.exists():
-        raise UserError(f"train.init_from={init_from}: there is no such run folder or .safetensors file")
+        raise UserError(f"train.init_from={init_from}: there is no such folder, nor a file of weights")
     else:
         weights, metadata = load_weights(init_from)
         step = int(metadata["step"]) if re.fullmatch("[0-9]{1,18}", metadata.get("step", "")) else None
@@ -205,10 +207,10 @@ def start_from(init_from: Path, params: Params, ema: Params, *, run: Path, confi
         raise UserError(f"train.init_from={init_from}: {error}") from None
     _note(run / "init_from.json", {"from": str(init_from), "step": step, "crc32": checksum(weights)})
     say(f"starting from the weights of {init_from}{'' if step is None else f', step {step}'}:\n{fitted.table()}")
-    if different := _other_diffusion(trained_by, config):
+    if different := _other_meaning(trained_by, config):
         say(
-            f"warning: these weights were trained with {', '.join(different)}: the network's input or output means "
-            "something else here, so it has to relearn it"
+            f"warning: these weights were trained with {', '.join(different)}: the same numbers mean something else "
+            "here, so the network has to relearn it"
         )
     return params, ema
 
@@ -221,16 +223,25 @@ def _json_of(text: str) -> dict[str, Any]:
         return {}
 
 
-def _other_diffusion(trained_by: Mapping[str, Any], config: Config) -> list[str]:
-    """Lists the fields of the diffusion that differ from those of a configuration as JSON; [] if it is none."""
-    theirs = trained_by.get("diffusion")
-    if not isinstance(theirs, dict):
-        return []
-    ours = dataclasses.asdict(config.diffusion)
-    different = {name for name in ours if theirs.get(name, ours[name]) != ours[name]} - {"clip_x0"}
-    if "schedule" in different or ours["schedule"] in ("jsd", "cosine"):
-        different -= {"beta_start", "beta_end"}  # of one schedule only
-    return [f"diffusion.{name}={theirs[name]!s:.100} ({ours[name]} here)" for name in ours if name in different]
+def _other_meaning(trained_by: Mapping[str, Any], config: Config) -> list[str]:
+    """Lists the fields that change what weights mean, not their shapes, and differ from those of a configuration as JSON.
+
+    An empty list if it is none.
+    """
+    different = []
+    for section in ("diffusion", "model"):
+        theirs, ours = trained_by.get(section), dataclasses.asdict(getattr(config, section))
+        if not isinstance(theirs, dict):
+            return []
+        names = set(_SHAPELESS if section == "model" else ours) - {"clip_x0", "spacing"}
+        if theirs.get("schedule") != ours.get("schedule") or ours.get("schedule") in ("jsd", "cosine"):
+            names -= {"beta_start", "beta_end"}  # of one schedule only
+        different += [
+            f"{section}.{name}={theirs[name]!s:.100} ({ours[name]} here)"
+            for name in ours
+            if name in names and theirs.get(name, ours[name]) != ours[name]
+        ]
+    return different
 
 
 def _note(file: Path, found: dict[str, Any]) -> None:
