@@ -146,9 +146,7 @@ def _read_file(file: Path) -> tuple[Arrays, dict[str, str]]:
     if file.is_file():
         with file.open("rb") as opened:
             if opened.read(40).startswith(b"version https://git-lfs"):
-                raise UserError(
-                    f"{file} is a Git LFS pointer, not the weights: run git lfs pull in its folder"
-                )
+                raise UserError(f"{file} is a Git LFS pointer, not the weights: run git lfs pull in its folder")
     return read_arrays(file)
 
 
@@ -188,9 +186,7 @@ def _to_ours(arrays: Mapping[str, np.ndarray], model: ModelConfig, shown: str) -
         if ".attentions." in module and last in _OLD_ATTENTION:
             module = f"{block}.{_OLD_ATTENTION[last]}"
         if module not in ours or kind not in ("weight", "bias"):
-            raise UserError(
-                f"{shown} has an array {name:.80}, which the network in {_CONFIG} does not have"
-            )
+            raise UserError(f"{shown} has an array {name:.80}, which the network in {_CONFIG} does not have")
         path = (*ours[module], "bias" if kind == "bias" else _kind(ours[module]))
         if path in params:
             raise UserError(f"{shown} has the array {name:.80} under its old and its new name")

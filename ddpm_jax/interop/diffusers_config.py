@@ -102,8 +102,7 @@ class _Fields:
         """Returns the error that a value is not supported."""
         known = ", ".join(_json(each) for each in choices)
         return UserError(
-            f"{self._shown}: {name}={_json(value)[:80]} is not supported"
-            f"{f' (supported: {known})' if known else ''}"
+            f"{self._shown}: {name}={_json(value)[:80]} is not supported{f' (supported: {known})' if known else ''}"
         )
 
 

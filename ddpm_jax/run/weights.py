@@ -224,9 +224,9 @@ def _json_of(text: str) -> dict[str, Any]:
 
 
 def _other_meaning(trained_by: Mapping[str, Any], config: Config) -> list[str]:
-    """Lists the fields that change what weights mean, not their shapes, and differ from those of a configuration as JSON.
+    """Lists the fields that change what weights mean, but not their shapes, and differ from a configuration as JSON.
 
-    An empty list if it is none.
+    An empty list if it is no configuration.
     """
     different = []
     for section in ("diffusion", "model"):
