@@ -165,7 +165,7 @@ class TestStart:
             begin(file, run)
 
     def test_from_nothing_is_one_line(self, tmp_path):
-        with pytest.raises(UserError, match=r"train.init_from=.*none: there is no such run folder"):
+        with pytest.raises(UserError, match=r"train.init_from=.*none: there is no such folder, nor a file"):
             begin(tmp_path / "none", tmp_path)
         with pytest.raises(UserError, match="it is not the folder of a run"):
             begin(tmp_path, tmp_path)
