@@ -39,6 +39,8 @@ class Options:
     """Resume from the newest checkpoint until a step is not finite, print the first layer that is not, and exit."""
     check_data: bool = False
     """Read every image, print a summary, draw 64 of them to data.png in the run's folder, and exit."""
+    exact: bool = False
+    """Refuse to resume on other devices, cores, instructions or versions, where numbers agree to rounding only."""
     hosts: Hosts = Hosts()
 
 
@@ -67,7 +69,7 @@ def main() -> None:
     if options.debug_nans:
         print(find_not_finite(config, run))
         return
-    train(config, run)
+    train(config, run, exact=options.exact)
     say(f"now: python sample.py {run}")
 
 

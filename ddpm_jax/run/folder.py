@@ -48,8 +48,7 @@ def adopted(config: Config, run: Path) -> Iterator[Callable[[LearningRates], Non
             (run / "data.json").unlink(missing_ok=True)
         elif file.exists():
             check_same_run(file, config)
-            if warning := check_environment(file):
-                say(f"warning: {warning}")
+            check_environment(file)
             rates = rates_so_far(file, config)
             moved = read_config(file).data.path != config.data.path
         else:

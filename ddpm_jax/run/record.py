@@ -7,6 +7,7 @@ from typing import Any
 
 from ddpm_jax.config import Config
 from ddpm_jax.run import code
+from ddpm_jax.run.computed_on import describe
 from ddpm_jax.run.fields import cast, leaves, nearest, value_of
 from ddpm_jax.run.validation import validate
 from ddpm_jax.system import environment
@@ -50,7 +51,7 @@ def save_config(config: Config, path: str | Path, rates: LearningRates = ()) -> 
     Raises:
       UserError: the file cannot be written; the message gives the reason.
     """
-    here = {**environment.platform(), **environment.settings()}
+    here = {**describe(config), **environment.settings()}
     checksums = code.checksums(config)
     record = {"format": FORMAT, "environment": here, **dataclasses.asdict(config)}
     extra = {"code": checksums, "learning_rates": [rate._asdict() for rate in rates]}
@@ -192,37 +193,29 @@ def _load(path: str | Path) -> dict[str, Any]:
     return loaded
 
 
-def check_environment(path: str | Path) -> str:
-    """Checks that the settings of JAX and XLA that change numbers are those that a run was written with.
+def check_environment(path: str | Path) -> None:
+    """Checks that the settings of JAX that change numbers are those that a run was written with.
+
+    What changes rounding alone is not among them: see `computed_on`.
 
     Args:
       path: the run's record.
-
-    Returns:
-      a warning, if the run was on another kind of device or another version of JAX: it resumes, with other rounding; ""
-      if not, or if the record names no environment.
 
     Raises:
       UserError: a setting differs; the message names it, and both values.
     """
     saved = _load(path).get("environment")
     if not isinstance(saved, dict):
-        return ""
-    platform, settings = environment.platform(), environment.settings()
-    saved_settings = {name: value for name, value in saved.items() if name not in platform}
-    for name in sorted({*settings, *saved_settings}):
-        old, new = (found.get(name, "not set") for found in (saved_settings, settings))
+        return
+    settings = environment.settings()
+    saved = {name: value for name, value in saved.items() if name in environment.names_of_settings()}
+    for name in sorted({*settings, *saved}):
+        old, new = (found.get(name, "not set") for found in (saved, settings))
         if old != new:
             raise UserError(
                 f"{Path(path).parent} contains a run with a different {name} ({old} saved, {new} now), which changes "
                 "its numbers: set it as saved, or use another --workdir"
             )
-    different = [
-        f"{name} {saved.get(name)} saved, {new} now" for name, new in platform.items() if saved.get(name) != new
-    ]
-    return (
-        f"{Path(path).parent}: {'; '.join(different)}: the steps from here on differ by rounding" if different else ""
-    )
 
 
 def parse_config(text: str) -> Config:

@@ -1,6 +1,11 @@
 """The settings of JAX, XLA and the hardware's libraries that change numbers: fixed by the scripts, or recorded."""
 
+import functools
+import importlib.metadata
 import os
+import platform
+import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -51,8 +56,17 @@ _INSTEAD = {
     "jax_debug_nans": "use train.py --debug-nans",
 }
 
-# Variables that no program can set for itself once jax is imported, or that jax does not read.
-_VARIABLES = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
+# Variables that no program can set for itself once jax is imported, or that jax does not read: this one changes numbers
+# by far more than rounding,
+_VARIABLES = ("NVIDIA_TF32_OVERRIDE",)
+# and these choose among programs that agree to rounding.
+_ROUNDING_VARIABLES = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "LIBTPU_INIT_ARGS")
+
+LISTS = ("cpu_features", "XLA_FLAGS", "LIBTPU_INIT_ARGS")
+"""Entries of `rounding` that are lists of words."""
+
+# The extensions of x86 and ARM that XLA and its libraries choose their code by.
+_FEATURES = re.compile(r"s?sse|avx|fma|amx|f16c|bmi|asimd|sve|sme(?!p)|bf16|i8mm")
 
 # Flags of XLA that change no number: where it writes, waits, and how it compiles in parallel.
 _NEUTRAL_FLAGS = (
@@ -82,19 +96,69 @@ def fix_options() -> None:
 
 
 def settings() -> dict[str, str]:
-    """Returns what numbers depend on beside a configuration: flags of XLA and of libraries, and options of JAX.
+    """Returns what numbers depend on beside a configuration by more than rounding: options of JAX and of libraries.
 
-    They are empty unless something was set: XLA's flags by the user, options of JAX by a caller of the library.
+    They are empty unless something was set: a variable by the user, options of JAX by a caller of the library.
 
     Returns:
       the values by the name of the environment variable.
     """
     found = {name.upper(): str(value) for name, value in _differences().items() if name not in _INDEPENDENT}
+    return found | {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
+
+
+def names_of_settings() -> set[str]:
+    """Returns the names of all that `settings` may return."""
+    return {*_VARIABLES, *(name.upper() for name in _OPTIONS)}
+
+
+def rounding() -> dict[str, str]:
+    """Returns what the rounding of numbers depends on in this process, beside the number of devices.
+
+    Returns:
+      the backend ("cpu", "gpu" or "tpu"), the versions of JAX, jaxlib and the backend's plugins, the flags of XLA that
+      change numbers and, where they compute, the number of cores that XLA uses, the CPU's model and the instruction
+      set; or the version of the accelerator's runtime.
+    """
+    backend = jax.default_backend()
+    found = {"backend": backend, **_versions()}
+    if backend == "cpu":
+        found |= {"cores": str(_cores()), **_cpu()}
+    else:
+        found["runtime"] = " ".join(jax.devices()[0].client.platform_version.split())
     flags = {flag.partition("=")[0]: flag for flag in os.environ.get("XLA_FLAGS", "").split()}  # the last one counts
     numeric = " ".join(flag for name, flag in sorted(flags.items()) if not name.startswith(_NEUTRAL_FLAGS))
-    if numeric:
-        found["XLA_FLAGS"] = numeric
-    return found | {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
+    variables = {"XLA_FLAGS": numeric, **{name: os.environ.get(name, "") for name in _ROUNDING_VARIABLES}}
+    return found | {name: value for name, value in variables.items() if value}
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Returns the versions of JAX, jaxlib, and of the packages of backends and what they compute with."""
+    matched = re.compile(r"jax|jaxlib|libtpu.*|jax[-_].*(plugin|pjrt).*|nvidia-(cudnn|cublas|cuda-nvcc)\b.*")
+    found = {each.name: each.version for each in importlib.metadata.distributions() if matched.fullmatch(each.name)}
+    return dict(sorted(found.items()))
+
+
+def _cores() -> int:
+    """Returns the number of threads among which XLA divides its work on the CPU."""
+    for name in ("PJRT_NPROC", "NPROC"):
+        if (asked := os.environ.get(name, "")).isdecimal() and int(asked):
+            return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def _cpu() -> dict[str, str]:
+    """Returns the model of the CPU and its vector instructions; of a system that does not list them, what it says."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    about = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    model = about.get("model name") or " ".join([about.get("CPU part", ""), platform.processor(), platform.machine()])
+    features = about.get("flags") or about.get("Features") or ""
+    return {"cpu": model.strip(), "cpu_features": " ".join(sorted(filter(_FEATURES.match, features.split())))}
 
 
 def devices() -> str:
@@ -102,11 +166,6 @@ def devices() -> str:
     number, hosts, kind = jax.device_count(), jax.process_count(), jax.devices()[0].device_kind
     words = f"{number} {kind.upper() if kind == 'cpu' else kind} device{'s' if number > 1 else ''}"
     return f"{words} on {hosts} hosts" if hosts > 1 else words
-
-
-def platform() -> dict[str, str]:
-    """Returns what rounding depends on: the backend ("cpu", "gpu" or "tpu") and the version of JAX."""
-    return {"backend": jax.default_backend(), "jax": jax.__version__}
 
 
 def _differences() -> dict[str, Any]:

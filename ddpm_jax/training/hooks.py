@@ -3,7 +3,7 @@
 import functools
 import time
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from ddpm_jax.config import CheckpointConfig
 from ddpm_jax.run.checkpoints import Checkpoints
+from ddpm_jax.run.computed_on import ComputedOn
 from ddpm_jax.system import pictures
 from ddpm_jax.system.hosts import is_primary_host
 from ddpm_jax.training import plots
@@ -137,8 +138,16 @@ class Saving:
     which checkpoints are the best must not depend on that.
     """
 
-    def __init__(self, checkpoints: Checkpoints, diagnostics: Diagnostics, config: CheckpointConfig):
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        diagnostics: Diagnostics,
+        config: CheckpointConfig,
+        computed_on: Sequence[ComputedOn],
+    ):
+        """Saves the state with the diagnostics that a resumed run goes on with, and what the steps were computed on."""
         self._checkpoints, self._diagnostics, self._config = checkpoints, diagnostics, config
+        self._computed_on = computed_on
         self._saved_at = time.monotonic()
 
     def is_overdue(self) -> bool:
@@ -154,6 +163,7 @@ class Saving:
         if not event.is_extra:
             mean = diagnostics.since_save.take()
             loss = event.values.get("eval_loss") if self._config.best_by == "eval_loss" else mean
-        notes = {"window": diagnostics.window, "since_save": diagnostics.since_save.numbers()}
+        numbers = {"window": diagnostics.window, "since_save": diagnostics.since_save.numbers()}
+        notes = {**numbers, "computed_on": self._computed_on}
         self._checkpoints.save(event.step, to_items(event.state), notes=notes, loss=loss)
         self._saved_at = time.monotonic()

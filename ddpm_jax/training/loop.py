@@ -21,6 +21,7 @@ from ddpm_jax.generation.batches import grid_drawer
 from ddpm_jax.networks import Network, Params, parameter_shapes
 from ddpm_jax.run.build import check_fits, image_shape, matmul_precision
 from ddpm_jax.run.checkpoints import Checkpoints
+from ddpm_jax.run.computed_on import describe, resumed
 from ddpm_jax.run.folder import adopted, check_shared
 from ddpm_jax.run.record import LearningRates, rates_so_far
 from ddpm_jax.run.validation import validate
@@ -53,11 +54,12 @@ def train(
     source: Source | None = None,
     held_out: Source | None = None,
     hooks: Sequence[Periodic] = (),
+    exact: bool = False,
 ) -> None:
     """Trains a run to `config.train.steps`, from its own newest checkpoint, `train.init_from`, or scratch.
 
     What the run becomes is a function of its configuration alone: killed at any moment and started again, it is the
-    run that was never stopped.
+    run that was never stopped; on other devices, cores or versions of JAX, to rounding.
 
     Args:
       config: the whole configuration, valid.
@@ -67,6 +69,8 @@ def train(
       source: the images to train on; if None, those that `config` names. Their shape replaces that of `config.data`.
       held_out: the images of `config.eval`; if None, the test split.
       hooks: what else to do every N steps, in this order: after logging, evaluation and grids, before the checkpoint.
+      exact: refuse to resume what was computed elsewhere (on other devices, cores, instructions or versions), and
+        would agree with an uninterrupted run to rounding only.
 
     Raises:
       UserError: the configuration is invalid, the folder holds a different run or is in use, the images cannot be read,
@@ -106,7 +110,8 @@ def train(
             f"a batch of {config.train.batch_size} images" + (f" in {number} parts" if number > 1 else ""),
             f"use --train.grad-accum-steps {2 * number} or more, --train.remat, or a smaller --train.batch-size",
         ):
-            _train(make_setup(config, network=network), run, source, held_out, hooks, received, so_far, begun)
+            parts = make_setup(config, network=network)
+            _train(parts, run, source, held_out, hooks, received, so_far, begun, exact=exact)
 
 
 def _with_given(config: Config, network: Network | None, source: Source | None) -> Config:
@@ -136,6 +141,8 @@ def _train(
     received: Sequence[int],
     so_far: LearningRates,
     begun: Callable[[LearningRates], None],
+    *,
+    exact: bool,
 ) -> None:
     config, layout, rules, num_steps = parts.config, parts.layout, parts.config.checkpoints, parts.config.train.steps
     pipeline = make_input_pipeline(
@@ -153,15 +160,17 @@ def _train(
         state, notes = first_state(parts, checkpoints, run)
         first = int(jax.device_get(layout.saved_state(state).step))
         parts = parts.resumed(so_far, first)
-        for name in ("metrics.jsonl", "timing.jsonl") if is_primary_host() else ():
-            rewind(run / name, first, ends=first >= num_steps, warn=say)
         if first >= num_steps:
             if first == num_steps:
                 begun(parts.rates)  # its images may have moved
+            _rewind(run, first, ends=True)
             say(f"{run} has done its {first} steps; --train.steps {2 * first} would train it further")
             return
+        computed_on, warning = resumed(notes.get("computed_on", []), first, describe(config), exact=exact)
         if first:
             say(f"{run}: resuming from step {first}")
+        if warning:
+            say(f"warning: {run}: {warning}")
         if parts.rates and parts.rates[-1].step == first:
             say(f"from step {first} on, the learning rate is {config.train.learning_rate:g} after the warmup")
         say(f"the images are {pipeline.kept}")
@@ -171,7 +180,7 @@ def _train(
         grids = _make_draw(parts)
         training_step = layout.lift(with_inputs(parts.make_step, pipeline))
         diagnostics = Diagnostics(notes, check=functools.partial(_check_finite, run, checkpoints))
-        saving = Saving(checkpoints, diagnostics, rules)
+        saving = Saving(checkpoints, diagnostics, rules, computed_on)
         agree = Agreement(2, lag=_IN_FLIGHT)
         with (
             open_metric_writers(config, run, first=first) as writers,
@@ -179,6 +188,7 @@ def _train(
             Progress(num_steps, initial=first, unit="step", description=config.name) as progress,
         ):
             begun(parts.rates)
+            _rewind(run, first, ends=False)
             say("compiling the training step")
             meter = _make_meter(parts, first, lambda: batches.seconds_waited)
             log = functools.partial(append_metrics, run, writers)
@@ -225,6 +235,11 @@ def _train(
         values = functools.reduce(operator.or_, read_lines(run / "metrics.jsonl"))
         evaluated = f", eval loss {values['eval_loss']:.4f}" if values.get("eval_loss") is not None else ""
         say(f"{run}: {num_steps} steps done, loss {values['loss']:.4f}{evaluated}")
+
+
+def _rewind(run: Path, step: int, *, ends: bool) -> None:
+    for name in ("metrics.jsonl", "timing.jsonl") if is_primary_host() else ():
+        rewind(run / name, step, ends=ends, warn=say)
 
 
 def _check_finite(run: Path, checkpoints: Checkpoints, step: int, numbers: StepNumbers) -> None:

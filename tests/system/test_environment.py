@@ -1,5 +1,7 @@
 """What the environment of a process can change: nothing in a script, and otherwise it is recorded."""
 
+import os
+
 import jax
 import pytest
 
@@ -49,18 +51,29 @@ def test_the_keys_of_a_seed_follow_no_default_generator():
 
 
 def test_settings_are_what_the_library_cannot_fix(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=here --xla_force_host_platform_device_count=3")
     monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
     assert environment.settings() == {}
-    monkeypatch.setenv("XLA_FLAGS", "--xla_b=0 --xla_a=1 --xla_dump_to=here --xla_b=2")
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_default_prng_impl", "rbg")
-    assert environment.settings() == {
-        "JAX_ENABLE_X64": "True",
-        "XLA_FLAGS": "--xla_a=1 --xla_b=2",
-        "NVIDIA_TF32_OVERRIDE": "0",
-    }
+    assert environment.settings() == {"JAX_ENABLE_X64": "True", "NVIDIA_TF32_OVERRIDE": "0"}
+    assert set(environment.settings()) <= environment.names_of_settings()
+
+
+def test_what_rounding_depends_on(monkeypatch):
+    for name in ("NPROC", "PJRT_NPROC", "XLA_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    found = environment.rounding()
+    assert {"backend", "jax", "jaxlib", "cores", "cpu", "cpu_features"} <= set(found)
+    assert found["cores"] == str(len(os.sched_getaffinity(0)))
+    assert "XLA_FLAGS" not in found
+    flags = "--xla_b=0 --xla_a=1 --xla_dump_to=here --xla_b=2 --xla_force_host_platform_device_count=3"
+    for name, value in {"NPROC": "7", "XLA_FLAGS": flags, "LIBTPU_INIT_ARGS": "--x"}.items():
+        monkeypatch.setenv(name, value)
+    changed = {"cores": "7", "XLA_FLAGS": "--xla_a=1 --xla_b=2", "LIBTPU_INIT_ARGS": "--x"}
+    assert environment.rounding() == {**found, **changed}
+    monkeypatch.setenv("PJRT_NPROC", "3")  # comes first for XLA, too
+    assert environment.rounding()["cores"] == "3"
 
 
 def test_devices_in_words():

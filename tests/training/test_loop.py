@@ -117,11 +117,23 @@ def test_a_longer_run_goes_on_by_pmap_as_by_jit(trained, tmp_path):
     assert load_ema(runs["pmap"], warn=pytest.fail)[0] == 8
 
 
-def test_a_run_goes_on_on_fewer_devices(trained, tmp_path):
+def test_a_run_goes_on_on_fewer_devices(trained, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"--exact: steps 1 to 6 were computed elsewhere \(devices 8 cpu before, 4 cpu n"
+    ):
+        train(with_train(steps=8, devices=4), tmp_path / "run", exact=True)
+    assert contents(tmp_path / "run") == before
     train(with_train(steps=8, devices=4), tmp_path / "run")
+    assert (
+        f"warning: {tmp_path / 'run'}: devices 8 cpu before, 4 cpu now: the steps from 6 on agree with those of an "
+        "uninterrupted run to rounding only\n"
+    ) in capsys.readouterr().err
+    with pytest.raises(UserError, match="--exact"):  # a step of it was computed on four
+        train(with_train(steps=9), tmp_path / "run", exact=True)
     shutil.copytree(trained, tmp_path / "all")
-    train(with_train(steps=8), tmp_path / "all")
+    train(with_train(steps=8), tmp_path / "all", exact=True)
     here, there = (lines_of(tmp_path / name / "metrics.jsonl")[-1] for name in ("run", "all"))
     np.testing.assert_allclose(here["loss"], there["loss"], rtol=1e-5)
 
