@@ -27,7 +27,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from ddpm_jax.config import DataConfig
 from ddpm_jax.generation.sampler_config import SamplerConfig
+from ddpm_jax.interop.diffusers import write_folder
 from ddpm_jax.run import command
 from ddpm_jax.run.experiments import load_config
 from ddpm_jax.run.record import save_config
@@ -102,11 +104,25 @@ class Read(Exception):
     """Ends a script as soon as its command line is read."""
 
 
+@pytest.fixture(scope="module")
+def published_model(runs, tmp_path_factory):
+    """Puts a model of diffusers where the documents take the reader to have downloaded one."""
+    config, model = runs.make_config(data=DataConfig(height=32, width=32, channels=3)), tmp_path_factory.mktemp("model")
+    write_folder(model, runs.random_params(config), config=config, step=0)
+
+    def put(folder):
+        (folder / "models").mkdir()
+        (folder / "models" / "cifar10").symlink_to(model)
+
+    return put
+
+
 @pytest.fixture
-def read_command(monkeypatch, tmp_path, default_precision):
+def read_command(monkeypatch, tmp_path, default_precision, published_model):
     """Runs a script as far as its command line; what it reads there is checked, and nothing is done."""
     monkeypatch.chdir(tmp_path)
     save_config(load_config("digits"), tmp_path / "runs" / "digits" / "config.json")  # the run of the documents
+    published_model(tmp_path)
 
     def ending(parse):
         def parse_and_end(*arguments, **keywords):
@@ -296,7 +312,7 @@ def as_a_user():
 
 
 @pytest.fixture
-def clone(tmp_path, monkeypatch):
+def clone(tmp_path, monkeypatch, published_model):
     """A folder laid out like a fresh clone, with the images that the documents take the reader to have."""
     for name in ("configs", "examples"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -319,6 +335,7 @@ def clone(tmp_path, monkeypatch):
         for kind, array in ("images-idx3", pixels(12, 28, 28)), ("labels-idx1", np.arange(12, dtype=np.uint8) % 10):
             head = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
             Path("fashion", f"{part}-{kind}-ubyte").write_bytes(head + array.tobytes())
+    published_model(tmp_path)
     Path("data").mkdir()
     with tarfile.open("data/cifar-10-python.tar.gz", "w:gz") as archive:
         batches = {
@@ -352,7 +369,7 @@ def check_train(words, out, err):
         assert all(map(math.isfinite, logged.values()))
     assert (run / "checkpoints" / "2").is_dir()
     assert (run / "loss.png").exists()
-    assert (run / "init_from.json").exists() == ("--train.init-from" in words)
+    assert (run / "init_from.json").exists() == ("--train.init-from" in words or words[0].startswith("models/"))
     own = {file for field, file in COPIES.items() if ".py:" in (option(words, field) or "")}
     assert {path.name for path in run.glob("code/*.py")} == own
     if int(option(words, "--log.samples-every")):
@@ -402,7 +419,9 @@ def check_verify(words, out, err):
 
 
 def check_export(words, out, err):
-    assert len(load_file(out.strip())) > 10
+    file = Path(out.strip())
+    assert len(load_file(file / "unet/diffusion_pytorch_model.safetensors" if file.is_dir() else file)) > 10
+    assert file.is_file() or "license: mit" in (file / "README.md").read_text()
 
 
 MODES = {

@@ -101,8 +101,9 @@ def _training(config: Config, step: int) -> dict[str, str]:
         "images": f"{'own' if own else data.source}{', flipped at random' if data.flip else ''}",
         "steps": f"{step:,} of batch size {train.batch_size}",
         "start": f"the weights of {PurePath(train.init_from).name}" if train.init_from else "random weights",
-        "optimizer": f"Adam, learning rate {train.learning_rate:g}, warmup of {train.warmup_steps:,} steps, "
-        + (f"gradient clipped to norm {train.grad_clip:g}" if train.grad_clip else "no gradient clipping"),
+        "optimizer": f"{train.optimizer}, learning rate {train.learning_rate:g} ({train.lr_decay} after a warmup of "
+        f"{train.warmup_steps:,} steps)"
+        + (f", gradient clipped to norm {train.grad_clip:g}" if train.grad_clip else ""),
         "loss": config.loss.kind + ("" if config.loss.weighting == "none" else f", weighting {config.loss.weighting}"),
         "diffusion": f"T = {diffusion.num_steps}, {diffusion.schedule} schedule, prediction {diffusion.prediction}, "
         f"variance {diffusion.variance}",
