@@ -24,6 +24,7 @@ from ddpm_jax.generation.output import read_out
 from ddpm_jax.generation.sampler_config import SamplerConfig
 from ddpm_jax.interop import diffusers
 from ddpm_jax.interop.checkpoints import Program, read_checkpoint
+from ddpm_jax.interop.folders import is_pretrained
 from ddpm_jax.run import checkpoints
 from ddpm_jax.run.command import Command, run_command
 from ddpm_jax.run.imported import imported_summary, save_imported
@@ -221,6 +222,7 @@ def export(options: ExportOptions) -> None:
             step=trained.step,
             class_names=trained.class_names,
             license=options.license or "unknown",
+            trained_here=not is_pretrained(trained.folder),
             overwrite=options.overwrite,
         )
     print(out)

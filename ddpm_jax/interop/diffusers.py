@@ -266,6 +266,7 @@ def write_folder(
     step: int,
     class_names: Sequence[str] = (),
     license: str = "unknown",
+    trained_here: bool = True,
     overwrite: bool = False,
 ) -> None:
     """Writes a network as the folder of a `DDPMPipeline`, with a model card: ready to be uploaded.
@@ -277,6 +278,7 @@ def write_folder(
       step: its number of training steps.
       class_names: names of its classes, if they are known.
       license: of the weights, for the model card: an identifier of the Hugging Face Hub, such as mit.
+      trained_here: whether the configuration tells how the weights were trained, and that they are EMA weights.
       overwrite: whether to replace what was exported to the folder before.
 
     Raises:
@@ -300,7 +302,7 @@ def write_folder(
     write_safetensors(folder / "unet" / _WEIGHTS[0], _to_theirs(params, config.model), metadata)
     _write_json(folder / "unet" / _CONFIG, unet)
     _write_json(folder / "scheduler" / _SCHEDULER, scheduler)
-    card = model_card(config, step=step, class_names=class_names, license=license)
+    card = model_card(config, step=step if trained_here else None, class_names=class_names, license=license)
     write_whole(folder / "README.md", lambda file: file.write(card.encode()))
     index = {
         "_class_name": "DDPMPipeline",

@@ -63,12 +63,13 @@ The weights are the exponential moving average (EMA) of those that were trained,
 """
 
 
-def model_card(config: Config, *, step: int, class_names: Sequence[str] = (), license: str = "unknown") -> str:
+def model_card(config: Config, *, step: int | None, class_names: Sequence[str] = (), license: str = "unknown") -> str:
     """Returns the README.md of a model on the Hugging Face Hub: its header, how to use it, and how it was trained.
 
     Args:
       config: the configuration of the run.
-      step: its number of training steps; if 0 (the weights are another program's), nothing is said of the training.
+      step: its number of training steps; None if another program trained it, whose training the configuration does not
+        describe.
       class_names: names of its classes, if they are known.
       license: of the weights, an identifier of the Hub.
 
@@ -88,7 +89,7 @@ def model_card(config: Config, *, step: int, class_names: Sequence[str] = (), li
     if class_names:
         listed = ", ".join(f"{number} {name}" for number, name in enumerate(class_names))
         card += f"\nClasses: {listed}.\n"
-    if not step:
+    if step is None:
         return card
     rows = "\n".join(f"| {name} | {value} |" for name, value in _training(config, step).items())
     return card + _TRAINING.format(decay=config.train.ema_decay, rows=rows)

@@ -306,7 +306,7 @@ def claimed(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file.touch()
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+        raise UserError(f"cannot write to {folder}: {error.strerror}; give another --out or --workdir") from error
     # No soft lock where the disk has none: it would outlive a killed process.
     lock = filelock.FileLock(file, blocking=False, fallback_to_soft=False)
     try:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -83,6 +84,15 @@ def test_the_model_card_says_what_it_is_and_whose_average(written):
     assert "1,234 of batch size 128" in card
     assert "Classes: 0 cat, 1 dog." in card
     assert "labels = torch.arange(16) % 2" in card
+
+
+def test_the_card_of_weights_from_elsewhere_says_nothing_of_their_training(written, tmp_path):
+    _, config, params = written
+    write_folder(tmp_path / "model", params, config=config, step=5, trained_here=False)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "## Use" in card
+    assert "Training" not in card
+    assert "EMA" not in card
 
 
 def test_nothing_of_the_machine_is_in_an_export(runs, tmp_path):
@@ -188,6 +198,13 @@ def test_a_folder_of_neither_kind_says_what_was_looked_for(tmp_path):
 def test_it_has_one_checkpoint(folder):
     with pytest.raises(UserError, match="--step 3 is of a run with checkpoints"):
         load_run(folder, step=3)
+
+
+def test_where_images_cannot_be_written_another_folder_is_asked_for(folder, run_script):
+    (folder / "samples").touch()
+    status, out, err = run_script("sample.py", folder, "--num", "1", "--sampler", "ddim", "--steps", "2")
+    assert status == 2
+    assert re.search(r"cannot write to .*samples.*; give another --out", err)
 
 
 def test_its_images_are_named_on_the_command_line(folder, tmp_path):
