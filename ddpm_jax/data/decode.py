@@ -3,6 +3,7 @@
 Resizing is antialiased and bicubic; gray, color and alpha are converted to the requested channels.
 """
 
+import concurrent.futures
 import contextlib
 import errno
 import functools
@@ -12,7 +13,7 @@ import threading
 import typing
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
@@ -26,10 +27,13 @@ _WITH_SIGNATURE = _FORMATS[:-3]  # as the last ones, anything may begin
 _SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"RIFF", b"BM", b"\0\0\0\x0cjP")
 _CONVERTIBLE = frozenset(["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "I"])
 _DEEP = "I"  # begins the modes of 16-bit gray
+_LARGEST_FILE = 2**31  # bytes: more than the pixels of any that is decoded
 _LARGE = 32.0  # megapixels
-_large = threading.Lock()  # of many threads one decodes a picture that large: each takes up to a GiB
+_large = threading.Lock()
 WHITE = 2**16 - 1
 """The level of 16-bit gray that is white."""
+
+T = typing.TypeVar("T")
 
 
 class Unreadable(Exception):
@@ -58,20 +62,43 @@ def decode(file: pathlib.Path | io.BytesIO, *, max_megapixels: float = 0.0) -> I
     Raises:
       Unreadable: it is no picture, or damaged.
     """
-    return decode_with_facts(file, max_megapixels=max_megapixels)[0]
-
-
-def decode_with_facts(file: pathlib.Path | io.BytesIO, *, max_megapixels: float = 0.0) -> tuple[Image.Image, Facts]:
-    """Decodes a picture as `decode`, and returns what is known of it in its file as well."""
     with _reasons(file), _open(file, max_megapixels) as image:
-        facts = _facts(image)
-        _scale_transparency(image)
-        _load(image)
-        facts = facts._replace(deep=_check_depth(image))
-        try:
-            return ImageOps.exif_transpose(image), facts
-        except Exception:  # what a camera noted is damaged, and not the picture
-            return image.copy(), facts
+        return _loaded(image)[0]
+
+
+def read_picture(
+    file: pathlib.Path | io.BytesIO, shape: tuple[int, int, int], *, max_megapixels: float = 0.0, white: int = WHITE
+) -> tuple[np.ndarray, Facts]:
+    """Decodes a picture as `decode`, and returns it as `to_array` does, with what is known of it in its file."""
+
+    def read() -> tuple[np.ndarray, Facts]:
+        turned, facts = _loaded(image)
+        return to_array(turned, shape, white=white), facts
+
+    with _reasons(file), _open(file, max_megapixels) as image:
+        return _in_turn(image, read)
+
+
+def _loaded(image: Image.Image) -> tuple[Image.Image, Facts]:
+    facts = _facts(image)
+    _scale_transparency(image)
+    image.load()
+    facts = facts._replace(deep=_check_depth(image))
+    try:
+        return ImageOps.exif_transpose(image), facts
+    except Exception:  # what a camera noted is damaged, and not the picture
+        return image.copy(), facts
+
+
+def _in_turn(image: Image.Image, work: Callable[[], T]) -> T:
+    """Does the work on a picture. Large ones take up to a few GiB: many threads decode one at a time.
+
+    That is done in a thread of its own, as the C library keeps the memory of a thread for the same thread.
+    """
+    if image.width * image.height <= _LARGE * 1e6:
+        return work()
+    with _large, concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(work).result()
 
 
 def look_over(path: pathlib.Path, *, max_megapixels: float = 0.0) -> tuple[int, Facts]:
@@ -80,15 +107,15 @@ def look_over(path: pathlib.Path, *, max_megapixels: float = 0.0) -> tuple[int, 
     Raises:
       Unreadable: it is no picture, or damaged.
     """
-    with _reasons(path):
+    with _reasons(path), _open(path, max_megapixels) as image:
+        crc = 0
         with open_file(path) as file:
-            content = file.read()
-        with _open(io.BytesIO(content), max_megapixels) as image:
-            facts = _facts(image)
-            image.draft(None, (1, 1))  # a JPEG is decoded at an eighth of its size
-            _load(image)
-            facts = facts._replace(deep=_check_depth(image))
-    return zlib.crc32(content), facts
+            while chunk := file.read(2**20):
+                crc = zlib.crc32(chunk, crc)
+        facts = _facts(image)
+        image.draft(None, (1, 1))  # a JPEG is decoded at an eighth of its size
+        facts = facts._replace(deep=_in_turn(image, lambda: (image.load(), _check_depth(image))[1]))
+    return crc, facts
 
 
 def header(path: pathlib.Path) -> Facts:
@@ -125,6 +152,8 @@ def _open(
     _quiet_pillow()
     if isinstance(file, pathlib.Path):
         check_regular(file)
+        if file.stat().st_size > _LARGEST_FILE:  # some formats are read whole
+            raise Unreadable(f"a file of {file.stat().st_size / 2**30:.3g} GiB")
     image = Image.open(file, formats=formats)
     megapixels = image.width * image.height / 1e6
     if 0 < max_megapixels < megapixels:
@@ -133,11 +162,6 @@ def _open(
             f"too large: {megapixels:.3g} megapixels, allowed by --data.max-megapixels {np.ceil(megapixels):.0f}"
         )
     return image
-
-
-def _load(image: Image.Image) -> None:
-    with _large if image.width * image.height > _LARGE * 1e6 else contextlib.nullcontext():
-        image.load()
 
 
 def _facts(image: Image.Image) -> Facts:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import numpy as np
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data.decode import Facts, Unreadable, decode, decode_with_facts, header, is_picture, look_over, to_array
+from ddpm_jax.data.decode import Facts, Unreadable, header, is_picture, look_over, read_picture
 from ddpm_jax.data.source import Source, fits_memory, in_memory, in_threads, no_split, shape_of
 from ddpm_jax.system.errors import NoSuchSplit, UserError, printable
 from ddpm_jax.system.progress import say
@@ -367,8 +367,7 @@ def load(config: DataConfig) -> Source:
         try:
             if images is None:
                 return look_over(path, max_megapixels=limit)
-            image, facts = decode_with_facts(path, max_megapixels=limit)
-            return to_array(image, shape, white=white), facts
+            return read_picture(path, shape, max_megapixels=limit, white=white)
         except Unreadable as error:
             return str(error)
 
@@ -404,7 +403,7 @@ def load(config: DataConfig) -> Source:
 
     def read_one(path: pathlib.Path) -> np.ndarray:
         try:
-            return to_array(decode(path, max_megapixels=limit), shape, white=white)
+            return read_picture(path, shape, max_megapixels=limit, white=white)[0]
         except Unreadable as error:
             raise UserError(
                 f"data.path: {printable(path)} can no longer be read ({error}); it could when the run began"

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data.decode import Unreadable, decode, to_array
+from ddpm_jax.data.decode import Unreadable, read_picture, to_array
 from ddpm_jax.data.source import Source, fits_memory, in_memory, in_threads, shape_of
 from ddpm_jax.system.errors import NoSuchSplit, UserError, printable
 
@@ -110,12 +110,13 @@ def probe(config: DataConfig) -> int:
 def _decode(config: DataConfig, i: int, image: bytes | np.ndarray) -> np.ndarray:
     if not isinstance(image, np.ndarray):
         try:
-            picture = decode(io.BytesIO(image), max_megapixels=config.max_megapixels)
+            return read_picture(
+                io.BytesIO(image), shape_of(config), max_megapixels=config.max_megapixels, white=config.white
+            )[0]
         except Unreadable as error:
             raise UserError(
                 f"data.source: image {i} of {config.source} cannot be read ({error}); prepare it anew"
             ) from None
-        return to_array(picture, shape_of(config), white=config.white)
     with _clear_damage(config, f"image {i} of "):
         picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
         return to_array(picture, shape_of(config), white=config.white)

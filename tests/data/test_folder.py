@@ -3,6 +3,8 @@ import errno
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -445,3 +447,27 @@ def test_what_is_no_picture_by_its_content_is_neither_run_nor_opened(sets, tmp_p
     for name in ("eps.png", "fifo.png", "device.png", "folder.png"):
         with pytest.raises(UserError, match="cannot read"):
             decode.open_picture(str(tmp_path / "set" / name))
+
+
+@pytest.mark.slow
+def test_many_large_pictures_take_the_memory_of_one(tmp_path):
+    """A few kB each, 240 MB decoded: a thread each would take many GB on a machine with many cores."""
+    Image.fromarray(np.zeros((9000, 9000), np.uint8)).save(tmp_path / "0.png")
+    for name in range(1, 12):
+        shutil.copy(tmp_path / "0.png", tmp_path / f"{name}.png")
+    with (tmp_path / "endless.png").open("wb") as file:
+        file.truncate(2**40)
+    program = f"""
+import os, resource
+os.cpu_count = lambda: 12
+from ddpm_jax.config import DataConfig
+from ddpm_jax.data.sources import load_source
+for gib in (1.0, 0.0):
+    config = DataConfig("folder", {str(tmp_path)!r}, channels=3, on_unreadable="skip", memory_gib=gib)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert load_source(config).num_examples == 12
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert after - before < 2**20, f"{{(after - before) / 2**20:.1f}} GiB"
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
