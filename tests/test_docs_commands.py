@@ -107,7 +107,10 @@ class Read(Exception):
 @pytest.fixture(scope="module")
 def published_model(runs, tmp_path_factory):
     """Puts a model of diffusers where the documents take the reader to have downloaded one."""
-    config, model = runs.make_config(data=DataConfig(height=32, width=32, channels=3)), tmp_path_factory.mktemp("model")
+    config, model = (
+        runs.make_config(data=DataConfig("folder", height=32, width=32, channels=3)),
+        tmp_path_factory.mktemp("model"),
+    )
     write_folder(model, runs.random_params(config), config=config, step=0)
 
     def put(folder):

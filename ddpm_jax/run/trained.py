@@ -125,13 +125,8 @@ def with_images(trained: TrainedRun, images: Images) -> TrainedRun:
         if not is_pretrained(trained.folder):
             raise UserError(f"--data.config is for models of other programs: {trained.folder} records its own images")
         described = Path(images.config)
-        data = (read_config(described / "config.json") if is_run(described) else load_config(images.config)).data
-        size = lambda data: f"{data.height}x{data.width}x{data.channels}"
-        if size(data) != size(trained.config.data):
-            raise UserError(
-                f"--data.config {images.config} has images of {size(data)}, and the model needs "
-                f"{size(trained.config.data)}"
-            )
+        config = read_config(described / "config.json") if is_run(described) else load_config(images.config)
+        data = dataclasses.replace(config.data, height=data.height, width=data.width, channels=data.channels)
     if images.path is not None:
         data = dataclasses.replace(data, path=images.path)
     check_same_set(trained.folder / "data.json", load_source(data), write=False)

@@ -7,6 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from ddpm_jax.config import TrainConfig
@@ -210,12 +211,12 @@ def test_where_images_cannot_be_written_another_folder_is_asked_for(folder, run_
 def test_its_images_are_named_on_the_command_line(folder, tmp_path):
     trained = load_run(folder)
     assert with_images(trained, Images()) is trained
-    named = with_images(
-        trained._replace(config=dataclasses.replace(trained.config)), Images(config="configs/digits.py")
-    )
-    assert named.config.data.source == "digits"
-    with pytest.raises(UserError, match="has images of 32x32x3, and the model needs 8x8x1"):
-        with_images(trained, Images(config="configs/cifar10.py"))
+    assert with_images(trained, Images(config="configs/digits.py")).config.data == trained.config.data
+    (tmp_path / "images").mkdir()
+    Image.fromarray(np.zeros((20, 30), np.uint8)).save(tmp_path / "images" / "one.png")
+    named = with_images(trained, Images(path=str(tmp_path / "images"), config="configs/image_folder.py"))
+    data = named.config.data
+    assert (data.source, data.height, data.width, data.channels) == ("folder", 8, 8, 1)
 
 
 def test_a_run_starts_from_it(written, tmp_path, capsys):
