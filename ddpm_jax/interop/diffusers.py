@@ -86,6 +86,9 @@ def read_folder(folder: Path) -> Pretrained:
     )
     file, arrays, metadata = _read_weights(inside)
     params = _to_ours(arrays, config.model, str(file))
+    table, classes = params.get("class_embedding", {}).get("embedding", np.zeros((0, 0))), config.model.num_classes
+    if table.ndim != 2 or len(table) != classes:
+        raise UserError(f"{file} has class embeddings of shape {table.shape}, but num_class_embeds is {classes}")
     read = Pretrained(config, params, class_names=_class_names(unet, config.model.num_classes))
     return _with_record(read, metadata)
 

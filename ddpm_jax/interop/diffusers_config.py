@@ -72,7 +72,12 @@ class _Fields:
             not isinstance(entry, numeric) or (isinstance(entry, bool) and each is not bool) for entry in entries
         ):
             raise self.refusal(name, value)
-        return tuple(entries) if isinstance(kind, list) else float(value) if each is float else value
+        if each is float:
+            try:
+                entries = [float(entry) for entry in entries]
+            except OverflowError:  # an integer of 400 digits
+                raise self.refusal(name, value) from None
+        return tuple(entries) if isinstance(kind, list) else entries[0]
 
     def choose(self, name: str, choices: Mapping[Any, Any], default: Any) -> Any:
         """Returns what the value of a field stands for."""
@@ -177,7 +182,11 @@ def _read_unet(given: Mapping[str, Any], shown: str) -> tuple[ModelConfig, DataC
     fields.expect("class_embed_type", None)
     fields.expect("downsample_padding", 1, 0)
     fields.skip(("num_train_timesteps", "id2label", "label2id"))
-    head_channels, classes = given.get("attention_head_dim", 8), given.get("num_class_embeds")
+    head_channels, classes = given.get("attention_head_dim", 8), 0
+    if given.get("num_class_embeds") is not None:
+        classes = fields.take("num_class_embeds", int, 0)
+        if not 1 <= classes <= _MOST_STEPS:
+            raise fields.refusal("num_class_embeds", classes)
     model = ModelConfig(
         width=channels[0],
         channel_mult=tuple(each // channels[0] for each in channels),
@@ -191,7 +200,7 @@ def _read_unet(given: Mapping[str, Any], shown: str) -> tuple[ModelConfig, DataC
         freq_shift=fields.take("freq_shift", int, 0),
         cos_first=fields.take("flip_sin_to_cos", bool, True),
         dropout=fields.take("dropout", float, 0.0),
-        num_classes=fields.take("num_class_embeds", int, None) if classes is not None else 0,
+        num_classes=classes,
     )
     data = DataConfig(
         source="folder", height=height, width=width, channels=fields.take("in_channels", int, 3)
@@ -281,7 +290,8 @@ def _named(betas: np.ndarray, shown: str) -> tuple[ScheduleName, float, float]:
     default = DiffusionConfig()
     exact = (float(betas[0]), float(betas[-1])) if len(betas) else (0.0, 0.0)
     # Betas that went through float32 are near those of ends with fewer digits.
-    rounded = tuple(float(str(np.float32(beta))) for beta in exact)
+    with np.errstate(over="ignore"):
+        rounded = tuple(float(str(np.float32(beta))) for beta in exact)
     for (start, end), tolerance in ((exact, 0.0), (rounded, 1e-6), (exact, 1e-6)):
         for name in typing.get_args(ScheduleName):
             ends = (start, end) if 0 < start < 1 and 0 < end < 1 else (default.beta_start, default.beta_end)

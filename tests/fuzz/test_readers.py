@@ -26,13 +26,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
+import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from hypothesis import strategies as st
 from PIL import Image
 
-from ddpm_jax.config import Config, DataConfig
+from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig
 from ddpm_jax.data import sources
 from ddpm_jax.data.decode import Unreadable, header, open_picture
 from ddpm_jax.data.fingerprint import check_same_set, read_class_names
@@ -43,7 +44,10 @@ from ddpm_jax.evaluation.image_sets import open_npz
 from ddpm_jax.evaluation.quality import read_images
 from ddpm_jax.evaluation.statistics import is_statistics, read_statistics
 from ddpm_jax.generation.store import StoredImages
+from ddpm_jax.interop.diffusers import read_folder, write_folder
 from ddpm_jax.interop.torch_files import read_torch
+from ddpm_jax.networks import parameter_shapes
+from ddpm_jax.run.build import build_network
 from ddpm_jax.run.record import read_config, save_config
 from ddpm_jax.run.validation import validate
 from ddpm_jax.run.weights import load_weights, save_weights
@@ -325,6 +329,30 @@ def read_torch_tree(folder):
             value.sum(dtype=np.float64) if value.dtype.kind in "biuf" else value.astype(np.float32).sum()
 
 
+@functools.cache
+def diffusers_folder():
+    model = ModelConfig(width=4, channel_mult=(1, 2), num_res_blocks=1, num_groups=2, num_classes=2)
+    config = Config(
+        data=DataConfig(height=4, width=4), diffusion=DiffusionConfig("jsd", 9, prediction="v"), model=model
+    )
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), parameter_shapes(build_network(config)))
+    return written(lambda folder: write_folder(folder, params, config=config, step=7, class_names=["cat", "dog"]))
+
+
+def diffusers_fields():
+    return {name: content for name, content in diffusers_folder().items() if name.endswith(".json")}
+
+
+def with_weights(files):
+    return {**diffusers_folder(), **files}
+
+
+def read_diffusers(folder):
+    found = read_folder(folder)
+    validate(found.config)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found.params)} == {np.dtype(np.float32)}
+
+
 def write_job(folder):
     stored = StoredImages(folder, (8, 8, 3), labels=[1, 2])
     stored.save(0, PIXELS[:2])
@@ -419,6 +447,8 @@ READERS = {
         read_torch_tree,
         lambda files: {"new.pt": packed({k[:-1]: v for k, v in files.items()}, zipfile.ZIP_STORED)},
     ),
+    "diffusers": Reader(diffusers_folder, read_diffusers),
+    "diffusers, its fields": Reader(diffusers_fields, read_diffusers, with_weights),
     "samples": Reader(lambda: written(write_job), read_job),
     "statistics": Reader(statistics_files, read_statistics_files),
     "statistics, their arrays": Reader(

@@ -173,6 +173,7 @@ def damage_arrays(folder, **arrays):
         (lambda f: damage_arrays(f, extra=np.zeros(2, np.float32)), "has an array extra, which the network"),
         (lambda f: damage_arrays(f, **{"conv_in.bias": np.zeros(8, np.int32)}), "conv_in.bias is of int32"),
         (lambda f: damage_arrays(f, **{"conv_in.bias": np.zeros(7, np.float32)}), "do not fit: .*conv_in.*bias"),
+        (lambda f: damage_arrays(f, **{"class_embedding.weight": None}), r"shape \(0, 0\), but num_class_embeds is 3"),
         (lambda f: damage_arrays(f, **{"conv_in.bias": None}), "do not fit: .*conv_in.*bias.* absent in the weights"),
     ],
 )
