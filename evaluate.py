@@ -28,6 +28,7 @@ from ddpm_jax.interop.folders import is_pretrained
 from ddpm_jax.run import checkpoints
 from ddpm_jax.run.command import Command, run_command
 from ddpm_jax.run.imported import imported_summary, save_imported
+from ddpm_jax.run.record import is_run
 from ddpm_jax.run.trained import Images, load_run, with_images
 from ddpm_jax.run.weights import save_weights
 from ddpm_jax.system.environment import fix_options
@@ -275,11 +276,12 @@ def fid(options: FidOptions) -> None:
         raise UserError(f"--batch-size must be at least 1, not {options.batch_size}")
     features = scoring.load_features(options.features, options.weights)
     job, config = None, scoring.run_around(given)
-    if scoring.is_model(given):
+    if is_run(given) or is_pretrained(given):
         job = load_job(given, seed=options.seed, step=options.step, sampler=options.alone())
         if options.reference is None:
             job = job._replace(trained=with_images(job.trained, options.data))
-        config = job.trained.config
+        has_images = is_run(given) or options.data != Images()
+        config = job.trained.config if has_images else None
     elif options.alone() != SamplerConfig():
         raise UserError(f"{options.run} is not a run: options of the sampler do not apply to its images")
     else:
@@ -297,7 +299,7 @@ def fid(options: FidOptions) -> None:
     if job is not None:
         number = options.num or scoring.NUMBER
         file = run_job(job, default_folder(job), number=number, batch_size=options.batch_size, format="npz")
-        images = open_npz(file)
+        images = open_npz(file)._replace(name=f"{options.run}, checkpoint {job.trained.step}")
     elif options.num is not None and options.num > images.number:
         raise UserError(f"{options.run} contains {images.number} images: use --num {images.number} or less")
     images = images.first(options.num or (scoring.NUMBER if job else images.number))

@@ -1,7 +1,6 @@
 """Features of a whole set of images, saved part by part: interrupted, it resumes where it was."""
 
 import contextlib
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ from ddpm_jax.evaluation.features import Extractor
 from ddpm_jax.evaluation.image_sets import ImageSet
 from ddpm_jax.generation.store import Range, missing_ranges, part_file, part_files
 from ddpm_jax.system.files import write_whole
+from ddpm_jax.system.npy import read_npz
 from ddpm_jax.system.progress import Progress
 
 _IMAGES_PER_PART = 1024
-_DAMAGE = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile)
+_MOST_BYTES = 2**32  # of a part
 
 
 def write_npz(file: Path, arrays: Mapping[str, Any]) -> None:
@@ -49,9 +49,8 @@ class FeatureParts:
         loaded: list[Range] = []
         for (first, stop), path in part_files(self.folder, ".npz"):
             try:
-                with np.load(path) as part:
-                    found = {name: part[name] for name in part.files}
-            except _DAMAGE:
+                found = read_npz(path, most_bytes=_MOST_BYTES)
+            except (OSError, ValueError):
                 path.unlink()
                 continue
             end = min(stop, number)

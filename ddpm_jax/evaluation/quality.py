@@ -17,18 +17,17 @@ from ddpm_jax.data.shared import count_shared
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source, resolve
 from ddpm_jax.evaluation.frechet import frechet_distance
+from ddpm_jax.evaluation.image_sets import open_npz
 from ddpm_jax.run.experiments import load_config
 from ddpm_jax.run.record import read_run
 from ddpm_jax.system.errors import NoSuchSplit, UserError
 from ddpm_jax.system.files import write_json
-from ddpm_jax.system.npy import read_npz
 
 _FEATURES = 64
 # Images that the classifier sees in all its epochs: seconds on one core.
 _IMAGES_SEEN = 300_000
 _MOST_REAL = 20_000
 _MOST_PIXELS = 64 * 64 * 3
-_MOST_BYTES = 2**33  # of generated images: 700,000 of the largest size
 _HALVINGS = 20
 
 
@@ -210,35 +209,18 @@ def judge_file(file: Path, config: Config, *, number: int) -> Quality:
     """
     if number < 2:
         raise UserError(f"--num must be at least 2 to compare with real images, not {number}")
-    images = read_images(file)
-    if len(images) < number:
-        raise UserError(f"{file} contains {len(images)} images: use --num {len(images)} or draw more")
+    generated = open_npz(file)
+    if generated.number < number:
+        raise UserError(f"{file} contains {generated.number} images: use --num {generated.number} or draw more")
     source, held_out = load_source(config.data), None
     if config.data.split == "train":
         try:
             held_out = load_source(dataclasses.replace(resolve(config.data), split="test"))
         except NoSuchSplit:
             held_out = None
-    quality = judge(images[:number], source, held_out)
+    quality = judge(generated.read(np.arange(number)), source, held_out)
     write_json(file.with_name("quality.json"), dataclasses.asdict(quality))
     return quality
-
-
-def read_images(file: Path) -> np.ndarray:
-    """Reads `arr_0` of an .npz file: (N, H, W, C) uint8.
-
-    Raises:
-      UserError: the file does not exist, is damaged, or contains no such array.
-    """
-    try:
-        images = read_npz(file, ["arr_0"], most_bytes=_MOST_BYTES)["arr_0"]
-    except FileNotFoundError:
-        raise UserError(f"there is no file {file}") from None
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{file} contains no readable arr_0 ({error})") from error
-    if images.ndim != 4 or images.dtype != np.uint8:
-        raise UserError(f"{file}: arr_0 must be (N, H, W, C) uint8, not {images.shape} {images.dtype}")
-    return images
 
 
 def config_of(file: Path, experiment: str | None) -> Config:

@@ -37,11 +37,12 @@ from ddpm_jax.evaluation.statistics import (
 )
 from ddpm_jax.generation.job import SamplingJob, default_folder, describe_job
 from ddpm_jax.generation.store import job_folder
+from ddpm_jax.interop.folders import LOOKED_FOR, is_pretrained
 from ddpm_jax.run.experiments import load_config
 from ddpm_jax.run.record import is_run, read_run
 from ddpm_jax.system import user_code
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import printable, short_name, write_json
+from ddpm_jax.system.files import crc32, printable, short_name, write_json
 from ddpm_jax.system.progress import say
 
 NUMBER = 50_000
@@ -58,8 +59,15 @@ class Reference(typing.NamedTuple):
     images: ImageSet | None = None
     statistics: Statistics | None = None
 
+    @property
+    def identity(self) -> str:
+        """A checksum of all that the scores depend on."""
+        images = "" if self.images is None else self.images.identity
+        known = [*(self.statistics.pool if self.statistics else ())]
+        return f"{images} {' '.join(f'{crc32(array):08x}' for array in known)}".strip()
+
     def describe(self) -> dict[str, Any]:
-        """Returns what the scores depend on of it."""
+        """Returns what it is, for the protocol."""
         images = {} if self.images is None else {"images": self.images.name, "checksum": self.images.identity}
         known = {} if self.statistics is None else {"statistics": self.statistics.name}
         number = self.statistics.number if self.statistics is not None else self.images and self.images.number
@@ -83,11 +91,6 @@ def load_features(name: str, weights: str | None = None) -> Features:
     if name not in _NETWORKS:
         raise UserError(f"--features {name}: choose {', '.join(_NETWORKS)}, or your own file.py:function")
     return _NETWORKS[name](None if weights is None else Path(weights).expanduser())
-
-
-def is_model(folder: Path) -> bool:
-    """Returns whether a folder looks like that of a run or of diffusers, and not like one of images."""
-    return any((folder / name).is_file() for name in ("config.json", "model_index.json"))
 
 
 def run_around(path: Path) -> Config | None:
@@ -129,8 +132,8 @@ def _open_folder(folder: Path) -> ImageSet:
         if "no image file" not in str(error):
             raise
         raise UserError(
-            f"{printable(folder)} is no folder of a run (it has no config.json), none of diffusers (no "
-            "model_index.json), and none of images (no image file in it or below)"
+            f"{printable(folder)} is neither a run, nor a model of another program, nor a folder of images: looked for "
+            f"{LOOKED_FOR}; image files in it or below"
         ) from None
 
 
@@ -171,7 +174,7 @@ def open_reference(
                 f"--reference {printable(given)} is what is evaluated, or part of it: name real images, or leave it "
                 "out to compare a run with its training images"
             )
-    if place.is_dir() and is_model(place):
+    if is_run(place) or is_pretrained(place):
         raise UserError(f"--reference {printable(given)} is a model: name real images, or an .npz file of its samples")
     if not (place.is_file() and is_statistics(place)):
         return Reference(place.stem, open_images(given, path=path).spaced(number))
@@ -230,8 +233,11 @@ def score(
     if reference is not None and reference.statistics is not None:
         check_width(reference.statistics, width)
     protocol = _protocol(images, reference, extractor.features, drawn or {})
+    # Names and places may change, and so may the versions.
+    known_by = {"images": images.identity, "number": images.number, "features": extractor.features.identity}
+    known_by["reference"] = None if reference is None else reference.identity
     file, parts = out / "scores.json", FeatureParts(out / "parts")
-    with job_folder(out, protocol, kind="fid", number=images.number, done=parts.done):
+    with job_folder(out, known_by, kind="fid", number=images.number, done=parts.done):
         if file.exists() and statistics is None:
             return typing.cast(dict[str, Any], json.loads(file.read_text()))
         known = None if reference is None else _known(reference, extractor, cache)
@@ -302,7 +308,8 @@ def summary(result: Mapping[str, Any]) -> str:
         )
     drawn = images["drawn"]
     if drawn:
-        keys = ("checkpoint", "seed", "sampler", "steps", "spacing", "eta", "guidance_scale", "labels")
+        keys = ["checkpoint", "seed", "sampler", "steps", "spacing", "eta", "clip", "labels"]
+        keys += ["guidance_scale"] if drawn.get("guidance_scale") != 1 else []
         shown = ", ".join(f"{key} {drawn[key]}" for key in keys if drawn.get(key) not in (None, [], ()))
         lines.append(f"images: {drawn['run']}, {shown}")
     else:

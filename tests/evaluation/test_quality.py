@@ -7,7 +7,7 @@ import threadpoolctl
 
 from ddpm_jax.config import Config, DataConfig
 from ddpm_jax.data.sources import load_source
-from ddpm_jax.evaluation.quality import config_of, judge, judge_file, own_frechet_distances, read_images, summary
+from ddpm_jax.evaluation.quality import config_of, judge, judge_file, own_frechet_distances, summary
 from ddpm_jax.run.record import save_config
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import read_json
@@ -107,17 +107,6 @@ def test_slips_are_one_line_each(train, shuffled, tmp_path):
         judge(shuffled[:, :4], train)
     with pytest.raises(UserError, match="at least 2"):
         judge(shuffled[:1], train)
-    with pytest.raises(UserError, match="there is no file"):
-        read_images(tmp_path / "absent.npz")
-    np.savez(tmp_path / "other.npz", images=shuffled)
-    with pytest.raises(UserError, match="no readable arr_0"):
-        read_images(tmp_path / "other.npz")
-    (tmp_path / "damaged.npz").write_bytes(b"PK\x03\x04 and no more")
-    with pytest.raises(UserError, match="no readable arr_0"):
-        read_images(tmp_path / "damaged.npz")
-    np.savez(tmp_path / "floats.npz", arr_0=np.zeros((3, 8, 8, 1)))
-    with pytest.raises(UserError, match="uint8"):
-        read_images(tmp_path / "floats.npz")
     np.savez(tmp_path / "few.npz", arr_0=shuffled[:10])
     with pytest.raises(UserError, match="contains 10 images: use --num 10"):
         judge_file(tmp_path / "few.npz", Config(data=DATA), number=512)

@@ -136,9 +136,7 @@ def test_what_cannot_be_scored_is_one_line(run, own, run_script, tmp_path):
     (run / "samples").mkdir()
     assert "or part of it" in refused(run, *mine, "--reference", run / "samples")
     assert "is a model" in refused(file, *mine, "--reference", run)
-    assert "no config.json" in (words := refused(tmp_path / "empty", *mine, "--reference", "digits"))
-    assert "model_index.json" in words
-    assert "no image file" in words
+    assert "looked for config.json of a run; model_index.json" in refused(tmp_path / "empty", *mine)
     assert "images of 2 sizes" in refused(tmp_path / "mixed", *mine, "--reference", "digits")
     assert "neither a folder, nor an .npz" in refused(tmp_path / "absent", *mine, "--reference", "digits")
     assert "contains 9 images: use --num 9" in refused(file, *mine, "--num", 10, "--reference", "digits")

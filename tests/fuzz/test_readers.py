@@ -41,7 +41,6 @@ from ddpm_jax.data.source import in_memory
 from ddpm_jax.evaluation.bits_per_dim import read_sums
 from ddpm_jax.evaluation.features import INCEPTION
 from ddpm_jax.evaluation.image_sets import open_npz
-from ddpm_jax.evaluation.quality import read_images
 from ddpm_jax.evaluation.statistics import is_statistics, read_statistics
 from ddpm_jax.generation.store import StoredImages
 from ddpm_jax.interop.diffusers import read_folder, write_folder
@@ -367,7 +366,8 @@ def read_job(folder):
     assert all(0 <= first <= stop for first, stop in done)
     number = stored.pack()
     assert sum(map(len, stored.read(number))) == number if number else True
-    read_images(folder / "samples.npz")
+    images = open_npz(folder / "samples.npz")
+    images.read(np.arange(min(images.number, 10)))
 
 
 def sums_files():
