@@ -296,7 +296,7 @@ def write_folder(
             raise UserError(f"{folder} already contains a model: use --overwrite to replace it, or another --out")
     record = {
         "step": step,
-        "source": config.data.source,
+        "source": config.data.source if config.data.source in _SOURCES else "",
         "label_dropout": config.train.label_dropout,
         "class_names": list(class_names),
     }

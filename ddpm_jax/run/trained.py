@@ -80,7 +80,8 @@ def _load_pretrained(folder: Path, step: int | None) -> TrainedRun:
         raise UserError(f"{folder}: {error}") from None
     network = build_network(found.config)
     _check_fits(network, found.params, "the weights", f"the configuration of {folder}", "get both from one source")
-    return TrainedRun(found.config, network, found.params, found.step, folder, found.class_names)
+    params = jax.device_put(found.params, jax.local_devices()[0])  # as those of a run
+    return TrainedRun(found.config, network, params, found.step, folder, found.class_names)
 
 
 def _check_fits(network: Network, params: Params, weights: str, config: str, remedy: str) -> None:

@@ -96,12 +96,15 @@ def test_the_card_of_weights_from_elsewhere_says_nothing_of_their_training(writt
     assert "EMA" not in card
 
 
-def test_nothing_of_the_machine_is_in_an_export(runs, tmp_path):
+@pytest.mark.parametrize(("source", "path"), [("folder", "/home/me/photos"), ("/home/me/my_data.py:load", "")])
+def test_nothing_of_the_machine_is_in_an_export(runs, tmp_path, source, path):
     config = runs.make_config()
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, source="folder", path="/home/me/photos"))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=source, path=path))
+    config = dataclasses.replace(config, train=TrainConfig(init_from="/home/me/models/cats"))
     write_folder(tmp_path / "model", runs.random_params(config), config=config, step=1)
-    for file in (tmp_path / "model").rglob("*.*"):
-        assert b"/home/me" not in (file.read_bytes() if file.is_file() else b"")
+    files = [file for file in (tmp_path / "model").rglob("*") if file.is_file()]
+    assert len(files) == 5
+    assert not any(b"/home/me" in file.read_bytes() for file in files)
 
 
 def test_an_export_overwrites_knowingly(written, folder, tmp_path):
