@@ -40,9 +40,15 @@ from ddpm_jax.system.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+# The tutorial has a test of its own.
+PAGES = [README, *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.stem != "tutorial")]
 # The docstrings of these show commands too.
-FILES = [*sorted((ROOT / "examples").glob("*.py")), *sorted((ROOT / "configs").glob("*.py"))]
+FILES = [
+    file
+    for folder in ("examples", "configs")
+    for file in sorted((ROOT / folder).glob("*.py"))
+    if file.stem != "tutorial"
+]
 DOCUMENTS = [*PAGES, *FILES]
 
 CODE = re.compile(r"^```(.*?)$(.*?)^```$|`([^`\n]+)`", re.MULTILINE | re.DOTALL)
