@@ -12,7 +12,7 @@ import numpy as np
 
 from ddpm_jax.config import FROM_PYTHON, Config
 from ddpm_jax.data.source import shape_of
-from ddpm_jax.networks import Network, check_network, from_linen
+from ddpm_jax.networks import Network, Params, check_network, from_linen, parameter_shapes
 from ddpm_jax.reverse import LEARNED_VARIANCES
 from ddpm_jax.schedules import Schedule, make_betas, schedule_from_betas, zero_terminal_snr
 from ddpm_jax.system import user_code
@@ -87,6 +87,32 @@ def check_fits(network: Network, config: Config) -> None:
     """Checks that a network fits the images and the variance of a configuration; raises as `check_network`."""
     shape = image_shape(config)
     check_network(network, (*shape[:2], _out_channels(config)), in_channels=shape[2])
+
+
+def check_params(network: Network, params: Params, weights: str, config: str, remedy: str) -> None:
+    """Checks that weights have the names, shapes and types of a network's parameters.
+
+    Args:
+      network: the network.
+      params: the weights.
+      weights: what they are, for the message.
+      config: what describes the network.
+      remedy: what to do.
+
+    Raises:
+      UserError: they do not; the message names the first array that differs.
+    """
+    kinds = lambda tree: {
+        jax.tree_util.keystr(path): f"{leaf.shape} {leaf.dtype}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    expected, found = kinds(parameter_shapes(network)), kinds(params)
+    for name in sorted({*expected, *found}):
+        if expected.get(name) != found.get(name):
+            raise UserError(
+                f"{weights} and {config} do not fit: {name} is {found.get(name, 'absent')} in the weights and "
+                f"{expected.get(name, 'absent')} by the configuration; {remedy}"
+            )
 
 
 def build_unet(config: Config) -> UNet:

@@ -16,9 +16,9 @@ from typing import Annotated, Any
 import tyro
 
 from ddpm_jax.config import Config
-from ddpm_jax.interop.folders import is_pretrained, load_pretrained
 from ddpm_jax.run.experiments import load_config
 from ddpm_jax.run.fields import Leaf, describe, leaves, nearest
+from ddpm_jax.run.pretrained import is_pretrained, load_pretrained
 from ddpm_jax.run.record import is_run, read_to_resume
 from ddpm_jax.system.errors import UserError
 

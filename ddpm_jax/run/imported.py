@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 
 from ddpm_jax.interop.pretrained import Pretrained
+from ddpm_jax.run.build import build_network, check_params
 from ddpm_jax.run.record import is_run, parse_config
 from ddpm_jax.run.validation import validate
 from ddpm_jax.run.weights import load_weights, save_weights
@@ -31,9 +32,11 @@ def save_imported(folder: Path, found: Pretrained, *, file: Path, flags: str | N
       overwrite: whether to replace another imported network.
 
     Raises:
-      UserError: the folder contains something else, or another network and `overwrite` is not set; or it cannot be
-        written.
+      UserError: the weights are not those of a whole network; the folder contains a run, or another network and
+        `overwrite` is not set; or it cannot be written.
     """
+    validate(found.config)
+    check_params(build_network(found.config), found.params, str(file), "its own shapes and flags", "check the flags")
     if is_run(folder):
         raise UserError(f"{folder} contains a run: use another --out")
     if is_imported(folder) and not overwrite:

@@ -5,16 +5,14 @@ import typing
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from ddpm_jax.config import Config
 from ddpm_jax.data.fingerprint import check_same_set, read_class_names
 from ddpm_jax.data.sources import load_source, resolve
-from ddpm_jax.interop.folders import LOOKED_FOR, is_pretrained, load_pretrained
-from ddpm_jax.networks import Network, Params, parameter_shapes
-from ddpm_jax.run.build import build_network
+from ddpm_jax.networks import Network, Params
+from ddpm_jax.run.build import build_network, check_params
 from ddpm_jax.run.checkpoints import load_ema
 from ddpm_jax.run.experiments import load_config
+from ddpm_jax.run.pretrained import LOOKED_FOR, is_pretrained, load_pretrained
 from ddpm_jax.run.record import is_run, read_config, read_run
 from ddpm_jax.run.validation import validate
 from ddpm_jax.run.weights import checksum
@@ -64,7 +62,7 @@ def load_run(folder: Path, *, step: int | None = None, network: Network | None =
     config = read_run(folder)
     network = build_network(config) if network is None else network
     step, params = load_ema(folder, step=step, warn=say)
-    _check_fits(network, params, f"checkpoint {step}", f"{folder / 'config.json'}", "restore the run's own file")
+    check_params(network, params, f"checkpoint {step}", f"{folder / 'config.json'}", "restore the run's own file")
     names = read_class_names(folder)
     known = names if len(names) == config.model.num_classes else ()
     return TrainedRun(config, network, params, step, folder, known)
@@ -79,23 +77,9 @@ def _load_pretrained(folder: Path, step: int | None) -> TrainedRun:
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     network = build_network(found.config)
-    _check_fits(network, found.params, "the weights", f"the configuration of {folder}", "get both from one source")
+    check_params(network, found.params, "the weights", f"the configuration of {folder}", "get both from one source")
     params = jax.device_put(found.params, jax.local_devices()[0])  # as those of a run
     return TrainedRun(found.config, network, params, found.step, folder, found.class_names)
-
-
-def _check_fits(network: Network, params: Params, weights: str, config: str, remedy: str) -> None:
-    kinds = lambda tree: {
-        jax.tree_util.keystr(path): f"{leaf.shape} {leaf.dtype}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    expected, found = kinds(parameter_shapes(network)), kinds(params)
-    for name in sorted({*expected, *found}):
-        if expected.get(name) != found.get(name):
-            raise UserError(
-                f"{weights} and {config} do not fit: {name} is {found.get(name, 'absent')} in the weights and "
-                f"{expected.get(name, 'absent')} by the configuration; {remedy}"
-            )
 
 
 @dataclasses.dataclass(frozen=True)

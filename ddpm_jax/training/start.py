@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm_jax.run.checkpoints import Checkpoints
-from ddpm_jax.run.weights import start_from
+from ddpm_jax.run.init_from import start_from
 from ddpm_jax.training.setup import Setup
 from ddpm_jax.training.state import TrainState, from_items, to_items
 

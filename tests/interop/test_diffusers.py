@@ -13,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 from ddpm_jax.config import TrainConfig
 from ddpm_jax.interop.diffusers import is_diffusers_folder, read_folder, write_folder
 from ddpm_jax.run.command import parse_run
+from ddpm_jax.run.init_from import start_from
 from ddpm_jax.run.trained import Images, load_run, with_images
-from ddpm_jax.run.weights import checksum, start_from
+from ddpm_jax.run.weights import checksum
 from ddpm_jax.system.errors import UserError
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

@@ -13,7 +13,8 @@ import safetensors.numpy
 
 from ddpm_jax.config import CheckpointConfig, Config, DiffusionConfig, LogConfig, TrainConfig
 from ddpm_jax.run.checkpoints import Checkpoints, load_ema
-from ddpm_jax.run.weights import checksum, fit, load_weights, save_weights, start_from
+from ddpm_jax.run.init_from import fit, start_from
+from ddpm_jax.run.weights import checksum, load_weights, save_weights
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import read_json
 from ddpm_jax.training import setup
