@@ -24,10 +24,10 @@ from ddpm_jax.generation.output import read_out
 from ddpm_jax.generation.sampler_config import SamplerConfig
 from ddpm_jax.interop import diffusers
 from ddpm_jax.interop.checkpoints import Program, read_checkpoint
-from ddpm_jax.interop.folders import is_pretrained
 from ddpm_jax.run import checkpoints
 from ddpm_jax.run.command import Command, run_command
 from ddpm_jax.run.imported import imported_summary, save_imported
+from ddpm_jax.run.pretrained import is_pretrained
 from ddpm_jax.run.record import is_run
 from ddpm_jax.run.trained import Images, load_run, with_images
 from ddpm_jax.run.weights import save_weights

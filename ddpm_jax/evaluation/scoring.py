@@ -37,8 +37,8 @@ from ddpm_jax.evaluation.statistics import (
 )
 from ddpm_jax.generation.job import SamplingJob, default_folder, describe_job
 from ddpm_jax.generation.store import job_folder
-from ddpm_jax.interop.folders import LOOKED_FOR, is_pretrained
 from ddpm_jax.run.experiments import load_config
+from ddpm_jax.run.pretrained import LOOKED_FOR, is_pretrained
 from ddpm_jax.run.record import is_run, read_run
 from ddpm_jax.system import user_code
 from ddpm_jax.system.errors import UserError

@@ -5,6 +5,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from ddpm_jax.config import Config
 from ddpm_jax.data.fingerprint import check_same_set, read_class_names
 from ddpm_jax.data.sources import load_source, resolve

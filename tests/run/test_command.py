@@ -46,6 +46,8 @@ class JobOptions:
     """What is written."""
     scales: tuple[float, ...] = (1.0,)
     """Some numbers."""
+    labels: str = ""
+    """Some text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,7 @@ DIGITS = load_config("digits")
 
 def another(name):
     """Words of the command line that change a field of the digits, and the value that they mean."""
-    kind, value = leaves(Config)[name].kind, value_of(DIGITS, name)
+    kind, value = members(leaves(Config)[name].kind)[0], value_of(DIGITS, name)
     if kind is bool:
         return [], not value
     if typing.get_origin(kind) is typing.Literal:
@@ -86,7 +88,7 @@ def another(name):
         return [choice], choice
     if typing.get_origin(kind) is tuple:
         return ["3", "5", "7"], (3, 5, 7)
-    return {int: (["1234"], 1234), float: (["2.5e-3"], 2.5e-3), str: (["some-thing"], "some-thing")}[members(kind)[0]]
+    return {int: (["1234"], 1234), float: (["2.5e-3"], 2.5e-3), str: (["some-thing"], "some-thing")}[kind]
 
 
 def option(name, value, delimiter):
@@ -117,6 +119,11 @@ def test_fields_that_are_not_set_are_those_of_the_config_file():
         options, config, _ = parse_run(RunOptions, words)
         assert options == RunOptions(summary=True)
         assert config == dataclasses.replace(cifar10, train=dataclasses.replace(cifar10.train, steps=5))
+
+
+def test_flags_of_other_programs_are_a_value():
+    options = parse_options(JobOptions, ["--num", "3", "--labels", "--image_size 64 --lr 1e-4", "runs/digits"])
+    assert (options.run, options.num, options.labels) == ("runs/digits", 3, "--image_size 64 --lr 1e-4")
 
 
 def test_the_last_value_of_an_option_counts():
