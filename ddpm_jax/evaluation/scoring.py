@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import json
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +41,7 @@ from ddpm_jax.run.pretrained import LOOKED_FOR, is_pretrained
 from ddpm_jax.run.record import is_run, read_run
 from ddpm_jax.system import user_code
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import crc32, printable, short_name, write_json
+from ddpm_jax.system.files import crc32, parse_json, printable, short_name, write_json
 from ddpm_jax.system.progress import say
 
 NUMBER = 50_000
@@ -160,12 +159,13 @@ def open_reference(
     Raises:
       UserError: there is no such reference, or it is what is evaluated.
     """
+    part = f"_{number}" if number else ""
     if given is None:
         if config is None:
             raise UserError(
                 "--reference is missing: name the real images (a config such as cifar10, a folder, an .npz)"
             )
-        return Reference("train", _training_images(config).spaced(number))
+        return Reference(f"train{part}", _training_images(config).spaced(number))
     place = Path(given).expanduser()
     if evaluated is not None and place.exists():
         here, there = place.resolve(), evaluated.resolve()
@@ -177,7 +177,7 @@ def open_reference(
     if is_run(place) or is_pretrained(place):
         raise UserError(f"--reference {printable(given)} is a model: name real images, or an .npz file of its samples")
     if not (place.is_file() and is_statistics(place)):
-        return Reference(place.stem, open_images(given, path=path).spaced(number))
+        return Reference(f"{place.stem}{part}", open_images(given, path=path).spaced(number))
     statistics = read_statistics(place, features=features.name)
     images = open_npz(place) if place.suffix == ".npz" and is_npz_of_images(place) else None
     return Reference(place.stem, images, statistics)
@@ -238,8 +238,8 @@ def score(
     known_by["reference"] = None if reference is None else reference.identity
     file, parts = out / "scores.json", FeatureParts(out / "parts")
     with job_folder(out, known_by, kind="fid", number=images.number, done=parts.done):
-        if file.exists() and statistics is None:
-            return typing.cast(dict[str, Any], json.loads(file.read_text()))
+        if statistics is None and (stored := _stored(file)) is not None:
+            return stored
         known = None if reference is None else _known(reference, extractor, cache)
         features = extract(images, extractor, parts)
         if statistics is not None:
@@ -255,6 +255,13 @@ def score(
             write_json(file, result)
         parts.remove()
     return result
+
+
+def _stored(file: Path) -> dict[str, Any] | None:
+    try:
+        return typing.cast(dict[str, Any], parse_json(file.read_bytes()))
+    except (OSError, ValueError):  # none yet, or a damaged one
+        return None
 
 
 def _known(reference: Reference, extractor: Extractor, cache: Path | None) -> Statistics:
