@@ -124,8 +124,8 @@ def quality(options: QualityOptions) -> None:
         config = job.trained.config
         check_real(load_source(config.data))  # before anything is drawn
         file = run_job(job, default_folder(job), number=options.num, batch_size=options.batch_size, format="npz")
-    print(summary(judge_file(file, config, number=options.num)))
-    print(file.with_name("quality.json"))
+    report(summary(judge_file(file, config, number=options.num)))
+    report(file.with_name("quality.json"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ def figures(options: FiguresOptions) -> None:
     job = load_job(run, seed=options.seed, step=options.step, sampler=SamplerConfig(steps=options.steps))
     job = job._replace(trained=with_images(job.trained, options.data))
     out = folder or run / "figures"
-    print(draw_figures(job, out, num=options.num, batch_size=options.batch_size, overwrite=options.overwrite))
+    report(draw_figures(job, out, num=options.num, batch_size=options.batch_size, overwrite=options.overwrite))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,10 +177,9 @@ def verify(options: VerifyOptions) -> None:
     damaged: list[int] = []
     steps: list[int] = []
     for verdict in checkpoints.verify(Path(options.run)):
-        print(
+        report(
             f"step {verdict.step}: {verdict.arrays} arrays, {verdict.num_bytes / 1e6:.1f} MB, "
-            f"{'ok' if verdict.damage is None else f'damaged: {verdict.damage}'}",
-            flush=True,
+            f"{'ok' if verdict.damage is None else f'damaged: {verdict.damage}'}"
         )
         (steps if verdict.damage is None else damaged).append(verdict.step)
     if damaged:
@@ -226,7 +225,7 @@ def export(options: ExportOptions) -> None:
             trained_here=not is_pretrained(trained.folder),
             overwrite=options.overwrite,
         )
-    print(out)
+    report(out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -314,8 +313,8 @@ def fid(options: FidOptions) -> None:
         statistics=(Path(options.save_statistics), options.statistics_form) if options.save_statistics else None,
     )
     if result is not None:
-        print(scoring.summary(result))
-        print(out / "scores.json")
+        report(scoring.summary(result))
+        report(out / "scores.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,8 +341,8 @@ def import_checkpoint(options: ImportOptions) -> None:
     found = read_checkpoint(file, flags=options.flags, program=options.program)
     out = Path("runs", found.config.name) if options.out is None else Path(options.out)
     save_imported(out, found, file=file, flags=options.flags, overwrite=options.overwrite)
-    print(imported_summary(found))
-    print(out)
+    report(imported_summary(found))
+    report(out)
 
 
 COMMANDS: dict[str, Command] = {

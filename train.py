@@ -21,7 +21,7 @@ from ddpm_jax.system.environment import fix_options
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.exits import exit_at_once, run_script
 from ddpm_jax.system.hosts import Hosts, join
-from ddpm_jax.system.progress import say
+from ddpm_jax.system.progress import report, say
 from ddpm_jax.training.diagnosis import find_not_finite
 from ddpm_jax.training.loop import train
 from ddpm_jax.training.summary import summary
@@ -61,7 +61,7 @@ def main() -> None:
     run = folder or Path(options.workdir or Path("runs") / config.name)
     if options.check_data:
         for line in check_data(config, run / "data.png"):
-            print(line, flush=True)
+            report(line)
         return
     join(options.hosts)
     for warning in warnings_of(config):

@@ -1,8 +1,6 @@
 """Files of arrays under names, whoever wrote them: safetensors or PyTorch's, told apart by their content."""
 
 import json
-import math
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import safetensors
 import safetensors.numpy
 
 from ddpm_jax.interop.torch_files import is_torch_file, read_torch
+from ddpm_jax.system import npy
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import printable, write_whole
 
@@ -63,27 +62,12 @@ def read_npz(file: Path) -> Arrays:
       UserError: there is no such file, it is damaged, or contains anything but arrays of numbers.
     """
     shown = printable(file)
-    if not file.is_file():
-        raise UserError(f"there is no file {shown}")
     try:
-        with zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-            if len({entry.filename for entry in entries}) != len(entries):
-                raise ValueError("two arrays have the same name")
-            if sum(entry.file_size for entry in entries) > _UNPACKED * file.stat().st_size + 2**26:
-                raise ValueError("it would unpack to many times its size")
-            for entry in entries:
-                with archive.open(entry) as member:
-                    version = np.lib.format.read_magic(member)
-                    read = np.lib.format.read_array_header_1_0
-                    shape, _, dtype = (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(member)
-                    size = math.prod(shape) * dtype.itemsize
-                    if dtype.hasobject or min(shape, default=0) < 0 or member.tell() + size != entry.file_size:
-                        raise ValueError(f"{entry.filename} is not an array of numbers, or not whole")
-        with np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except Exception as error:  # NumPy and zipfile raise half a dozen kinds
-        reason = printable(" ".join(str(error).split()))[:200] or type(error).__name__
+        return npy.read_npz(file, most_bytes=_UNPACKED * file.stat().st_size + 2**26)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {shown}") from None
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"cannot read {shown} as an .npz file of arrays: {reason}") from error
 
 

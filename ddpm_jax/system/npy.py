@@ -78,6 +78,8 @@ def headers_of(archive: zipfile.ZipFile) -> dict[str, Header]:
             raise ValueError(f"{entry.filename} is damaged ({error or type(error).__name__})") from error
         if entry.file_size != header.begin + header.num_bytes:
             raise ValueError(f"{entry.filename} has {entry.file_size} bytes, which is not the size in its header")
+        if name in found:
+            raise ValueError(f"two arrays have the same name, {name:.100}")
         found[name] = header
     return found
 

@@ -143,10 +143,14 @@ def be_silent() -> None:
 def say(line: str) -> None:
     """Prints a line to stderr, above the progress bar if there is one; names in it are escaped as by `printable`."""
     if not _silent:
-        tqdm.write("\n".join(map(printable, line.split("\n"))), file=sys.stderr)
+        tqdm.write(_escaped(line), file=sys.stderr)
 
 
 def report(line: object) -> None:
-    """Prints a result to stdout."""
+    """Prints a result to stdout, likewise."""
     if not _silent:
-        print(line)
+        print(_escaped(line), flush=True)
+
+
+def _escaped(text: object) -> str:
+    return "\n".join(map(printable, str(text).split("\n")))

@@ -43,7 +43,9 @@ from ddpm_jax.evaluation.features import INCEPTION
 from ddpm_jax.evaluation.image_sets import open_npz
 from ddpm_jax.evaluation.statistics import is_statistics, read_statistics
 from ddpm_jax.generation.store import StoredImages
+from ddpm_jax.interop.checkpoints import read_checkpoint
 from ddpm_jax.interop.diffusers import read_folder, write_folder
+from ddpm_jax.interop.original import write_original
 from ddpm_jax.interop.torch_files import read_torch
 from ddpm_jax.networks import parameter_shapes
 from ddpm_jax.run.build import build_network
@@ -415,6 +417,24 @@ def read_statistics_files(folder):
     each(read, sorted(folder.iterdir()))
 
 
+TINY = Config(
+    data=DataConfig(height=32, width=32, channels=3),
+    diffusion=DiffusionConfig(variance="fixed_large"),
+    model=ModelConfig(width=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=()),
+)
+
+
+def checkpoint_arrays():
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), parameter_shapes(build_network(TINY)))
+    return {f"{name}.npy!": saved(np.save, array) for name, array in write_original(params, TINY, step=7).items()}
+
+
+def read_checkpoint_file(folder):
+    read = read_checkpoint(folder / "a.npz")
+    validate(read.config)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(read.params))
+
+
 READERS = {
     "pictures": Reader(pictures, read_pictures),
     "npz": Reader(lambda: {"a.npz": packed({k[:-1]: v for k, v in npz_members().items()})}, read_npz),
@@ -450,6 +470,11 @@ READERS = {
     "diffusers": Reader(diffusers_folder, read_diffusers),
     "diffusers, its fields": Reader(diffusers_fields, read_diffusers, with_weights),
     "samples": Reader(lambda: written(write_job), read_job),
+    "the original's checkpoints": Reader(
+        checkpoint_arrays,
+        read_checkpoint_file,
+        lambda files: {"a.npz": packed({k[:-1]: v for k, v in files.items()}, zipfile.ZIP_STORED)},
+    ),
     "statistics": Reader(statistics_files, read_statistics_files),
     "statistics, their arrays": Reader(
         statistics_arrays,
@@ -516,10 +541,13 @@ def damages(draw):
 
 def with_other_value(content, place, value):
     """Replaces a value in JSON, or its key, or writes a value beside it; other content is left as it is."""
+    before, ending, content = (
+        content.rstrip(b"\n").rpartition(b"\n") if b"\n{" in content else (b"", b"", content)
+    )  # of many lines
     try:
         tree = json.loads(content)
     except (ValueError, RecursionError):
-        return content
+        return before + ending + content
     spots = []
     waiting = [tree]
     while waiting:
@@ -528,7 +556,7 @@ def with_other_value(content, place, value):
         spots += [(node, key) for key, _ in items]
         waiting += [each for _, each in items]
     if not spots:
-        return json.dumps(value).encode()
+        return before + ending + json.dumps(value).encode()
     node, key = spots[place % len(spots)]
     how = place // len(spots) % 3
     if how == 0 or isinstance(node, list):
@@ -537,7 +565,7 @@ def with_other_value(content, place, value):
         node[str(value)[:50]] = node.pop(key)
     else:
         node[f"{key}.x"] = value
-    return json.dumps(tree).encode()
+    return before + ending + json.dumps(tree).encode()
 
 
 CHANGES = st.lists(st.tuples(st.integers(0, 100), damages()), min_size=1, max_size=4)
@@ -620,6 +648,7 @@ def test_a_damaged_file_is_read_or_named_for_a_minute(name, tmp_path):
     files, seed = reader.files(), time.time_ns() % 2**32
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     while time.monotonic() < end:
+        print(f"seed {seed}")
         run(reader, files, tmp_path / "read", examples=100, seed=seed)
         seed += 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident < 2**20  # KiB: also of Pillow and its like
