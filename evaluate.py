@@ -43,7 +43,7 @@ class LikelihoodOptions:
     """What to evaluate."""
 
     run: tyro.conf.Positional[str]
-    """Folder of the run, as written by train.py."""
+    """Folder of a run, as written by train.py, or of another program's model."""
     split: str = "test"
     """Split of the run's data set: test, train or all; for TFDS, any of its splits."""
     num: int = 0
@@ -133,7 +133,7 @@ class FiguresOptions:
     """What to draw."""
 
     run: tyro.conf.Positional[str]
-    """Folder of the run, as written by train.py."""
+    """Folder of a run, as written by train.py, or of another program's model."""
     out: str | None = None
     """Folder of the figures (default: RUN/figures)."""
     overwrite: bool = False

@@ -34,7 +34,7 @@ class Options(SamplerConfig):
     """What to draw."""
 
     run: tyro.conf.Positional[str]
-    """Folder of the run, as written by train.py."""
+    """Folder of a run, as written by train.py, or of another program's model."""
     num: int = 64
     """Number of images. An existing job with fewer is extended to this number."""
     batch_size: int = 64
@@ -100,7 +100,7 @@ class ModeOptions:
     """Options of every command."""
 
     run: tyro.conf.Positional[str]
-    """Folder of the run, as written by train.py."""
+    """Folder of a run, as written by train.py, or of another program's model."""
     out: str | None = None
     """Folder of the results (default: one for these settings in RUN/samples/COMMAND); or a .png file, to which the
     main picture is copied."""

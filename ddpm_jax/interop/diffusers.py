@@ -72,8 +72,7 @@ def read_folder(folder: Path) -> Pretrained:
     Raises:
       UserError: a file is missing or damaged, or describes what this package does not have; the message names it.
     """
-    if (folder / _INDEX).is_file():
-        _check_pipeline(folder / _INDEX)
+    index = _read_index(folder / _INDEX) if (folder / _INDEX).is_file() else {}
     inside = folder / "unet" if (folder / "unet").is_dir() else folder
     schedulers = [folder / "scheduler" / _SCHEDULER, folder / _SCHEDULER]
     scheduler_file = next((file for file in schedulers if file.is_file()), schedulers[0])
@@ -89,12 +88,12 @@ def read_folder(folder: Path) -> Pretrained:
     table, classes = params.get("class_embedding", {}).get("embedding", np.zeros((0, 0))), config.model.num_classes
     if table.ndim != 2 or len(table) != classes:
         raise UserError(f"{file} has class embeddings of shape {table.shape}, but num_class_embeds is {classes}")
-    read = Pretrained(config, params, class_names=_class_names(unet, config.model.num_classes))
+    read = Pretrained(config, params, class_names=_class_names({**index, **unet}, classes))
     return _with_record(read, metadata)
 
 
-def _check_pipeline(file: Path) -> None:
-    """Refuses pipelines whose images are not those of the U-Net: a text encoder, an autoencoder."""
+def _read_index(file: Path) -> dict[str, Any]:
+    """Reads the index of a pipeline; refuses one with other parts, such as an autoencoder."""
     index = _read_json(file)
     parts = {name: each for name, each in index.items() if isinstance(each, list)}
     other = sorted(parts.keys() - {"unet", "scheduler"})
@@ -103,6 +102,7 @@ def _check_pipeline(file: Path) -> None:
             f"{file}: a {index.get('_class_name')} with {', '.join(other)} is not "
             "supported, only pipelines of a UNet2DModel and a scheduler, such as DDPMPipeline"
         )
+    return index
 
 
 def _read_json(file: Path) -> dict[str, Any]:
