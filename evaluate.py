@@ -9,6 +9,7 @@ import dataclasses
 import typing
 from pathlib import Path
 
+import numpy as np
 import tyro
 
 from ddpm_jax.bound import Cdf
@@ -22,7 +23,7 @@ from ddpm_jax.evaluation.statistics import Form
 from ddpm_jax.generation.job import default_folder, load_job, run_job
 from ddpm_jax.generation.output import read_out
 from ddpm_jax.generation.sampler_config import SamplerConfig
-from ddpm_jax.interop import diffusers
+from ddpm_jax.interop import diffusers, original
 from ddpm_jax.interop.checkpoints import Program, read_checkpoint
 from ddpm_jax.run import checkpoints
 from ddpm_jax.run.command import Command, run_command
@@ -34,6 +35,7 @@ from ddpm_jax.run.weights import save_weights
 from ddpm_jax.system.environment import fix_options
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.exits import run_script
+from ddpm_jax.system.files import write_whole
 from ddpm_jax.system.hosts import Hosts, join
 from ddpm_jax.system.progress import report
 
@@ -193,10 +195,12 @@ class ExportOptions:
 
     run: tyro.conf.Positional[str]
     """Folder of the run, as written by train.py."""
-    format: typing.Literal["safetensors", "diffusers"] = "safetensors"
-    """safetensors: one file of weights; diffusers: the folder of a DDPMPipeline with a model card, ready to upload."""
+    format: typing.Literal["safetensors", "diffusers", "original"] = "safetensors"
+    """safetensors: one file of weights; diffusers: the folder of a DDPMPipeline with a model card, ready to upload;
+    original: an .npz file of the original code's TensorFlow variables, for networks that are the paper's."""
     out: str | None = None
-    """The file or folder to write (default: RUN/weights_STEP.safetensors, or RUN/diffusers_STEP)."""
+    """The file or folder to write (default: RUN/weights_STEP.safetensors, RUN/diffusers_STEP or
+    RUN/original_STEP.npz)."""
     step: int | None = None
     """Training step of the checkpoint (default: the newest)."""
     license: str | None = None
@@ -207,13 +211,20 @@ class ExportOptions:
 
 def export(options: ExportOptions) -> None:
     """Exports the EMA weights, for other programs or --train.init-from."""
-    if options.format == "safetensors" and (options.license or options.overwrite):
+    if options.format != "diffusers" and (options.license or options.overwrite):
         raise UserError(f"--{'license' if options.license else 'overwrite'} applies only to --format diffusers")
     trained = load_run(Path(options.run), step=options.step)
-    names = {"safetensors": f"weights_{trained.step}.safetensors", "diffusers": f"diffusers_{trained.step}"}
+    names = {
+        "safetensors": f"weights_{trained.step}.safetensors",
+        "diffusers": f"diffusers_{trained.step}",
+        "original": f"original_{trained.step}.npz",
+    }
     out = trained.folder / names[options.format] if options.out is None else Path(options.out)
     if options.format == "safetensors":
         save_weights(out, trained.params, config=trained.config, step=trained.step)
+    elif options.format == "original":
+        variables = original.write_original(trained.params, trained.config, step=trained.step)
+        write_whole(out, lambda file: np.savez(file, **variables))  # type: ignore[arg-type]
     else:
         diffusers.write_folder(
             out,

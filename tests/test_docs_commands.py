@@ -98,7 +98,8 @@ WHOLE = [
     ("train.py",),
     ("sample.py", "RUN"),
     *(("sample.py", mode, "RUN") for mode in ("progressive", "share", "reconstruct", "interpolate", "inpaint")),
-    *(("evaluate.py", name, "RUN") for name in ("likelihood", "quality", "fid", "figures", "verify", "export")),
+    *(("evaluate.py", name, "RUN") for name in ("likelihood", "quality", "fid", "figures", "verify")),
+    *(("evaluate.py", name, "RUN") for name in ("export", "import")),
 ]
 # Of other programs: `tfds build`.
 NOT_OURS = {"--data_dir"}
@@ -247,6 +248,10 @@ NOT_RUN = {
     "python train.py configs/lsun_": "needs a data set of TFDS",
     "python train.py configs/cifar10.py --workdir shared/run": "two machines; tests/training/test_parallel.py runs two",
     "python sample.py shared/run": "two machines; tests/test_scripts_on_hosts.py runs two",
+    **{
+        f"python {what}": "needs a published checkpoint; tests/run/test_imported.py imports another"
+        for what in ("evaluate.py import", "sample.py runs/cifar10_uncond_50M_500K")
+    },
     "python docs/make_api.py": "writes into the repository; tests/test_api_page.py compares",
     "python examples/minimal.py": "tests/test_examples.py runs it",
     "python benchmarks/": "measures for minutes",

@@ -18,6 +18,7 @@ import ddpm_jax
 from ddpm_jax.config import Config, ModelConfig
 from ddpm_jax.interop import diffusers_config
 from ddpm_jax.interop.files import Arrays, read_arrays, write_safetensors
+from ddpm_jax.interop.layouts import from_torch
 from ddpm_jax.interop.model_card import model_card
 from ddpm_jax.interop.pretrained import Pretrained
 from ddpm_jax.networks import Params
@@ -195,24 +196,13 @@ def _to_ours(arrays: Mapping[str, np.ndarray], model: ModelConfig, shown: str) -
             raise UserError(f"{shown} has the array {name:.80} under its old and its new name")
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise UserError(f"{shown}: {name:.80} is of {array.dtype}, not of floating-point numbers")
-        array = array.astype(np.float32, copy=False)
-        params[path] = array if path[-1] == "embedding" else _turned(array)
+        params[path] = array.astype(np.float32, copy=False) if path[-1] == "embedding" else from_torch(array)
     return traverse_util.unflatten_dict(params)
 
 
 def _kind(layer: tuple[str, ...]) -> str:
     """Returns our name of what they call a layer's weight."""
     return "embedding" if layer == ("class_embedding",) else "scale" if layer[-1].startswith("norm") else "kernel"
-
-
-def _turned(array: np.ndarray) -> np.ndarray:
-    """Turns a weight of PyTorch to Flax: (out, in, kh, kw) to (kh, kw, in, out), (out, in) to (in, out).
-
-    What is a 1x1 convolution there is a matrix here.
-    """
-    if array.ndim == 4 and array.shape[2:] == (1, 1):
-        array = array[:, :, 0, 0]
-    return np.ascontiguousarray(array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T)
 
 
 def _to_theirs(params: Params, model: ModelConfig) -> Arrays:

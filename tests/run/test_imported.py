@@ -3,11 +3,14 @@
 import dataclasses
 import hashlib
 
+import jax
 import numpy as np
 import pytest
 
+from ddpm_jax.config import DataConfig, ModelConfig
 from ddpm_jax.interop.pretrained import Pretrained
 from ddpm_jax.run.imported import is_imported, load_imported, save_imported
+from ddpm_jax.run.trained import load_run
 from ddpm_jax.run.weights import save_weights
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import read_json
@@ -73,3 +76,26 @@ def test_damage_is_one_line(found, file, tmp_path):
         (tmp_path / "imported.json").write_text(content)
         with pytest.raises(UserError, match="damaged, its configuration cannot be read"):
             load_imported(tmp_path)
+
+
+def test_the_paper_s_network_goes_out_and_comes_back(runs, run_script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(
+        runs.make_config(),
+        data=DataConfig(height=32, width=32, channels=1),
+        model=ModelConfig(width=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=()),
+    )
+    trained = runs.make_trained(config, step=70)
+    runs.save_runs(trained, folder=tmp_path / "run")
+    assert run_script("evaluate.py", "export", "run", "--format", "original", "--out", "theirs.npz")[0] == 0
+    flags = f"--num_diffusion_timesteps {runs.T} --beta_start 0.05 --beta_end 0.6 --randflip 0"
+    status, out, _ = run_script("evaluate.py", "import", "theirs.npz", "--flags", flags)
+    assert status == 0
+    assert "averages (EMA), step 70" in out
+    assert run_script("evaluate.py", "import", "theirs.npz")[0] == 2
+    found = load_run(tmp_path / "runs" / "theirs")
+    jax.tree.map(np.testing.assert_array_equal, found.params, trained.params)
+    assert (found.step, found.config.diffusion, found.config.model) == (70, config.diffusion, config.model)
+    assert run_script("sample.py", "runs/theirs", "--num", "1", "--format", "npz")[0] == 0
+    with np.load("runs/theirs/samples/checkpoint_70_seed_0/samples.npz") as drawn:
+        assert drawn["arr_0"].shape == (1, 32, 32, 1)
