@@ -55,7 +55,7 @@ def load(config: DataConfig) -> Source:
         entry.name for entry in folder.iterdir() if entry not in used and not entry.name.startswith(("t10k", "train"))
     )
     return in_memory(
-        np.concatenate(images),
+        images[0] if len(images) == 1 else np.concatenate(images),
         np.concatenate(labels) if usable else None,
         name=f"idx {printable(folder)}, {config.split}",
         label_fault=fault,
@@ -144,6 +144,8 @@ def _pad(config: DataConfig, images: np.ndarray) -> np.ndarray:
             f"data: the images of {config.source} are {height}x{width}, larger than {config.height}x{config.width};"
             f" set data.height={height} and data.width={width}, or more: what is more is padded with black"
         )
+    if not rows and not columns:
+        return images[..., None]
     sides = ((0, 0), (rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2))
     return np.pad(images, sides)[..., None]
 

@@ -641,6 +641,34 @@ def test_a_damaged_file_is_read_or_named(name, tmp_path):
     run(reader, reader.files(), tmp_path / "read", examples=30)
 
 
+def with_byte(content, mark, offset, value):
+    """Writes a byte behind the last mark of a content."""
+    at = content.rindex(mark) + offset
+    return content[:at] + bytes([value]) + content[at + 1 :]
+
+
+# What was found so, and mended.
+FOUND = [
+    ("npz", "a.npz", lambda content: with_byte(content, b"PK\1\2", 6, 255)),  # a version of zip that is to come
+    ("samples", "samples.npz", lambda content: with_byte(content, b"PK\1\2", 6, 255)),
+    ("samples", "samples.npz", lambda content: content.replace(b"(4, 8, 8, 3)", b"(4, 9**9, 8)")),
+    ("npz, its arrays", "train_images.npy!", lambda content: content.replace(b"}", b"(", 1)),
+    ("npy", "a.npy", lambda content: content.replace(b"(6, ", b"(-6,")),
+    ("config.json", "config.json", lambda content: content.replace(b'"format": ', b'"format": ' + b"9" * 4000)),
+    ("TFDS", "found/1.0.0/dataset_info.json", lambda content: content.replace(b'"train"', b'"' + b"9" * 5000 + b'"')),
+    ("TFDS", "found/1.0.0/features.json", lambda content: b"[" * 10**5),
+    ("CIFAR-10, its pickles", "test_batch!", lambda content: b"\x80\2}r\xff\xff\xff\x7f."),
+]
+
+
+@pytest.mark.parametrize(("name", "file", "change"), FOUND)
+def test_what_was_found_before_is_mended(name, file, change, tmp_path):
+    files = READERS[name].files()
+    changed = {**files, file: change(files[file])}
+    assert changed != files
+    check(READERS[name], changed, tmp_path / "read")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_a_damaged_file_is_read_or_named_for_a_minute(name, tmp_path):
