@@ -94,7 +94,8 @@ def read_class_names(run: Path) -> tuple[str, ...]:
       UserError: the file is damaged.
     """
     file = run / "data.json"
-    return tuple(map(printable, _read(file).get("class_names", ()))) if file.exists() else ()
+    names = _read(file).get("class_names") if file.exists() else None
+    return tuple(map(printable, names)) if isinstance(names, list) else ()
 
 
 def _read(file: Path) -> dict[str, typing.Any]:

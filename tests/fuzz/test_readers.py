@@ -53,6 +53,7 @@ from ddpm_jax.run.record import read_config, save_config
 from ddpm_jax.run.validation import validate
 from ddpm_jax.run.weights import load_weights, save_weights
 from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import dump_checked
 from ddpm_jax.training import metrics
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "60"))
@@ -244,6 +245,19 @@ def read_record(folder):
     config = read_config(folder / "config.json")
     validate(config)
     json.dumps(dataclasses.asdict(config), allow_nan=False)
+
+
+def sealed(files):
+    """Writes JSON anew with the checksum that it should have."""
+
+    def seal(content):
+        try:
+            value = json.loads(content)
+            return dump_checked({name: each for name, each in value.items() if name != "checksum"}, indent=2) + b"\n"
+        except (ValueError, RecursionError, AttributeError):
+            return content
+
+    return {name: seal(content) for name, content in files.items()}
 
 
 def metrics_file():
@@ -457,6 +471,8 @@ READERS = {
     ),
     "TFDS": Reader(tfds_files, read_tfds),
     "config.json": Reader(config_file, read_record),
+    "config.json, sealed": Reader(config_file, read_record, sealed),
+    "data.json, sealed": Reader(set_file, read_set_file, sealed),
     "metrics.jsonl": Reader(metrics_file, read_metrics),
     "data.json": Reader(set_file, read_set_file),
     "weights": Reader(weights_file, read_weights),
