@@ -6,6 +6,7 @@ a file restores silently as wrong weights. A checksum covers a whole array, wher
 many devices or hosts is checked on any other number of them.
 """
 
+import asyncio
 import contextlib
 import copy
 import dataclasses
@@ -30,7 +31,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from ddpm_jax.networks import Params
 from ddpm_jax.system.errors import Damage, UserError
-from ddpm_jax.system.files import crc32, dump_checked, load_checked
+from ddpm_jax.system.files import crc32, dump_checked, load_checked, sync, sync_tree
 from ddpm_jax.system.hosts import barrier, first_line, is_primary_host, of_primary_host
 
 _FOLDER = "checkpoints"
@@ -182,6 +183,27 @@ class _RestoreNotes(ocp.args.CheckpointArgs):
     item: None = None
 
 
+class _SyncedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A step that gets its name when all of it is on the disk, and only then counts as saved.
+
+    Orbax and TensorStore sync some of their files. In the background, as the rest of a save.
+    """
+
+    async def finalize(self):
+        folder = self.get_final().parent
+
+        def sync_before() -> None:
+            for lines in folder.parent.glob("*.jsonl"):  # those up to this step are not written again
+                sync(Path(lines))
+            sync(Path(folder.parent))
+            sync_tree(Path(self.get()))
+
+        await asyncio.to_thread(sync_before)
+        await super().finalize()  # writes two more files, which nobody needs, and renames the folder
+        # Before older steps are deleted.
+        await asyncio.to_thread(sync, Path(folder))
+
+
 class _Best:
     """Orbax's policy for the checkpoints of lowest loss, of the losses in our notes.
 
@@ -252,6 +274,7 @@ class Checkpoints:
             preservation_policy=managers.AnyPreservationPolicy(policies),
             todelete_subdir=_DELETED,
             cleanup_tmp_directories=True,
+            temporary_path_class=_SyncedPath,
         )
         try:
             self._sweep()
@@ -318,7 +341,8 @@ class Checkpoints:
 
     def _sweep(self) -> None:
         """Deletes the old steps that were moved away."""
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and (self._folder / _DELETED).exists():
+            sync(self._folder)  # else a power cut could leave a half-deleted step under its number
             shutil.rmtree(self._folder / _DELETED, ignore_errors=True)
 
     @contextlib.contextmanager
@@ -376,6 +400,7 @@ class Checkpoints:
         barrier("the name for the damaged checkpoint is chosen")
         if is_primary_host():
             os.rename(folder, aside)
+            sync(self._folder)
         barrier("the damaged checkpoint is set aside")
         self._manager.reload()
         return aside

@@ -33,7 +33,9 @@ _READ_AT_ONCE = 2**20
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file atomically: a crash or a full disk leaves the previous one.
+    """Writes a file atomically: a crash, a full disk or a power cut leaves the previous one.
+
+    When it returns, the new one stays, also if the power is cut.
 
     Args:
       path: where to; its folder is created if missing.
@@ -45,17 +47,47 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     # Always the same name: the next process overwrites what a killed one left.
     beside = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with beside.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
+        sync(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Creates a folder that is missing, and those above it; when it returns, they stay, also if the power is cut."""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in made:
+        sync(each.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on the disk."""
+    try:
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+    except OSError as error:
+        # Some systems open no folders, and some network disks sync none.
+        if not path.is_dir() or error.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP):
+            raise
+
+
+def sync_tree(folder: Path) -> None:
+    """Waits until a folder and all that is in it are on the disk."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
 
 
 def check_regular(path: Path) -> None:
@@ -303,7 +335,7 @@ def claimed(folder: Path) -> Iterator[None]:
     """
     file = folder / ".lock"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         file.touch()
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; give another --out or --workdir") from error
