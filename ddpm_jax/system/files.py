@@ -284,16 +284,20 @@ def _crc32_of(file: BinaryIO, size: int) -> int:
     return crc
 
 
+def damaged_name(path: Path) -> Path:
+    """Returns the path that a damaged file is kept under: `NAME.damaged`, with a number if there is one already."""
+    names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in itertools.count())
+    return next(name for name in names if not name.exists())
+
+
 def set_aside(path: Path) -> Path:
-    """Renames a damaged file to `NAME.damaged`, with a number if there is one already, and returns its new path.
+    """Renames a damaged file to its `damaged_name`, and returns that.
 
     Raises:
       UserError: it cannot be renamed.
     """
-    names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in itertools.count())
-    aside = next(name for name in names if not name.exists())
     try:
-        return path.rename(aside)
+        return path.rename(damaged_name(path))
     except OSError as error:
         raise UserError(f"cannot rename {path}, which is damaged: {error.strerror or error}") from error
 

@@ -7,6 +7,7 @@ import operator
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -232,9 +233,10 @@ def _train(
         checkpoints.wait()
     if is_primary_host():
         plots.plot_run(run)
-        values = functools.reduce(operator.or_, read_lines(run / "metrics.jsonl"))
+        values: dict[str, Any] = functools.reduce(operator.or_, read_lines(run / "metrics.jsonl"), {})
         evaluated = f", eval loss {values['eval_loss']:.4f}" if values.get("eval_loss") is not None else ""
-        say(f"{run}: {num_steps} steps done, loss {values['loss']:.4f}{evaluated}")
+        loss = f", loss {values['loss']:.4f}" if "loss" in values else ""
+        say(f"{run}: {num_steps} steps done{loss}{evaluated}")
 
 
 def _rewind(run: Path, step: int, *, ends: bool) -> None:

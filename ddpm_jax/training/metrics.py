@@ -1,4 +1,4 @@
-"""Metrics of a run, one JSON object per line.
+"""Metrics of a run, one JSON object per line, with its checksum.
 
 `metrics.jsonl` holds what follows from the configuration alone: a resumed run writes the same bytes as one that was
 never stopped, and an extended one the same as one that was as long from the beginning. What depends on the machine
@@ -6,8 +6,6 @@ never stopped, and an extended one the same as one that was as long from the beg
 """
 
 import collections
-import itertools
-import json
 import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import write_whole
+from ddpm_jax.system.errors import Damage, UserError
+from ddpm_jax.system.files import copy_file, damaged_name, dump_checked, load_checked, write_whole
 from ddpm_jax.training.step import StepInfo
 
 FINAL = "final"
@@ -122,51 +120,58 @@ def summarize(window: Sequence[StepNumbers]) -> dict[str, Any]:
     }
 
 
-class _Content(typing.NamedTuple):
+class Lines(typing.NamedTuple):
     """The content of a metrics file."""
 
-    whole: bytes
-    lines: list[tuple[bytes, dict[str, Any]]]
-    """Every readable line: its bytes without the newline, and its values."""
+    intact: list[tuple[bytes, dict[str, Any]]]
+    """Every line that holds what was written: its bytes without the newline, and its values."""
     damaged: list[int]
-    """1-based numbers of unreadable lines; a last line cut off by a crash is not one of them."""
+    """1-based numbers of the others; a last line cut off by a crash is not one of them."""
 
 
-def _read(path: Path) -> _Content:
+def check_lines(path: Path) -> Lines:
+    """Reads a metrics file, and checks each line against its checksum; no lines if there is no file.
+
+    Raises:
+      UserError: it cannot be read now.
+    """
     try:
         content = path.read_bytes() if path.exists() else b""
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     *ended, last = content.split(b"\n")
-    lines, damaged = [], []
+    intact, damaged = [], []
     for number, line in enumerate([*ended, last] if last else ended, 1):
-        try:
-            # Bytes that are not text become characters that occur in no number and no name.
-            values = json.loads(line.decode(errors="replace"))
-            readable = isinstance(values, dict) and isinstance(values.get("step"), int)
-        except ValueError:
-            readable = False
-        if readable:
-            lines.append((line, values))
-        elif number <= len(ended):
+        values = _values(line)
+        if values is not None:
+            intact.append((line, values))
+        elif number <= len(ended) or _values(last[:-1]):  # not cut off, but its end is another character
             damaged.append(number)
-    return _Content(content, lines, damaged)
+    return Lines(intact, damaged)
+
+
+def _values(line: bytes) -> dict[str, Any] | None:
+    try:
+        values = load_checked(line)
+    except Damage:
+        return None
+    return values if isinstance(values.get("step"), int) else None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads the lines of a metrics file, without those that cannot be read; [] if there is no file."""
-    return [values for _, values in _read(path).lines]
+    """Reads the lines of a metrics file, without damaged ones; [] if there is no file."""
+    return [values for _, values in check_lines(path).intact]
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Appends one line.
+    """Appends one line, with its checksum.
 
     Raises:
       UserError: the disk is full, or the file may not be written to.
     """
     try:
-        with path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        with path.open("ab") as file:
+            file.write(dump_checked(line) + b"\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -176,8 +181,8 @@ def rewind(path: Path, step: int, *, ends: bool = False, warn: Callable[[str], N
 
     These are the lines after `step`, and those that were written only because the run had ended at some step.
 
-    A last line cut off by a crash is dropped silently. Any other unreadable line is dropped with a warning, and a copy
-    of the file as it was is kept beside it.
+    A last line cut off by a crash is dropped silently. Any other damaged line is dropped with a warning, and the file
+    as it was is kept beside it: a run cannot write again what it had written before `step`.
 
     Args:
       path: the file; created empty if it does not exist.
@@ -188,15 +193,13 @@ def rewind(path: Path, step: int, *, ends: bool = False, warn: Callable[[str], N
     Raises:
       UserError: the file cannot be read or written.
     """
-    content = _read(path)
-    if content.damaged:
-        names = (f"{path.name}.damaged{number or ''}" for number in itertools.count())
-        copy = next(file for file in map(path.with_name, names) if not file.exists())
-        write_whole(copy, lambda file: file.write(content.whole))
-        word, were = ("lines", "were") if len(content.damaged) > 1 else ("line", "was")
-        numbers = ", ".join(map(str, content.damaged))
-        warn(f"{path}: {word} {numbers} cannot be read and {were} dropped; the original file is kept as {copy.name}")
+    lines = check_lines(path)
+    if lines.damaged:
+        copy = copy_file(path, damaged_name(path))
+        word, were = ("lines", "were") if len(lines.damaged) > 1 else ("line", "was")
+        numbers = ", ".join(map(str, lines.damaged))
+        warn(f"{path}: {word} {numbers} {were} damaged and dropped; the file as it was is kept as {copy.name}")
     kept = b"".join(
-        line + b"\n" for line, values in content.lines if values["step"] <= step and (ends or not values.get(FINAL))
+        line + b"\n" for line, values in lines.intact if values["step"] <= step and (ends or not values.get(FINAL))
     )
     write_whole(path, lambda file: file.write(kept))

@@ -12,7 +12,7 @@ from ddpm_jax.training.metrics import read_lines
 def plot_run(run: Path) -> None:
     """Plots the metrics of a run into its `loss.png`; nothing if there are none yet."""
     lines = read_lines(run / "metrics.jsonl")
-    trained = [line for line in lines if "loss" in line]
+    trained = [line for line in lines if {"loss", "loss_quartiles"} <= line.keys()]  # others are a user's own
     if trained:
         quartiles = np.array([line["loss_quartiles"] for line in trained], np.float64)
         steps, losses = [line["step"] for line in trained], [line["loss"] for line in trained]

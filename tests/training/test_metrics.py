@@ -1,13 +1,13 @@
 """The lines of metrics: appended, cut off by a crash, rewound."""
 
-import json
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import dump_checked
 from ddpm_jax.training.metrics import StepNumbers, append_line, read_lines, rewind, summarize
+from ddpm_jax.training.plots import plot_run
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -42,7 +42,7 @@ def test_what_is_appended_is_read_to_the_last_digit(file, losses):
 def test_a_line_cut_off_is_left_out_and_the_next_is_whole(file, losses, data):
     lines = fill(file, losses)
     whole = file.read_bytes()
-    last = len(json.dumps(lines[-1])) + 1
+    last = len(dump_checked(lines[-1])) + 1
     cut = data.draw(st.integers(2, last))  # more than the line's end is lost
     file.write_bytes(whole[: len(whole) - cut])
     assert read_lines(file) == lines[:-1]
@@ -83,34 +83,60 @@ def test_rewinding_nothing_makes_an_empty_file(tmp_path):
     [
         b'{"step": 20, "lo',
         b"\xff\xfe\x80\x00",
-        b'{"step": 20, "loss": 0.\xb5}',
         b"",
-        b"20",
-        b'{"stfp": 20}',
-        b'{"a": 1}}',
+        b'{"step": 20, "loss": 0.5}',
+        dump_checked({"step": 20, "loss": 0.5}).replace(b"0.5", b"0.4"),
+        dump_checked({"stfp": 20}),
     ],
 )
 def test_a_damaged_line_goes_alone_and_is_said(tmp_path, damaged):
     file, said = tmp_path / "metrics.jsonl", []
-    # Bytes that JSON would be written in otherwise today stay what they are.
-    good = [b'{"step": 10, "loss": 1.50}', b'{"step":30,"loss":1e0}', b'{"step": 40, "loss": 1.0, "new": "\xc3\xa9"}']
-    whole = b"\n".join([good[0], damaged, *good[1:], b'{"step": 50, "loss": 0.1}']) + b"\n"
+    good = [dump_checked({"step": step, "loss": 1.5}) for step in (10, 30, 40)]
+    whole = b"\n".join([good[0], damaged, *good[1:], dump_checked({"step": 50, "loss": 0.1})]) + b"\n"
     file.write_bytes(whole + b'{"step": 60, "lo')
     assert [line["step"] for line in read_lines(file)] == [10, 30, 40, 50]
     rewind(file, 40, warn=said.append)
     assert file.read_bytes() == b"\n".join(good) + b"\n"
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == whole + b'{"step": 60, "lo'
-    assert said == [
-        f"{file}: line 2 cannot be read and was dropped; the original file is kept as metrics.jsonl.damaged"
-    ]
+    assert said == [f"{file}: line 2 was damaged and dropped; the file as it was is kept as metrics.jsonl.damaged"]
     rewind(file, 40, warn=must_not_warn)  # it is whole now
 
     file.write_bytes(damaged + b"\n" + whole)  # again, and the first copy stays
     rewind(file, 40, warn=said.append)
-    assert "lines 1, 3 cannot" in said[-1]
+    assert "lines 1, 3 were damaged" in said[-1]
     assert (tmp_path / "metrics.jsonl.damaged1").read_bytes() == damaged + b"\n" + whole
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() != (tmp_path / "metrics.jsonl.damaged1").read_bytes()
     assert file.read_bytes() == b"\n".join(good) + b"\n"
+
+
+def test_no_flipped_bit_stops_a_run_or_becomes_another_number(tmp_path):
+    run, said = tmp_path / "run", []
+    file, window = run / "metrics.jsonl", [StepNumbers(1.5, 1.0, 1.0, [1.0] * 4, [1.0, 0.0, 2.0, 1.0])]
+    run.mkdir()
+    for step in (10, 20, 30):
+        append_line(file, {"step": step, **summarize(window)})
+    lines, content = read_lines(file), file.read_bytes()
+    first = content.index(b"\n") + 1
+    for bit in range(8 * first, 8 * (2 * first)):  # of the second line and its end
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(changed)
+        found = read_lines(file)
+        assert found in ([lines[0], lines[2]], [lines[0]])  # where lines became one, it is damaged
+        if bit % 997 == 0:
+            plot_run(run)
+            rewind(file, 30, warn=said.append)
+            assert read_lines(file) == found
+            assert "damaged and dropped" in said[-1]
+    file.write_bytes(content[:-1] + b"\x0b")
+    rewind(file, 30, warn=said.append)
+    assert (read_lines(file), "line 3 was damaged" in said[-1]) == (lines[:2], True)
+
+
+def test_a_users_own_loss_is_not_in_the_plot(tmp_path):
+    append_line(tmp_path / "metrics.jsonl", {"step": 1, "loss": 2.0})
+    plot_run(tmp_path)
+    assert not (tmp_path / "loss.png").exists()
 
 
 def test_a_file_that_may_not_be_read_is_named(tmp_path):
