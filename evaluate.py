@@ -20,6 +20,7 @@ from ddpm_jax.evaluation.figures import draw_figures
 from ddpm_jax.evaluation.image_sets import open_npz
 from ddpm_jax.evaluation.quality import check_real, config_of, judge_file, summary
 from ddpm_jax.evaluation.statistics import Form
+from ddpm_jax.evaluation.verification import verify_run
 from ddpm_jax.generation.job import default_folder, load_job, run_job
 from ddpm_jax.generation.output import read_out
 from ddpm_jax.generation.sampler_config import SamplerConfig
@@ -171,11 +172,12 @@ class VerifyOptions:
 
 
 def verify(options: VerifyOptions) -> None:
-    """Checks every saved array against its checksum.
+    """Checks every file that a command reads back against its checksum: config, metrics, checkpoints, jobs, scores.
 
-    Prints a line per checkpoint, and exits with status 2 if one is damaged. It changes nothing, and can run during
-    training.
+    Prints a line per file and per checkpoint, and exits with status 2 if one is damaged. It changes nothing, and can
+    run during training.
     """
+<<<<<<< HEAD
     damaged: list[int] = []
     steps: list[int] = []
     for verdict in checkpoints.verify(Path(options.run)):
@@ -187,6 +189,20 @@ def verify(options: VerifyOptions) -> None:
     if damaged:
         use = f"step {max(steps)} is the newest intact one" if steps else "restore the folder from a backup"
         raise UserError(f"{options.run}: {len(damaged)} of {len(damaged) + len(steps)} checkpoints are damaged; {use}")
+=======
+    found = []
+    for verdict in verify_run(Path(options.run)):
+        state = "ok" if verdict.damage is None else f"damaged: {verdict.damage}"
+        print(f"{verdict.name}: {', '.join(filter(None, (verdict.content, state)))}", flush=True)
+        found.append(verdict)
+    damaged = [verdict for verdict in found if verdict.damage is not None]
+    if not damaged:
+        return
+    steps = [verdict.step for verdict in found if verdict.step is not None and verdict.damage is None]
+    use = f"step {max(steps)} is the newest intact checkpoint" if steps else "restore the checkpoints from a backup"
+    names = ", ".join(verdict.name for verdict in damaged[:5]) + (", .." if len(damaged) > 5 else "")
+    raise UserError(f"{options.run}: {len(damaged)} of {len(found)} are damaged ({names}); {use}")
+>>>>>>> c2671c9 (Parts, packed images, likelihood batches, features and scores carry a checksum and what they are of; verify covers every file of a run)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -244,9 +244,15 @@ class TestCheckpoints:
         status, out, err = call("evaluate", "verify", never_stopped)
         assert (status, err) == (0, "")
         steps = checkpoints(never_stopped)
-        assert [re.fullmatch(r"step (\d+): \d+ arrays, \d+\.\d MB, ok", line)[1] for line in out.splitlines()] == [
-            str(step) for step in steps
+        lines = out.splitlines()
+        assert lines[:4] == [
+            *("config.json: ok", "data.json: ok", "metrics.jsonl: 20 lines, ok", "timing.jsonl: 20 lines, ok")
         ]
+        found = [
+            re.fullmatch(r"step (\d+): \d+ arrays, \d+\.\d MB, ok", line)[1] for line in lines[4:] if "step" in line
+        ]
+        assert found == [str(step) for step in steps]
+        assert all(line.endswith(", ok") or line.endswith(": ok") for line in lines)
         run = tmp_path / "run"
         shutil.copytree(never_stopped, run)
         for file in (run / "checkpoints" / str(STEPS) / "ema").rglob("d/*"):
@@ -255,8 +261,8 @@ class TestCheckpoints:
         assert status == 2
         assert re.search(rf"^step {STEPS}: \d+ arrays, .* MB, damaged: ", out, re.MULTILINE)
         assert err == (
-            f"evaluate.py: error: {run}: 1 of {len(steps)} checkpoints are damaged; step {steps[-2]} is the newest "
-            "intact one\n"
+            f"evaluate.py: error: {run}: 1 of {len(lines)} are damaged (step {STEPS}); step {steps[-2]} is the newest "
+            "intact checkpoint\n"
         )
 
     def test_are_exported_and_started_from(self, call, never_stopped, environment, tmp_path):

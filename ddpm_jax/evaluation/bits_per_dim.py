@@ -29,12 +29,11 @@ from ddpm_jax.data.sources import load_source, resolve
 from ddpm_jax.evaluation import plots
 from ddpm_jax.generation.batches import Driver, Program, cut
 from ddpm_jax.generation.store import (
+    Parts,
     Range,
     job_folder,
     missing_ranges,
     own_share,
-    part_file,
-    part_files,
     per_host,
     wait_for_hosts,
 )
@@ -57,7 +56,6 @@ from ddpm_jax.schedules import Schedule
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import short_name, write_json, write_whole
 from ddpm_jax.system.hosts import barrier, is_primary_host
-from ddpm_jax.system.npy import read_npz
 
 Sigma = typing.Literal["model", "fixed_small", "fixed_large", "optimal"]
 """Variance of the reverse steps: the model's own, a fixed one, or the one that minimizes the bound."""
@@ -211,27 +209,6 @@ def sums_of(bound: Bound, edges: np.ndarray) -> Sums:
     return Sums(prior + widths @ stacked[0], prior, stacked[0, 0], each_time(stacked), each_time(stacked**2))
 
 
-def read_sums(folder: Path, num_steps: int) -> dict[Range, Sums]:
-    """Reads the saved batches of a job; a damaged one counts as not done."""
-    found = {}
-    for (first, stop), path in part_files(folder, ".npz"):
-        size, moments = (stop - first,), (4, num_steps)
-        try:
-            arrays = read_npz(path, Sums._fields, most_bytes=_MOST_BYTES)
-            sums = Sums(**{field: arrays[field] for field in Sums._fields})
-        except (OSError, ValueError, KeyError):
-            continue
-        if tuple(array.shape for array in sums) == (size, size, size, moments, moments):
-            found[first, stop] = sums
-    return found
-
-
-def save_sums(folder: Path, first: int, sums: Sums) -> None:
-    """Saves a batch of a job, whose first image has index `first`."""
-    path = part_file(folder, first, first + len(sums.total), ".npz")
-    write_whole(path, lambda file: np.savez(file, **sums._asdict()))
-
-
 @dataclasses.dataclass(frozen=True)
 class Likelihood:
     """Results of a job. Bits are bits/dim; errors are standard errors over the images."""
@@ -372,15 +349,15 @@ def run_job(trained: TrainedRun, out: Path, request: Request, *, batch_size: int
     bounds = bound_program(
         config, trained.network, batch_size=per_host(batch_size), num_strata=request.num_strata, cdf=request.cdf
     )
-    done = lambda: read_sums(out / "batches", num_steps)
-    with job_folder(out, description, kind="likelihood", number=number, done=done, request=[batch_size]):
-        log_variances = _log_variances(trained, request, schedule, bounds, estimated, out)
+    batches, estimation = (Parts(out / name, description) for name in ("batches", "estimation"))
+    with job_folder(out, description, kind="likelihood", number=number, done=batches.ranges, request=[batch_size]):
+        log_variances = _log_variances(trained, request, schedule, bounds, estimated, estimation)
         sums = _evaluate(
             trained,
             jax.random.fold_in(make_key(request.seed), _EVALUATION),
             bounds,
             images,
-            out / "batches",
+            batches,
             log_variances=log_variances,
             description=f"bits/dim of {number} images",
         )
@@ -442,7 +419,7 @@ def _log_variances(
     schedule: Schedule,
     bounds: BoundProgram,
     estimated: Images | None,
-    out: Path,
+    parts: Parts,
 ) -> Array | None:
     """Returns the variances that replace the model's, the optimal ones estimated."""
     if request.sigma == "model":
@@ -454,7 +431,7 @@ def _log_variances(
         jax.random.fold_in(make_key(request.seed), _ESTIMATION),
         bounds,
         estimated,
-        out / "estimation",
+        parts,
         # Any variances will do: the same program then serves the evaluation.
         log_variances=schedule.fixed_large_log_variance,
         description=f"estimating variances from {len(estimated.indices)} images",
@@ -468,23 +445,24 @@ def _evaluate(
     key: Array,
     bounds: BoundProgram,
     images: Images,
-    folder: Path,
+    parts: Parts,
     *,
     log_variances: Array | None,
     description: str,
 ) -> list[Sums]:
-    """Evaluates the batches that are missing in the folder, and returns all."""
-    num_steps, number = int(bounds.edges[-1]), len(images.indices)
-    missing = missing_ranges(read_sums(folder, num_steps), number, longest=bounds.driver.batch_size)
+    """Evaluates the batches that are missing among the parts, and returns all."""
+    number = len(images.indices)
+    missing = missing_ranges(parts.ranges(), number, longest=bounds.driver.batch_size)
     for first, bound in compute_bounds(
         bounds, trained.params, key, images, own_share(missing), log_variances=log_variances, description=description
     ):
-        save_sums(folder, first, sums_of(bound, bounds.edges))
-    wait_for_hosts(lambda: read_sums(folder, num_steps), number, folder=folder)
-    done = read_sums(folder, num_steps)
+        sums = sums_of(bound, bounds.edges)
+        parts.save(first, first + len(sums.total), sums._asdict())
+    wait_for_hosts(parts.ranges, number, folder=parts.folder)
+    done = parts.ranges()
     if sum(stop - first for first, stop in done) != number:
-        raise UserError(f"the batches in {folder} do not fit each other: remove it, and start again")
-    return list(done.values())
+        raise UserError(f"the batches in {parts.folder} do not fit each other: remove it, and start again")
+    return [Sums(**parts.load(first, stop)) for first, stop in done]
 
 
 def _describe(trained: TrainedRun, request: Request, images: Images, estimated: Images | None) -> dict[str, Any]:

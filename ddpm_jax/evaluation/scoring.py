@@ -12,7 +12,7 @@ import numpy as np
 from ddpm_jax.config import Config
 from ddpm_jax.data.sources import load_source
 from ddpm_jax.evaluation.efficientnet import load_efficientnet
-from ddpm_jax.evaluation.extraction import FeatureParts, extract
+from ddpm_jax.evaluation.extraction import extract
 from ddpm_jax.evaluation.features import INCEPTION, Extractor, Features, users_features
 from ddpm_jax.evaluation.image_sets import ImageSet, is_npz_of_images, of_source, open_folder, open_npz
 from ddpm_jax.evaluation.inception import load_inception
@@ -35,13 +35,13 @@ from ddpm_jax.evaluation.statistics import (
     write_statistics,
 )
 from ddpm_jax.generation.job import SamplingJob, default_folder, describe_job
-from ddpm_jax.generation.store import job_folder
+from ddpm_jax.generation.store import Parts, job_folder
 from ddpm_jax.run.experiments import load_config
 from ddpm_jax.run.pretrained import LOOKED_FOR, is_pretrained
 from ddpm_jax.run.record import is_run, read_run
 from ddpm_jax.system import user_code
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import crc32, parse_json, printable, short_name, write_json
+from ddpm_jax.system.files import crc32, printable, read_json, read_or_set_aside, short_name, write_json
 from ddpm_jax.system.progress import say
 
 NUMBER = 50_000
@@ -236,10 +236,11 @@ def score(
     # Names and places may change, and so may the versions.
     known_by = {"images": images.identity, "number": images.number, "features": extractor.features.identity}
     known_by["reference"] = None if reference is None else reference.identity
-    file, parts = out / "scores.json", FeatureParts(out / "parts")
-    with job_folder(out, known_by, kind="fid", number=images.number, done=parts.done):
-        if statistics is None and (stored := _stored(file)) is not None:
-            return stored
+    file, parts = out / "scores.json", Parts(out / "parts", known_by)
+    with job_folder(out, known_by, kind="fid", number=images.number, done=parts.ranges):
+        saved = read_or_set_aside(file, read_json) if file.exists() and statistics is None else None
+        if saved is not None and saved.get("job") == known_by:
+            return saved
         known = None if reference is None else _known(reference, extractor, cache)
         features = extract(images, extractor, parts)
         if statistics is not None:
@@ -251,17 +252,10 @@ def score(
         result = None
         if known is not None:
             scores = compute_scores(features, known, name=extractor.features.name)
-            result = {"scores": scores, **protocol}
+            result = {"scores": scores, **protocol, "job": known_by}
             write_json(file, result)
         parts.remove()
     return result
-
-
-def _stored(file: Path) -> dict[str, Any] | None:
-    try:
-        return typing.cast(dict[str, Any], parse_json(file.read_bytes()))
-    except (OSError, ValueError):  # none yet, or a damaged one
-        return None
 
 
 def _known(reference: Reference, extractor: Extractor, cache: Path | None) -> Statistics:

@@ -15,13 +15,21 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_jax.evaluation.extraction import FeatureParts, extract, write_npz
+from ddpm_jax.evaluation.extraction import extract
 from ddpm_jax.evaluation.features import INCEPTION, Extractor, cache_folder
 from ddpm_jax.evaluation.frechet import Moments, moments
 from ddpm_jax.evaluation.image_sets import ImageSet
 from ddpm_jax.evaluation.scores import MOST_REFERENCES, Statistics, evenly_spaced
+from ddpm_jax.generation.store import Parts
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import claimed, printable, write_whole
+from ddpm_jax.system.files import (
+    claimed,
+    printable,
+    read_arrays,
+    read_or_set_aside,
+    write_arrays,
+    write_whole,
+)
 from ddpm_jax.system.npy import read_npz
 from ddpm_jax.system.plain_pickle import read_dictionary
 from ddpm_jax.system.progress import say
@@ -37,6 +45,10 @@ _DAMAGE = (
 _MOST_FEATURES = 50_000
 _MOST_BYTES = 2**32  # of all arrays in a file
 _KID = "_kid.npz"
+
+
+def _write_npz(file: Path, arrays: dict[str, Any]) -> None:
+    write_whole(file, lambda opened: np.savez(opened, **arrays))
 
 
 def statistics_of(name: str, features: dict[str, np.ndarray]) -> Statistics:
@@ -71,33 +83,22 @@ def reference_statistics(images: ImageSet, extractor: Extractor, *, cache: Path 
     what |= {"features": extractor.features.name, "identity": extractor.features.identity}
     key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     file = folder / f"{key}.npz"
-    if (cached := _read_cached(file, images.name)) is not None:
-        return cached
-    parts = FeatureParts(folder / f"{key}_parts")
+    cached = read_or_set_aside(file, lambda file: read_arrays(file, what)) if file.exists() else None
+    if cached is not None:
+        spatial = Moments(cached["mu_s"], cached["sigma_s"]) if "mu_s" in cached else None
+        pool = Moments(cached["mu"], cached["sigma"])
+        return Statistics(images.name, int(cached["number"]), pool, spatial, cached["feats"])
+    parts = Parts(folder / f"{key}_parts", what)
     with claimed(parts.folder):
         found = statistics_of(images.name, extract(images, extractor, parts, names=("pool", "spatial")))
         arrays: dict[str, Any] = {"mu": found.pool.mean, "sigma": found.pool.covariance, "feats": found.features}
         if found.spatial is not None:
             arrays |= {"mu_s": found.spatial.mean, "sigma_s": found.spatial.covariance}
-        about = np.array(json.dumps({"name": images.name, **what}))
-        write_npz(file, {"number": found.number, "about": about, **arrays})
+        write_arrays(file, {"number": np.array(found.number), **arrays}, {"name": images.name, **what})
     (parts.folder / ".lock").unlink(missing_ok=True)
     parts.remove()
     say(f"statistics of {images.name} are cached in {file}")
     return found
-
-
-def _read_cached(file: Path, name: str) -> Statistics | None:
-    try:
-        arrays = read_npz(file, most_bytes=_MOST_BYTES)
-        spatial = Moments(arrays["mu_s"], arrays["sigma_s"]) if "mu_s" in arrays else None
-        pool = Moments(arrays["mu"], arrays["sigma"])
-        return Statistics(name, int(arrays["number"]), pool, spatial, arrays["feats"])
-    except FileNotFoundError:
-        return None
-    except _DAMAGE as error:
-        say(f"warning: {file} is damaged ({error}): it is computed anew")
-        return None
 
 
 def is_statistics(file: Path) -> bool:
@@ -207,11 +208,11 @@ def write_statistics(file: Path, statistics: Statistics, images: ImageSet, *, fo
     both = {"mu": pool.mean, "sigma": pool.covariance}
     match form:
         case "pytorch-fid":
-            write_npz(file, both)
+            _write_npz(file, both)
         case "clean-fid":
             beside = file.with_name(f"{file.stem}{_KID}")
-            write_npz(file, both)
-            write_npz(beside, {"feats": statistics.features})
+            _write_npz(file, both)
+            _write_npz(beside, {"feats": statistics.features})
             return [file, beside]
         case "adm":
             if spatial is None:
@@ -219,7 +220,7 @@ def write_statistics(file: Path, statistics: Statistics, images: ImageSet, *, fo
             some = images.spaced(MOST_REFERENCES)
             pixels = some.read(np.arange(some.number))
             more = {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
-            write_npz(file, {"arr_0": pixels, **both, **more})
+            _write_npz(file, {"arr_0": pixels, **both, **more})
         case "edm2":
             content = {"num_images": statistics.number, "fid" if features == INCEPTION else features: both}
             write_whole(file, lambda opened: pickle.dump(content, opened, protocol=4))

@@ -8,7 +8,8 @@ import dataclasses
 import functools
 import math
 import typing
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,16 @@ from ddpm_jax.run.trained import TrainedRun, describe_run, load_run
 from ddpm_jax.samplers.chain import Chain, initial_noise
 from ddpm_jax.system import pictures
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import check_regular, copy_file, short_name
+from ddpm_jax.system.files import (
+    check_regular,
+    checksum_of,
+    copy_file,
+    read_json,
+    read_or_set_aside,
+    set_aside,
+    short_name,
+    write_json,
+)
 from ddpm_jax.system.hosts import is_primary_host, of_primary_host
 from ddpm_jax.system.progress import Progress, say
 
@@ -174,7 +184,7 @@ def run_job(
     columns = default_columns(config, job.sampler, number) if columns is None else columns
     # Not cut to what is missing: the same batches give the same bits, also after an interruption.
     sampling = _sampling(config, job.trained.network, job.sampler, per_host(min(batch_size, number)))
-    stored = StoredImages(out, image_shape(config), labels=cycle_of(config, job.sampler))
+    stored = StoredImages(out, image_shape(config), asked=describe_job(job), labels=cycle_of(config, job.sampler))
     request = (batch_size, format, columns, file)
     with job_folder(out, describe_job(job), kind="sampling", number=number, done=stored.done, request=request):
         if format == "gif":
@@ -247,6 +257,8 @@ def _show_each(folder: Path, stored: StoredImages, number: int) -> None:
         for images in stored.read(number):
             for image in images:
                 path = folder / f"{index:06d}.png"
+                if path.exists() and not _is_of(path, image):
+                    say(f"{path} does not show image {index}: kept as {set_aside(path).name}, and written again")
                 if not path.exists():
                     pictures.save_png(path, image)
                 index += 1
@@ -263,41 +275,50 @@ def _show_gif(
     columns: int,
 ) -> Path:
     path = out / "reverse.gif"
-    comment = f"{number} images, {columns} columns"
-    if of_primary_host(path.exists() and _comment(path) == comment):
+    shown = {"images": number, "columns": columns, "job": checksum_of(describe_job(job))}
+    record = path.with_suffix(".json")
+    if of_primary_host(path.exists() and _shows(path, record, shown)):
         say(f"the reverse process of all {number} images already exists")
         return path
     driver, program = sampling
     longest = math.ceil(program.num_steps / _GIF_FRAMES)
     num_frames = 1 + len(cut(program.num_steps, longest=longest))
-    parts = Parts(out / "frames", (num_frames, *image_shape(job.trained.config)))
+    parts = Parts(out / "frames", {"frames": num_frames, **describe_job(job)})
     frames: list[np.ndarray] = []
 
     def watch(first: int, step: int, batch: Any, state: Chain) -> None:
         frames.append(np.asarray(_to_uint8(state.x)))
 
-    missing = missing_ranges(parts.files(), number, longest=driver.batch_size)
+    missing = missing_ranges(parts.ranges(), number, longest=driver.batch_size)
     stored.check_space(missing, copies=1 + num_frames)
     for first, stop, images in _draw(job, sampling, own_share(missing), longest=longest, watch=watch):
         stored.save(first, images)
-        parts.save(first, np.stack([*(frame[: stop - first] for frame in frames), images], axis=1))
+        parts.save(first, stop, {"images": np.stack([*(frame[: stop - first] for frame in frames), images], axis=1)})
         frames.clear()
-    wait_for_hosts(parts.files, number, folder=parts.folder)
+    wait_for_hosts(parts.ranges, number, folder=parts.folder)
     if is_primary_host():
         stored.pack()
         images_over_time = np.concatenate(list(parts.read(0, number))).swapaxes(0, 1)
         grids = np.stack([pictures.grid(images, columns=columns) for images in images_over_time])
         seconds = [_GIF_SECONDS] * (num_frames - 1) + [_GIF_PAUSE]
-        pictures.save_gif(path, pictures.enlarge(grids, side=512), seconds, comment=comment)
+        pictures.save_gif(path, pictures.enlarge(grids, side=512), seconds)
+        write_json(record, {**shown, "crc32": zlib.crc32(path.read_bytes())})
         parts.remove()
     wait_for_hosts(stored.done, number, folder=out)
     return path
 
 
-def _comment(path: Path) -> str:
+def _shows(path: Path, record: Path, shown: Mapping[str, Any]) -> bool:
+    """Returns whether a file is what its record says, and that is what it should show."""
+    found = read_or_set_aside(record, read_json) if record.exists() else None
+    return found is not None and found == {**shown, "crc32": zlib.crc32(path.read_bytes())}
+
+
+def _is_of(path: Path, image: np.ndarray) -> bool:
+    """Returns whether a PNG file has these pixels."""
     try:
         check_regular(path)
-        with Image.open(path, formats=("GIF",)) as picture:
-            return picture.info.get("comment", b"").decode()
-    except (OSError, ValueError):
-        return ""
+        with Image.open(path, formats=("PNG",)) as picture:
+            return np.asarray(picture).tobytes() == image.tobytes()
+    except (OSError, ValueError, SyntaxError):  # Pillow's kinds of damage
+        return False

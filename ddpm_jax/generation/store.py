@@ -1,8 +1,9 @@
 """Results of jobs on disk: saved batch by batch, so that a job can be resumed, and images packed into one file.
 
 The folder of a sampling job contains `samples.npz`, the images 0 .. N-1 in the format of public evaluators (`arr_0`,
-uint8, NHWC; `arr_1`, the class labels, int64, if there are any), and `parts/FIRST-STOP.npy`, ranges of images that are
-not packed yet. Files are written atomically, and none is removed before its images are in another.
+uint8, NHWC; `arr_1`, the class labels, int64, if there are any), and `parts/FIRST-STOP.npz`, ranges of images that are
+not packed yet. Files are written atomically, none is removed before its images are in another, and each has a checksum
+and says what it is of: a damaged one is set aside, and its images are drawn again.
 """
 
 import contextlib
@@ -11,20 +12,29 @@ import math
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import jax
 import numpy as np
 
-from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import check_same_job, claimed, open_file, write_whole
+from ddpm_jax.system.errors import Damage, UserError
+from ddpm_jax.system.files import (
+    add_array,
+    check_same_job,
+    checksum_of,
+    claimed,
+    open_npz,
+    read_arrays,
+    read_or_set_aside,
+    write_arrays,
+    write_npz,
+)
 from ddpm_jax.system.hosts import appears, barrier, check_same, check_shared_folder, is_primary_host, of_primary_host
-from ddpm_jax.system.npy import headers_of, read_header
 from ddpm_jax.system.progress import say
 
-_ARRAY, _LABELS = "arr_0.npy", "arr_1.npy"
+_ARRAY = "arr_0.npy"
 _READ_AT_ONCE = 256
 _BLOCK = 4096  # bytes that a disk gives at least to a file
 
@@ -128,83 +138,99 @@ def _claim(out: Path, description: dict[str, Any], *, kind: str) -> Iterator[Non
         yield
 
 
-def part_file(folder: Path, first: int, stop: int, suffix: str) -> Path:
-    """Returns the file of a range of images in a folder."""
-    return folder / f"{first:08d}-{stop:08d}{suffix}"
-
-
-def part_files(folder: Path, suffix: str) -> Iterator[tuple[Range, Path]]:
-    """Lists the files of ranges in a folder, in rising order."""
-    for path in sorted(folder.glob(f"*{suffix}")):
-        name = re.fullmatch(r"(\d+)-(\d+)", path.stem)
-        if name is not None:
-            yield (int(name[1]), int(name[2])), path
-
-
 class Parts:
-    """Ranges of arrays in a folder, one `.npy` file each."""
+    """Arrays of ranges of images in a folder, one `.npz` file each, which says what range and what job it is of."""
 
-    def __init__(self, folder: Path, shape: Sequence[int]):
-        """Reads a folder, which need not exist; `shape` is that of one image's array."""
-        self.folder, self.shape = folder, tuple(shape)
+    def __init__(self, folder: Path, asked: Mapping[str, Any]):
+        """Reads a folder, which need not exist; `asked` is all that the arrays depend on, as JSON values."""
+        self.folder = folder
+        self._about = {"part": folder.name, "job": checksum_of(asked)}
+        self._intact: dict[Path, tuple[int, int]] = {}
 
-    def files(self) -> dict[Range, Path]:
-        """Returns the intact parts of this shape, in rising order; anything else counts as missing."""
-        found = {}
-        for (first, stop), path in part_files(self.folder, ".npy"):
-            with contextlib.suppress(OSError, ValueError), open_file(path) as file:
-                header = read_header(file)
-                whole = path.stat().st_size == header.begin + header.num_bytes
-                if whole and header.shape == (stop - first, *self.shape) and header.dtype == np.uint8:
-                    found[first, stop] = path
+    def ranges(self) -> list[Range]:
+        """Returns the ranges that are saved and intact, in rising order; damaged parts are set aside and missing."""
+        found = []
+        for (first, stop), path in self._files():
+            with contextlib.suppress(FileNotFoundError):  # host 0 has packed it
+                version = _version(path)
+                if self._intact.get(path) == version or self._load(first, stop, path) is not None:
+                    self._intact[path] = version
+                    found.append((first, stop))
         return found
 
-    def save(self, first: int, arrays: np.ndarray) -> None:
-        """Saves a range: (B, ...) uint8, the first of index `first`."""
-        path = part_file(self.folder, first, first + len(arrays), ".npy")
-        write_whole(path, lambda file: np.save(file, arrays))
+    def save(self, first: int, stop: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Saves the arrays of a range by name."""
+        path = self.folder / f"{first:08d}-{stop:08d}.npz"
+        write_arrays(path, arrays, {"images": (first, stop), **self._about})
+
+    def load(self, first: int, stop: int) -> dict[str, np.ndarray]:
+        """Loads the arrays of a range that is saved.
+
+        Raises:
+          UserError: it is not, or no longer intact.
+        """
+        for saved, path in self._files():
+            if saved == (first, stop) and (found := self._load(first, stop, path)) is not None:
+                return found
+        raise UserError(f"images {first} to {stop - 1} are missing in {self.folder}: run the same command again")
 
     def read(self, first: int, stop: int) -> Iterator[np.ndarray]:
-        """Reads a saved range as consecutive (B, ...) arrays."""
-        for (begin, end), path in self.files().items():
+        """Reads the images of any range, if they are saved, as consecutive (B, ...) arrays."""
+        for begin, end in self.ranges():
             if begin <= first < min(end, stop):
-                yield np.load(path, mmap_mode="r")[first - begin : stop - begin]
+                yield self.load(begin, end)["images"][first - begin : stop - begin]
                 first = min(end, stop)
         if first < stop:
-            raise UserError(f"images {first} to {stop - 1} are missing in {self.folder}: run the same command again")
+            self.load(first, stop)
 
-    def remove(self, files: Iterable[Path] | None = None) -> None:
-        """Removes some of the parts, or all, and the folder once it is empty."""
-        for path in self.folder.glob("*.npy") if files is None else files:
-            path.unlink(missing_ok=True)
-        if not any(self.folder.glob("*.npy")):
+    def remove(self, ranges: Iterable[Range] | None = None) -> None:
+        """Removes the parts of some ranges, or all, and the folder once it is empty."""
+        for saved, path in list(self._files()):
+            if ranges is None or saved in ranges:
+                path.unlink(missing_ok=True)
+        if not any(self.folder.glob("*.npz")):
             for path in self.folder.glob(".*.part"):  # of a process that was killed
                 path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 self.folder.rmdir()
 
+    def _files(self) -> Iterator[tuple[Range, Path]]:
+        for path in sorted(self.folder.glob("*.npz")):
+            name = re.fullmatch(r"(\d+)-(\d+)", path.stem)
+            if name is not None:
+                yield (int(name[1]), int(name[2])), path
+
+    def _load(self, first: int, stop: int, path: Path) -> dict[str, np.ndarray] | None:
+        about = {"images": (first, stop), **self._about}
+        return read_or_set_aside(path, lambda path: read_arrays(path, about))
+
 
 class StoredImages:
     """The images of one job."""
 
-    def __init__(self, folder: Path, image_shape: Sequence[int], *, labels: Sequence[int] = ()):
+    def __init__(
+        self, folder: Path, image_shape: Sequence[int], *, asked: Mapping[str, Any], labels: Sequence[int] = ()
+    ):
         """Reads the folder of a job, which need not exist.
 
         Args:
           folder: of the job.
           image_shape: (H, W, C).
+          asked: all that the images depend on, as JSON values.
           labels: class labels that the images have in turn; none if they have no labels.
         """
-        self.file, self._labels = folder / "samples.npz", labels
-        self._parts = Parts(folder / "parts", image_shape)
+        self.file, self._labels, self._shape = folder / "samples.npz", labels, tuple(image_shape)
+        self._about = {"job": checksum_of(asked)}
+        self._parts = Parts(folder / "parts", asked)
+        self._checked: tuple[tuple[int, int], int] | None = None
 
     def done(self) -> list[Range]:
-        """Returns the ranges of saved images, packed or not; they may overlap."""
-        return [(0, self._packed()), *self._parts.files()]
+        """Returns the ranges of saved images, packed or not; they may overlap. What is damaged is set aside."""
+        return [(0, self._packed()), *self._parts.ranges()]
 
     def save(self, first: int, images: np.ndarray) -> None:
         """Saves a range: (B, H, W, C) uint8, the first of index `first`."""
-        self._parts.save(first, images)
+        self._parts.save(first, first + len(images), {"images": images})
 
     def check_space(self, missing: Sequence[Range], *, copies: int = 1) -> None:
         """Checks that the disk has room for images that are to be drawn, and for all of them once more to be packed.
@@ -217,9 +243,9 @@ class StoredImages:
           UserError: it has not; the message names the number of images that fit.
         """
         number, done = (sum(stop - first for first, stop in ranges) for ranges in (missing, self.done()))
-        if not number and not self._parts.files():
+        if not number and not self._parts.ranges():
             return
-        size = math.prod(self._parts.shape)
+        size = math.prod(self._shape)
         in_file = size + 8 * bool(self._labels)
         overhead = len(missing) * _BLOCK + done * in_file
         needed = number * (size * copies + in_file) + overhead
@@ -237,12 +263,12 @@ class StoredImages:
         """Packs the images from 0 to the first missing one into `samples.npz`, and returns their number."""
         packed = self._packed()
         number = packed
-        for first, stop in self._parts.files():
+        for first, stop in self._parts.ranges():
             if first <= number:
                 number = max(number, stop)
         if number > packed:
             self._write(self.file, number, self._all(packed, number))
-        self._parts.remove([path for (_, stop), path in self._parts.files().items() if stop <= number])
+        self._parts.remove([(first, stop) for first, stop in self._parts.ranges() if stop <= number])
         return number
 
     def read(self, number: int) -> Iterator[np.ndarray]:
@@ -259,8 +285,16 @@ class StoredImages:
         self._write(path, number, self.read(number))
 
     def _write(self, path: Path, number: int, images: Iterable[np.ndarray]) -> None:
-        labels = np.resize(np.asarray(self._labels, "<i8"), number) if self._labels else None
-        write_whole(path, lambda file: _write_npz(file, (number, *self._parts.shape), images, labels))
+        def write(archive: zipfile.ZipFile) -> None:  # as `np.savez` would, but not from memory
+            with archive.open(zipfile.ZipInfo(_ARRAY), "w", force_zip64=True) as member:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (number, *self._shape)}
+                np.lib.format.write_array_header_1_0(member, header)  # type: ignore[arg-type]
+                for part in images:
+                    member.write(np.ascontiguousarray(part).tobytes())
+            if self._labels:
+                add_array(archive, "arr_1", np.resize(np.asarray(self._labels, "<i8"), number))
+
+        write_npz(path, write, {"images": (0, number), **self._about})
 
     def _all(self, packed: int, number: int) -> Iterator[np.ndarray]:
         if packed:
@@ -270,41 +304,31 @@ class StoredImages:
     def _packed(self) -> int:
         if not self.file.exists():
             return 0
-        with self._open() as member:
-            shape = _read_shape(member)
-        if shape[1:] != self._parts.shape:
-            raise UserError(f"{self.file} contains images of {shape[1:]}, not {self._parts.shape}: move it away")
-        return shape[0]
+        version = _version(self.file)
+        if self._checked is None or self._checked[0] != version:
+            opened = read_or_set_aside(self.file, lambda path: open_npz(path, self._about))
+            if opened is None:
+                return 0
+            opened[0].close()
+            self._checked = version, opened[1]["images"][1]
+        return self._checked[1]
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[BinaryIO]:
         try:
-            with zipfile.ZipFile(self.file) as archive:
-                headers_of(archive)  # an array has the size that its header says
-                with archive.open(_ARRAY) as member:
-                    yield member  # type: ignore[misc]
-        except Exception as error:  # damaged archives make zipfile and NumPy raise a dozen kinds
-            raise UserError(
-                f"{self.file} is damaged ({error or type(error).__name__}): move it away to draw its images again"
-            ) from error
+            archive, _ = open_npz(self.file, self._about)
+        except Damage as damage:
+            raise UserError(f"{self.file} is damaged ({damage}): run the same command again") from None
+        with archive, archive.open(_ARRAY) as member:
+            yield member  # type: ignore[misc]
 
 
-def _write_npz(file: BinaryIO, shape: tuple[int, ...], arrays: Iterable[np.ndarray], labels: np.ndarray | None) -> None:
-    """Writes what `np.savez` would, but not from memory and without a date: equal images give equal bytes."""
-    with zipfile.ZipFile(file, "w") as archive:
-        with archive.open(zipfile.ZipInfo(_ARRAY), "w", force_zip64=True) as array:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(array, header)  # type: ignore[arg-type]
-            for part in arrays:
-                array.write(np.ascontiguousarray(part).tobytes())
-        if labels is not None:
-            with archive.open(zipfile.ZipInfo(_LABELS), "w", force_zip64=True) as array:
-                np.lib.format.write_array(array, labels)
+def _version(path: Path) -> tuple[int, int]:
+    """Returns what changes with the content of a file."""
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
 
 
 def _read_shape(member: BinaryIO) -> tuple[int, ...]:
     np.lib.format.read_magic(member)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-    if dtype != np.uint8:
-        raise ValueError(f"{dtype} instead of uint8")
-    return shape
+    return np.lib.format.read_array_header_1_0(member)[0]

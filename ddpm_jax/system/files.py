@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ddpm_jax.system.errors import Damage, UserError, printable  # noqa: F401
+from ddpm_jax.system.hosts import is_primary_host
 from ddpm_jax.system.progress import say
 
 _LARGEST_JSON = 2**24  # parsed, it may take thirty times its size
@@ -258,9 +259,11 @@ def read_arrays(path: Path, about: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Reads what `write_arrays` wrote; raises as `open_npz`."""
     archive, _ = open_npz(path, about)
     with archive, _reading(path):
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise Damage("it is compressed, as no file of ours is")
         try:
             return {name.removesuffix(".npy"): _read_array(archive, name) for name in archive.namelist()}
-        except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        except (ValueError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
             raise Damage(f"it holds no arrays: {error}") from None
 
 
@@ -321,6 +324,11 @@ def copy_file(path: Path, to: Path) -> Path:
     return to
 
 
+def checksum_of(value: Mapping[str, Any]) -> str:
+    """Returns the CRC-32 of an object of JSON values, whatever the order of its names, as eight hexadecimal digits."""
+    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
+
+
 def crc32(array: ArrayLike) -> int:
     """Returns the CRC-32 of an array's bytes in C order."""
     # Not `.data` of the array itself: NumPy exports no buffer of bfloat16.
@@ -364,11 +372,12 @@ Content = typing.TypeVar("Content")
 
 
 def read_or_set_aside(path: Path, read: Callable[[Path], Content]) -> Content | None:
-    """Reads a file that can be made again; a damaged one is set aside with a line for the user, and None returned."""
+    """Reads a file that can be made again; returns None for a damaged one, which host 0 sets aside with a line."""
     try:
         return read(path)
     except Damage as damage:
-        say(f"{path} is damaged ({damage}): kept as {set_aside(path).name}, and made again")
+        if is_primary_host():
+            say(f"{path} is damaged ({damage}): kept as {set_aside(path).name}, and made again")
         return None
 
 

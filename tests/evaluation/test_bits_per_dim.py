@@ -15,7 +15,6 @@ from PIL import Image
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.fingerprint import check_same_set
 from ddpm_jax.data.sources import load_source
-from ddpm_jax.evaluation import bits_per_dim
 from ddpm_jax.evaluation.bits_per_dim import (
     Images,
     Likelihood,
@@ -28,6 +27,7 @@ from ddpm_jax.evaluation.bits_per_dim import (
     run_job,
     sums_of,
 )
+from ddpm_jax.generation.store import Parts
 from ddpm_jax.keys import image_keys
 from ddpm_jax.likelihood import Bound, bound_terms, optimal_log_variances, strata
 from ddpm_jax.pixels import to_float
@@ -172,7 +172,7 @@ def test_sums_of_batches_are_those_of_one(trained, test_set):
 
 def stop_after(monkeypatch, batches):
     """Lets so many batches be saved, then interrupts."""
-    save, left = bits_per_dim.save_sums, [batches]
+    save, left = Parts.save, [batches]
 
     def save_or_stop(*arguments):
         if not left[0]:
@@ -180,7 +180,7 @@ def stop_after(monkeypatch, batches):
         left[0] -= 1
         save(*arguments)
 
-    monkeypatch.setattr(bits_per_dim, "save_sums", save_or_stop)
+    monkeypatch.setattr(Parts, "save", save_or_stop)
 
 
 @pytest.mark.parametrize("batch_size", [64, 200])

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 
 from ddpm_jax.data.source import in_memory
-from ddpm_jax.evaluation.extraction import FeatureParts, extract
+from ddpm_jax.evaluation.extraction import extract
 from ddpm_jax.evaluation.features import Extractor, Features, users_features
 from ddpm_jax.evaluation.image_sets import of_source
+from ddpm_jax.generation.store import Parts
 from ddpm_jax.system.errors import UserError
 
 IMAGES = of_source(in_memory(np.random.default_rng(0).integers(0, 256, (50, 4, 4, 3), np.uint8), name="set"))
@@ -30,10 +31,10 @@ def test_what_is_interrupted_resumes_without_repeating(few_per_part, tmp_path):
         rows = images.reshape(len(images), -1).astype(np.float32)
         return {"pool": rows, "logits": -rows[:, :3]}
 
-    parts = FeatureParts(tmp_path / "parts")
+    parts = Parts(tmp_path / "parts", {"set": "a"})
     with pytest.raises(KeyboardInterrupt):
         extract(IMAGES, own(apply), parts)
-    assert parts.done() == [(0, 16), (16, 32)]
+    assert parts.ranges() == [(0, 16), (16, 32)]
     stop_at[0] = None
     seen.clear()
     found = extract(IMAGES, own(apply), parts)
@@ -51,7 +52,7 @@ def test_what_is_interrupted_resumes_without_repeating(few_per_part, tmp_path):
     assert np.array_equal(extract(IMAGES.first(20), own(apply), parts)["pool"], PIXELS[:20])
     assert not seen
     parts.remove()
-    assert not parts.folder.exists()
+    assert [path.name for path in parts.folder.iterdir()] == [f"{damaged.name}.damaged"]
 
 
 def test_batches_and_devices_do_not_change_features():

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.generation.job import SamplingJob, default_folder, load_job, run_job
+from ddpm_jax.generation.job import SamplingJob, default_folder, describe_job, load_job, run_job
 from ddpm_jax.generation.sampler_config import SamplerConfig, make_chain
 from ddpm_jax.generation.store import StoredImages
 from ddpm_jax.pixels import to_uint8
@@ -127,20 +127,20 @@ def test_a_stopped_job_is_byte_identical_to_one_that_was_not(job, tmp_path, monk
 
 
 def test_a_full_disk_is_one_line_and_loses_no_finished_batch(job, expected, tmp_path, monkeypatch):
-    out, save, left = tmp_path / "out", np.save, [2]
+    out, write, left = tmp_path / "out", np.lib.format.write_array, [2]
 
-    def full(file, array):
+    def full(file, array, **options):
         if not left[0]:
             file.write(b"half a fi")
             raise OSError(28, "No space left on device")
         left[0] -= 1
-        save(file, array)
+        write(file, array, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(np, "save", full)
-        with pytest.raises(UserError, match=r"^cannot write .*00000016-00000024.npy: No space left on device$"):
+        patch.setattr(np.lib.format, "write_array", full)
+        with pytest.raises(UserError, match=r"^cannot write .*00000016-00000024.npz: No space left on device$"):
             run_job(job, out, number=40, batch_size=8, format="npz")
-    assert StoredImages(out, SHAPE).done() == [(0, 0), (0, 8), (8, 16)]
+    assert StoredImages(out, SHAPE, asked=describe_job(job)).done() == [(0, 0), (0, 8), (8, 16)]
     run_job(job, out, number=40, batch_size=8, format="npz")
     assert_same(npz(out), expected)
 
@@ -194,7 +194,9 @@ def test_the_gif_shows_the_reverse_process_from_noise_to_the_images(job, expecte
     pixels = frames[0][1][noise].reshape(-1, 1)
     assert factor > 1
     assert abs(np.isin(pixels, (0, 255)).mean() - 0.317) < 0.085
-    assert sorted(file.name for file in out.iterdir()) == [".lock", "job.json", "reverse.gif", "samples.npz"]
+    assert sorted(file.name for file in out.iterdir()) == [
+        *(".lock", "job.json", "reverse.gif", "reverse.json", "samples.npz"),
+    ]
 
     drawn.clear()
     before = path.read_bytes()

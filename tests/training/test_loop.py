@@ -37,6 +37,7 @@ from ddpm_jax.run.validation import validate
 from ddpm_jax.system.errors import Stopped, UserError
 from ddpm_jax.training import loop
 from ddpm_jax.training.hooks import Periodic
+from ddpm_jax.training.metrics import read_lines
 
 TINY = Config(
     name="tiny",
@@ -55,10 +56,6 @@ validate(TINY)
 
 def with_train(**choices):
     return dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, **choices))
-
-
-def lines_of(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def linear(params, x_t, t, labels=None, *, dropout_keys=None):
@@ -92,12 +89,12 @@ def test_a_run_is_one_folder(trained):
     assert names == {"config.json", "data.json", "metrics.jsonl", "timing.jsonl", "checkpoints", "loss.png"}
     assert read_config(trained / "config.json") == RECORDED
     assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["4", "6"]
-    lines = lines_of(trained / "metrics.jsonl")
+    lines = read_lines(trained / "metrics.jsonl")
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert set(lines[0]) == {"step", "loss", "loss_quartiles", "grad_norm", "param_norm", "learning_rate"}
     np.testing.assert_allclose([line["learning_rate"] for line in lines], [5e-4, 1e-3, 1e-3])
     assert 0.5 < lines[0]["loss"] < 1.5
-    for line in lines_of(trained / "timing.jsonl"):
+    for line in read_lines(trained / "timing.jsonl"):
         assert line["images_per_second"] > 0
         assert line["model_flops_utilization"] is None  # what a CPU can do is not known
         assert line["peak_memory_gib"] > 0
@@ -110,9 +107,9 @@ def test_a_longer_run_goes_on_by_pmap_as_by_jit(trained, tmp_path):
         runs[parallel] = tmp_path / parallel
         shutil.copytree(trained, runs[parallel])
         train(with_train(steps=8, parallel=parallel), runs[parallel])
-    by_jit, by_pmap = (lines_of(run / "metrics.jsonl") for run in runs.values())
+    by_jit, by_pmap = (read_lines(run / "metrics.jsonl") for run in runs.values())
     assert [line["step"] for line in by_jit] == [line["step"] for line in by_pmap] == [2, 4, 6, 8]
-    assert by_jit[:3] == by_pmap[:3] == lines_of(trained / "metrics.jsonl")
+    assert by_jit[:3] == by_pmap[:3] == read_lines(trained / "metrics.jsonl")
     np.testing.assert_allclose(by_jit[3]["loss"], by_pmap[3]["loss"], rtol=1e-5)
     assert load_ema(runs["pmap"], warn=pytest.fail)[0] == 8
 
@@ -134,7 +131,7 @@ def test_a_run_goes_on_on_fewer_devices(trained, tmp_path, capsys):
         train(with_train(steps=9), tmp_path / "run", exact=True)
     shutil.copytree(trained, tmp_path / "all")
     train(with_train(steps=8), tmp_path / "all", exact=True)
-    here, there = (lines_of(tmp_path / name / "metrics.jsonl")[-1] for name in ("run", "all"))
+    here, there = (read_lines(tmp_path / name / "metrics.jsonl")[-1] for name in ("run", "all"))
     np.testing.assert_allclose(here["loss"], there["loss"], rtol=1e-5)
 
 
@@ -238,7 +235,7 @@ def test_what_is_kept_and_that_minutes_save_too(trained, tmp_path):
         int(path.name): json.loads((path / "notes" / "metadata").read_text())["loss"]
         for path in (tmp_path / "checkpoints").iterdir()
     }
-    means = {line["step"]: line["loss"] for line in lines_of(tmp_path / "metrics.jsonl")}
+    means = {line["step"]: line["loss"] for line in read_lines(tmp_path / "metrics.jsonl")}
     newest, milestones, best = {5, 6}, {3, 6}, min(means, key=means.get)
     assert set(losses) == newest | milestones | {best}
     assert (tmp_path / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
@@ -290,7 +287,7 @@ def test_ends_on_the_way_leave_no_trace(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_to(17, whole)
     run_to(5, parts)
-    ended = lines_of(parts / "metrics.jsonl")
+    ended = read_lines(parts / "metrics.jsonl")
     assert [(line["step"], "eval_loss" in line, line.get("final")) for line in ended] == [
         *((3, False, None), (4, True, None)),
         *((5, False, True), (5, True, True)),
@@ -307,7 +304,7 @@ def test_ends_on_the_way_leave_no_trace(tmp_path):
     assert notes[0] == notes[1]  # they hold the checksums of all arrays
     assert {"17"} < set(notes[0]) <= {"4", "8", "12", "16", "17"}
     run_to(17, whole)  # the end stays where it is, and so do its lines
-    assert lines_of(whole / "metrics.jsonl")[-1]["final"]
+    assert read_lines(whole / "metrics.jsonl")[-1]["final"]
 
 
 def test_a_learning_rate_that_changes_on_resume_is_part_of_the_run(trained, tmp_path):
@@ -318,9 +315,9 @@ def test_a_learning_rate_that_changes_on_resume_is_part_of_the_run(trained, tmp_
     for run in (whole, parts):
         shutil.copytree(trained, run)
     train(slower, whole)
-    lines = lines_of(whole / "metrics.jsonl")
+    lines = read_lines(whole / "metrics.jsonl")
     np.testing.assert_allclose([line["learning_rate"] for line in lines], [5e-4, 1e-3, 1e-3, 1e-4, 1e-4, 1e-4])
-    assert lines[:3] == lines_of(trained / "metrics.jsonl")
+    assert lines[:3] == read_lines(trained / "metrics.jsonl")
     with pytest.raises(Stopped):
         train(slower, parts, hooks=[signal_at(8, signal.SIGTERM)])
     for saved in (parts / "checkpoints").iterdir():
@@ -432,7 +429,7 @@ class TestGivenInPython:
     def test_held_out_images_are_evaluated(self, tmp_path):
         config = dataclasses.replace(TINY, eval=EvalConfig(every=6))
         train(config, tmp_path, source=SOURCE, held_out=SOURCE)
-        assert "eval_loss" in lines_of(tmp_path / "metrics.jsonl")[-1]
+        assert "eval_loss" in read_lines(tmp_path / "metrics.jsonl")[-1]
 
 
 class TestRefused:
