@@ -97,7 +97,7 @@ def test_a_host_that_is_killed_ends_the_other_and_the_job_resumes(trained, start
 
     out = tmp_path / "killed"
     processes, end = start("sample.py", trained.folder, *words, "--out", out), time.monotonic() + 120
-    while len(list(out.glob("parts/*.npy"))) < 20:
+    while len(list(out.glob("parts/*.npz"))) < 20:
         assert all(process.poll() is None for process in processes)
         assert time.monotonic() < end
         time.sleep(0.002)
@@ -108,12 +108,12 @@ def test_a_host_that_is_killed_ends_the_other_and_the_job_resumes(trained, start
     if statuses[0] == 2:
         (line,) = [line for line in said[0].splitlines() if "error" in line]
         assert line == "sample.py: error: another host is gone: start all hosts again; they resume from what was saved"
-    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("parts/*.npy")}
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("parts/*.npz")}
     assert 20 <= len(kept) < 150
 
     processes, drawn = start("sample.py", trained.folder, *words, "--out", out), {}
     while any(process.poll() is None for process in processes) and not (out / "samples.npz").exists():
-        drawn |= {path.name: path.stat().st_mtime_ns for path in out.glob("parts/*.npy") if path.exists()}
+        drawn |= {path.name: path.stat().st_mtime_ns for path in out.glob("parts/*.npz") if path.exists()}
         time.sleep(0.002)
     assert finish(processes)[0] == [0, 0]
     assert {name: drawn[name] for name in kept} == kept  # none was drawn again

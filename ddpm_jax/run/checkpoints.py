@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import errno
+import functools
 import logging
 import math
 import os
@@ -97,6 +98,12 @@ def _leaves(items: dict[str, Any]) -> dict[str, Any]:
         for name, tree in items.items()
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def _empty(items: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the nodes that hold no arrays."""
+    nodes = jax.tree_util.tree_leaves_with_path(items, is_leaf=lambda node: not jax.tree.leaves(node))
+    return [f"{path[0].key}{jax.tree_util.keystr(path[1:])}" for path, node in nodes if not jax.tree.leaves(node)]
 
 
 def _on_host(leaf: jax.Array) -> np.ndarray:
@@ -317,12 +324,12 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         items = _not_empty(items)
-        describe = _describer(_leaves(items))
+        describe, empty = _describer(_leaves(items)), _empty(items)
         self._unfinished = step
         self._losses[step] = loss
         saves = {name: _SaveArrays(tree) for name, tree in items.items()}
         as_now = copy.deepcopy({**notes, "loss": loss})  # the caller may change it while this is saved
-        written = _SaveNotes(lambda: {"step": step, **as_now, "leaves": describe()})
+        written = _SaveNotes(lambda: {"step": step, **as_now, "leaves": describe(), "empty": empty})
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**saves, notes=written))
 
@@ -375,7 +382,7 @@ class Checkpoints:
         damaged: dict[int, Damage] = {}
         for step in steps:
             try:
-                items, notes = _restore(self._manager, step, _not_empty(abstract), of=_ITEMS)
+                items, notes = _restore(self._manager, step, lambda notes: _not_empty(abstract), of=_ITEMS)
             except Damage as damage:
                 damaged[step] = damage
                 continue
@@ -407,9 +414,13 @@ class Checkpoints:
 
 
 def _restore(
-    manager: ocp.CheckpointManager, step: int, abstract: dict[str, Any], *, of: Sequence[str]
+    manager: ocp.CheckpointManager,
+    step: int,
+    describe: Callable[[dict[str, Any]], dict[str, Any]],
+    *,
+    of: Sequence[str],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Restores the items `of` a step and checks every array against its checksum."""
+    """Restores the items `of` a step, as `describe` wants them by its notes, and checks every array's checksum."""
     try:
         notes = _read_notes(manager, step)
     except Damage:
@@ -417,6 +428,7 @@ def _restore(
     except Exception as error:
         _raise(_failure(error, "its notes cannot be read: "), manager, step)
     saved = notes["leaves"]
+    abstract = describe(notes)
     _check_shapes(step, saved, abstract, of=of)
     restored: Any = {}
     try:
@@ -434,7 +446,7 @@ def _restore(
     for name, leaf in _leaves(items).items():
         if crc32(_on_host(leaf)) != saved[name]["crc32"]:
             raise Damage(f"the checksum of {name} differs")
-    return items, {key: value for key, value in notes.items() if key not in ("leaves", "loss")}
+    return items, {key: value for key, value in notes.items() if key not in ("leaves", "empty", "loss")}
 
 
 def _raise(failure: Damage | CannotRead, manager: ocp.CheckpointManager, step: int) -> NoReturn:
@@ -491,7 +503,7 @@ def load_ema(run: Path, *, step: int | None = None, warn: Warn) -> tuple[int, Pa
                 continue
             try:
                 items, _ = _restore(
-                    manager, candidate, {"ema": _abstract(manager, candidate, "ema", device)}, of=["ema"]
+                    manager, candidate, lambda notes: {"ema": _abstract(notes, "ema", device)}, of=["ema"]
                 )
             except (Damage, UserError) as failure:
                 if _is_gone(run, candidate):
@@ -542,8 +554,9 @@ def verify(run: Path) -> Iterator[Verdict]:
         for step in steps:
             saved: dict[str, Any] = {}
             try:
-                saved = _read_notes(manager, step)["leaves"]
-                _check_items(manager, step, {_tokens(name): leaf["crc32"] for name, leaf in saved.items()}, cpu)
+                notes = _read_notes(manager, step)
+                saved = notes["leaves"]
+                _check_items(manager, step, notes, cpu)
                 damage = None
             except Exception as error:  # damage raises half a dozen types
                 if _is_gone(run, step):
@@ -556,26 +569,27 @@ def verify(run: Path) -> Iterator[Verdict]:
             return
 
 
-def _tokens(name: str) -> tuple[str, ...]:
-    """Returns the keys in a leaf's name; without the structure Orbax restores tuples as lists, named ones as dicts."""
-    return tuple(re.findall(r"[^\[\]'.]+", name))
+def _keys(name: str) -> list[str | int]:
+    """Returns the keys in a leaf's name, those of lists and tuples as integers.
+
+    >>> _keys("optimizer[1][0].mu['conv']['kernel']")
+    ['optimizer', 1, 0, 'mu', 'conv', 'kernel']
+    """
+    found = re.findall(r"\['([^']*)'\]|\[(\d+)\]|\.?([^\[\].]+)", name)
+    return [int(index) if index else text or attribute for text, index, attribute in found]
 
 
-def _check_items(
-    manager: ocp.CheckpointManager, step: int, crcs: Mapping[tuple[str, ...], int], device: jax.Device
-) -> None:
-    found = set()
-    for item in dict.fromkeys(tokens[0] for tokens in crcs):  # one at a time: the EMA may fit where all do not
-        abstract = _abstract(manager, step, item, device)
-        restored = manager.restore(step, args=ocp.args.Composite(**{item: _RestoreArrays(abstract)}))[item]
+def _check_items(manager: ocp.CheckpointManager, step: int, notes: Mapping[str, Any], device: jax.Device) -> None:
+    saved = notes["leaves"]
+    for item in dict.fromkeys(_keys(name)[0] for name in saved):  # one at a time: the EMA may fit where all do not
+        abstract = _abstract(notes, str(item), device)
+        restored = manager.restore(step, args=ocp.args.Composite(**{str(item): _RestoreArrays(abstract)}))[str(item)]
         if isinstance(restored, _Failed):
             raise restored.error
-        for name, leaf in _leaves({item: restored}).items():
-            found.add(_tokens(name))
-            if crcs.get(_tokens(name)) != crc32(_on_host(leaf)):
+        arrays = {tuple(_keys(name)): leaf for name, leaf in _leaves({str(item): restored}).items()}
+        for name, leaf in saved.items():
+            if _keys(name)[0] == item and leaf["crc32"] != crc32(_on_host(arrays[tuple(_keys(name))])):
                 raise Damage(f"the checksum of {name} differs")
-    for missing in sorted(set(crcs) - found):
-        raise Damage(f"{'.'.join(missing)} is missing")
 
 
 def _is_gone(run: Path, step: int) -> bool:
@@ -622,10 +636,28 @@ def _reading(run: Path) -> Iterator[tuple[ocp.CheckpointManager, list[int]]]:
         yield manager, steps
 
 
-def _abstract(manager: ocp.CheckpointManager, step: int, item: str, device: jax.Device) -> Any:
+def _abstract(notes: Mapping[str, Any], item: str, device: jax.Device) -> Any:
+    """Returns the shapes of an item as our notes have them: a damaged description of Orbax's is no obstacle.
+
+    Without the structure Orbax restores tuples as lists, named ones as dictionaries, and what is empty as None.
+    """
     sharding = jax.sharding.SingleDeviceSharding(device)
-    try:
-        metadata = manager.item_metadata(step)[item]
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), metadata.tree)
-    except Exception as error:
-        _raise(_failure(error, "its description cannot be read: "), manager, step)
+    nodes: dict[str, Any] = dict.fromkeys(notes["empty"])
+    nodes |= {
+        name: jax.ShapeDtypeStruct(leaf["shape"], np.dtype(leaf["dtype"]), sharding=sharding)
+        for name, leaf in notes["leaves"].items()
+    }
+    tree: dict[str | int, Any] = {}
+    for name, node in nodes.items():
+        first, *keys = _keys(name)
+        if first == item:
+            place = functools.reduce(lambda tree, key: tree.setdefault(key, {}), keys[:-1], tree)
+            place[keys[-1]] = node
+    return _with_lists(tree)
+
+
+def _with_lists(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    found = {key: _with_lists(value) for key, value in tree.items()}
+    return [found[key] for key in sorted(found)] if found and all(type(key) is int for key in found) else found

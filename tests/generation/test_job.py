@@ -105,7 +105,7 @@ def test_a_stopped_job_resumes_with_what_is_missing(job, expected, tmp_path, mon
             run_job(job, out, number=40, batch_size=8, format="npz")
     assert "24 of 40 images are done; run the same command to resume" in capsys.readouterr().err
     assert drawn == [(0, 8), (8, 16), (16, 24)]
-    (out / "parts" / "00000008-00000016.npy").unlink()
+    (out / "parts" / "00000008-00000016.npz").unlink()
     drawn.clear()
 
     run_job(job, out, number=40, batch_size=16, format="npz")
