@@ -177,23 +177,10 @@ def verify(options: VerifyOptions) -> None:
     Prints a line per file and per checkpoint, and exits with status 2 if one is damaged. It changes nothing, and can
     run during training.
     """
-<<<<<<< HEAD
-    damaged: list[int] = []
-    steps: list[int] = []
-    for verdict in checkpoints.verify(Path(options.run)):
-        report(
-            f"step {verdict.step}: {verdict.arrays} arrays, {verdict.num_bytes / 1e6:.1f} MB, "
-            f"{'ok' if verdict.damage is None else f'damaged: {verdict.damage}'}"
-        )
-        (steps if verdict.damage is None else damaged).append(verdict.step)
-    if damaged:
-        use = f"step {max(steps)} is the newest intact one" if steps else "restore the folder from a backup"
-        raise UserError(f"{options.run}: {len(damaged)} of {len(damaged) + len(steps)} checkpoints are damaged; {use}")
-=======
     found = []
     for verdict in verify_run(Path(options.run)):
         state = "ok" if verdict.damage is None else f"damaged: {verdict.damage}"
-        print(f"{verdict.name}: {', '.join(filter(None, (verdict.content, state)))}", flush=True)
+        report(f"{verdict.name}: {', '.join(filter(None, (verdict.content, state)))}")
         found.append(verdict)
     damaged = [verdict for verdict in found if verdict.damage is not None]
     if not damaged:
@@ -202,7 +189,6 @@ def verify(options: VerifyOptions) -> None:
     use = f"step {max(steps)} is the newest intact checkpoint" if steps else "restore the checkpoints from a backup"
     names = ", ".join(verdict.name for verdict in damaged[:5]) + (", .." if len(damaged) > 5 else "")
     raise UserError(f"{options.run}: {len(damaged)} of {len(found)} are damaged ({names}); {use}")
->>>>>>> c2671c9 (Parts, packed images, likelihood batches, features and scores carry a checksum and what they are of; verify covers every file of a run)
 
 
 @dataclasses.dataclass(frozen=True)
