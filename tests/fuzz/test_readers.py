@@ -11,6 +11,7 @@ import functools
 import gzip
 import io
 import json
+import math
 import os
 import pickle
 import resource
@@ -56,6 +57,8 @@ from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import dump_checked
 from ddpm_jax.training import metrics
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "60"))
 MEMORY = 2**26  # bytes of Python objects and arrays that a reader may take for files this small
 LIMIT = 2.0**-6  # GiB: the data.memory_gib of these sets
@@ -76,6 +79,8 @@ class Reader:
     """Reads them in a folder, to the last pixel; raises AssertionError if it believes something impossible."""
     pack: Callable[[Files], Files] = lambda files: files
     """Packs damaged content as an intact archive with right checksums."""
+    examples: int = 30
+    """How many files `make test` reads; fewer of those that take long."""
 
 
 # The files and their readers.
@@ -443,10 +448,34 @@ def checkpoint_arrays():
     return {f"{name}.npy!": saved(np.save, array) for name, array in write_original(params, TINY, step=7).items()}
 
 
-def read_checkpoint_file(folder):
-    read = read_checkpoint(folder / "a.npz")
+def shapes_of(name):
+    """Names and shapes of the arrays of another program's network."""
+    with np.load(Path(__file__).parents[1] / "interop" / "values.npz") as values:
+        return {"shapes!": json.dumps(json.loads(str(values["shapes"]))[name]).encode()}
+
+
+def with_shapes(files):
+    """Writes arrays of zeros with the names and shapes that are given, as far as there can be such."""
+    try:
+        shapes = dict(json.loads(files["shapes!"]))
+    except (ValueError, TypeError, RecursionError):
+        shapes = {}
+    arrays = {}
+    for name, shape in shapes.items():
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            if math.prod(shape) < 2**20:
+                arrays[f"{name.encode(errors='replace').decode()}.npy"] = saved(np.save, np.zeros(shape, np.float32))
+    return {"a.npz": packed(arrays, zipfile.ZIP_STORED)}
+
+
+def read_network(folder, **options):
+    read = read_checkpoint(folder / "a.npz", **options)
     validate(read.config)
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(read.params))
+
+
+def reader_of(name, **options):
+    return Reader(lambda: shapes_of(name), lambda folder: read_network(folder, **options), with_shapes, 10)
 
 
 READERS = {
@@ -488,8 +517,19 @@ READERS = {
     "samples": Reader(lambda: written(write_job), read_job),
     "the original's checkpoints": Reader(
         checkpoint_arrays,
-        read_checkpoint_file,
+        read_network,
         lambda files: {"a.npz": packed({k[:-1]: v for k, v in files.items()}, zipfile.ZIP_STORED)},
+    ),
+    "pesser's networks": reader_of("pesser"),
+    "improved-diffusion's networks": reader_of(
+        "classes_learned_variance",
+        program="improved-diffusion",
+        flags="--image_size 16 --num_heads 1 --rescale_timesteps False --class_cond True",
+    ),
+    "guided-diffusion's networks": reader_of(
+        "resampling_blocks",
+        program="guided-diffusion",
+        flags="--image_size 16 --num_head_channels 32 --noise_schedule cosine",
     ),
     "statistics": Reader(statistics_files, read_statistics_files),
     "statistics, their arrays": Reader(
@@ -654,7 +694,7 @@ def test_intact_files_are_read(name, tmp_path):
 @pytest.mark.parametrize("name", READERS)
 def test_a_damaged_file_is_read_or_named(name, tmp_path):
     reader = READERS[name]
-    run(reader, reader.files(), tmp_path / "read", examples=30)
+    run(reader, reader.files(), tmp_path / "read", examples=reader.examples)
 
 
 def with_byte(content, mark, offset, value):
