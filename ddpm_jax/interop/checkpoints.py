@@ -119,6 +119,8 @@ def read_checkpoint(file: Path, *, flags: str | None = None, program: Program | 
             network = openai.read_openai(arrays, parsed, name=name, guided=guided)
     except UserError as error:
         raise UserError(f"{shown}: {error}") from None
+    except (LookupError, TypeError, ValueError, OverflowError) as error:  # arrays of shapes that no network has
+        raise UserError(f"{shown}: its arrays are not those of such a network ({str(error):.100})") from error
     step, averaged = _from_name(file)
     averaged = True if metadata.get("entry") == "ema" else averaged
     return network._replace(

@@ -241,9 +241,9 @@ def _split_heads(qkv: np.ndarray, flags: Flags) -> np.ndarray:
     """Splits the rows of one projection into those of q, k and v, (3, C, ..)."""
     channels = qkv.shape[0] // 3
     head_channels = flags.get("num_head_channels", -1)
-    heads = flags["num_heads"] if head_channels == -1 else channels // max(head_channels, 1)
+    heads = flags["num_heads"] if head_channels == -1 else channels // head_channels if head_channels > 0 else 0
     if heads < 1 or 3 * channels != qkv.shape[0] or channels % heads:
-        raise UserError(f"--flags: {channels} channels are not divisible into {heads} heads")
+        raise UserError(f"--flags: {channels} channels are not divisible into {heads} attention heads")
     if flags.get("use_new_attention_order"):
         return qkv.reshape(3, channels, *qkv.shape[1:])
     by_head = qkv.reshape(heads, 3, channels // heads, *qkv.shape[1:])
