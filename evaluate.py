@@ -24,6 +24,7 @@ from ddpm_jax.evaluation.verification import verify_run
 from ddpm_jax.generation.job import default_folder, load_job, run_job
 from ddpm_jax.generation.output import read_out
 from ddpm_jax.generation.sampler_config import SamplerConfig
+from ddpm_jax.generation.store import per_host
 from ddpm_jax.interop import diffusers, original
 from ddpm_jax.interop.checkpoints import Program, read_checkpoint
 from ddpm_jax.run import checkpoints
@@ -272,6 +273,7 @@ class FidOptions(SamplerConfig):
     out: str | None = None
     """Folder of the scores (default: one for these settings in RUN/fid, or beside the images)."""
     data: Images = Images()
+    hosts: Hosts = Hosts()
 
 
 def fid(options: FidOptions) -> None:
@@ -279,6 +281,7 @@ def fid(options: FidOptions) -> None:
 
     Run the same command again to resume.
     """
+    join(options.hosts)
     out, given = read_out(options.out).folder, Path(options.run).expanduser()
     if options.num is not None and options.num < 2:
         raise UserError(f"--num must be at least 2, not {options.num}")
@@ -320,7 +323,7 @@ def fid(options: FidOptions) -> None:
     result = scoring.score(
         images,
         reference,
-        Extractor(features, batch_size=options.batch_size),
+        Extractor(features, batch_size=per_host(options.batch_size)),
         out,
         drawn=scoring.describe_drawn(job) if job else None,
         statistics=(Path(options.save_statistics), options.statistics_form) if options.save_statistics else None,

@@ -23,7 +23,7 @@ from ddpm_jax.system.environment import fix_options
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.exits import run_script
 from ddpm_jax.system.files import copy_file
-from ddpm_jax.system.hosts import Hosts, barrier, is_primary_host, join
+from ddpm_jax.system.hosts import Hosts, is_primary_host, join, wait_for_all
 from ddpm_jax.system.progress import report, say
 
 _FORMATS: dict[str, Format] = {".png": "grid", ".gif": "gif", ".npz": "npz"}
@@ -132,8 +132,8 @@ def _show(draw: Callable[[], Path], out: Output) -> None:
     """
     if is_primary_host():
         picture = draw()
-        print(picture if out.file is None else copy_file(picture, out.file))
-    barrier("the picture is drawn")
+        report(picture if out.file is None else copy_file(picture, out.file))
+    wait_for_all("the picture is drawn")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

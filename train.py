@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ddpm_jax.data.check import check_data
 from ddpm_jax.data.sources import resolve
+from ddpm_jax.evaluation.during_training import scoring_during_training
 from ddpm_jax.run.build import build_network, image_shape
 from ddpm_jax.run.checkpoints import silence_orbax
 from ddpm_jax.run.command import parse_run
@@ -69,7 +70,8 @@ def main() -> None:
     if options.debug_nans:
         print(find_not_finite(config, run))
         return
-    train(config, run, exact=options.exact)
+    score = scoring_during_training(config, run) if config.eval.fid_every else None
+    train(config, run, exact=options.exact, score=score)
     say(f"now: python sample.py {run}")
 
 

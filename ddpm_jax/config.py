@@ -13,6 +13,7 @@ from typing import Annotated
 from ddpm_jax.bound import Cdf
 from ddpm_jax.losses import Weighting
 from ddpm_jax.reverse import Prediction, Variance
+from ddpm_jax.samplers.by_name import SamplerName
 from ddpm_jax.samplers.respacing import Spacing
 from ddpm_jax.schedules import ScheduleName
 from ddpm_jax.time_sampling import TimeSamplingName
@@ -23,7 +24,6 @@ Decay = typing.Literal["constant", "cosine", "inverse_sqrt"]
 Precision = typing.Literal["float32", "bfloat16"]
 MatmulPrecision = typing.Literal["default", "high", "highest"]
 Parallel = typing.Literal["jit", "pmap"]
-BestBy = typing.Literal["loss", "eval_loss"]
 OnUnreadable = typing.Literal["refuse", "skip"]
 
 FROM_PYTHON = "<python>"
@@ -247,9 +247,9 @@ class CheckpointConfig:
     """Keep checkpoints of steps that are multiples of this for ever; 0: none."""
     keep_best: CountOrZero = field(default=0, metadata=_FREE)
     """Also keep this many checkpoints with the lowest loss, of those at multiples of checkpoints.every."""
-    best_by: BestBy = "loss"
-    """The loss that keep_best compares: the mean training loss since the previous checkpoint, or eval_loss (see
-    eval)."""
+    best_by: str = "loss"
+    """What keep_best compares: loss (the mean training loss since the previous checkpoint), eval_loss, or a score of
+    eval.fid_every such as FID or FD-EfficientNetLite0; lower is better."""
     minutes: NotNegative = field(default=0.0, metadata=_FREE)
     """Also save when this many minutes have passed since the last checkpoint; 0: by steps alone."""
 
@@ -282,6 +282,19 @@ class EvalConfig:
     """Steps between evaluations of the loss on held-out images (the test split), with the EMA weights; 0: none."""
     num: Count = field(default=1024, metadata=_FREE)
     """Number of held-out images, spread evenly over the test split; only losses of the same number are comparable."""
+    fid_every: CountOrZero = field(default=0, metadata=_FREE)
+    """Steps between scores of samples drawn with the EMA weights: FID, or the Frechet distance in other features; 0:
+    none."""
+    fid_num: Annotated[int, Range(at_least=2)] = field(default=10_000, metadata=_FREE)
+    """Number of samples; only scores of the same number are comparable, and papers use 50,000."""
+    fid_sampler: SamplerName = field(default="ddim", metadata=_FREE)
+    """Sampler of these samples."""
+    fid_steps: CountOrZero = field(default=50, metadata=_FREE)
+    """Number of its steps, T at most; 0: all T."""
+    fid_reference: str = field(default="", metadata=_FREE)
+    """Real images or statistics, as --reference of evaluate.py fid; empty: the training images."""
+    features: str = field(default="inception", metadata=_FREE)
+    """inception (FID), efficientnet-lite0, or your own as my_features.py:function (both Frechet distances, not FID)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -252,6 +252,7 @@ NOT_RUN = {
         f"python {what}": "needs a published checkpoint; tests/run/test_imported.py imports another"
         for what in ("evaluate.py import", "sample.py runs/cifar10_uncond_50M_500K")
     },
+    "python train.py --eval.fid-every": "a thousand samples; tests/evaluation/test_during_training.py scores a few",
     "python docs/make_api.py": "writes into the repository; tests/test_api_page.py compares",
     "python examples/minimal.py": "tests/test_examples.py runs it",
     "python benchmarks/": "measures for minutes",

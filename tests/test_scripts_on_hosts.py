@@ -1,5 +1,6 @@
 """Sampling and evaluation on many hosts: real processes on loopback give what one process gives, and end together."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddpm_jax.evaluation import bits_per_dim
+from ddpm_jax.evaluation import bits_per_dim, scoring
+from ddpm_jax.evaluation.features import Extractor, users_features
+from ddpm_jax.evaluation.image_sets import open_npz
 from ddpm_jax.generation.job import run_job
 from ddpm_jax.generation.sampler_config import SamplerConfig
 
@@ -113,7 +116,8 @@ def test_a_host_that_is_killed_ends_the_other_and_the_job_resumes(trained, start
 
     processes, drawn = start("sample.py", trained.folder, *words, "--out", out), {}
     while any(process.poll() is None for process in processes) and not (out / "samples.npz").exists():
-        drawn |= {path.name: path.stat().st_mtime_ns for path in out.glob("parts/*.npz") if path.exists()}
+        with contextlib.suppress(FileNotFoundError):
+            drawn |= {path.name: path.stat().st_mtime_ns for path in out.glob("parts/*.npz")}
         time.sleep(0.002)
     assert finish(processes)[0] == [0, 0]
     assert {name: drawn[name] for name in kept} == kept  # none was drawn again
@@ -153,3 +157,78 @@ def test_what_one_host_draws_the_others_wait_for(trained, start, tmp_path):
     assert statuses == [0, 0], said
     assert shown == (f"{tmp_path}/out/x0.png\n", "")
     assert (tmp_path / "out" / "x0.png").exists()
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    """A file of features that need no network; and where statistics are cached."""
+    folder = tmp_path_factory.mktemp("features")
+    (folder / "mine.py").write_text(
+        "def corners(images):\n    return images[:, ::3, ::3, 0].reshape(len(images), -1)\n"
+    )
+    os.environ["DDPM_JAX_CACHE"] = str(folder / "cache")
+    yield f"{folder / 'mine.py'}:corners"
+    del os.environ["DDPM_JAX_CACHE"]
+
+
+@pytest.mark.slow
+def test_two_hosts_score_as_one(trained, start, features, tmp_path):
+    words = ["fid", trained.folder, "--num", "40", "--batch-size", "8", "--features", features]
+    statuses, shown, said = finish(start("evaluate.py", *words, "--out", tmp_path / "two"))
+    assert statuses == [0, 0], said
+    assert shown[0].startswith("FD-corners ")
+    assert shown[1] == ""
+    drawn = next((trained.folder / "samples").glob("*/samples.npz"))
+    one = scoring.score(
+        open_npz(drawn),
+        scoring.open_reference(None, features=users_features(features), config=trained.config),
+        Extractor(users_features(features), batch_size=8),
+        tmp_path / "one",
+    )
+    assert json.loads((tmp_path / "two" / "scores.json").read_text())["scores"] == pytest.approx(one["scores"])
+
+
+@pytest.mark.slow
+def test_scores_of_two_hosts_in_training_resume_in_the_middle(start, features, tmp_path):
+    words = [
+        *["--model.width", "8", "--model.channel-mult", "1", "--model.num-res-blocks", "1", "--model.num-groups", "4"],
+        *[
+            "--diffusion.schedule",
+            "cosine",
+            "--diffusion.num-steps",
+            "20",
+            "--train.steps",
+            "20",
+            "--train.batch-size",
+            "8",
+        ],
+        *["--train.warmup-steps", "5", "--train.ema-decay", "0.9", "--log.every", "5", "--log.samples-every", "0"],
+        *["--checkpoints.every", "10", "--checkpoints.keep-best", "1", "--checkpoints.best-by", "FD-corners"],
+        *["--eval.fid-every", "10", "--eval.fid-num", "800", "--eval.fid-steps", "0", "--eval.features"],
+        features,
+    ]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert finish(start("train.py", *words, "--workdir", whole))[0] == [0, 0]
+    processes, end = start("train.py", *words, "--workdir", run), time.monotonic() + 200
+    parts = run / "fid" / "training" / "step_0000020" / "images" / "parts"
+    while len(list(parts.glob("*.npz"))) < 20:
+        assert all(process.poll() is None for process in processes)
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    processes[1].kill()
+    statuses, _, said = finish(processes)
+    assert statuses[1] == -signal.SIGKILL
+    assert statuses[0] in (2, -signal.SIGABRT)
+    kept = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
+    processes, drawn = start("train.py", *words, "--workdir", run), {}
+    while any(process.poll() is None for process in processes) and not (parts.parent / "samples.npz").exists():
+        with contextlib.suppress(FileNotFoundError):
+            drawn |= {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
+        time.sleep(0.002)
+    assert finish(processes)[0] == [0, 0]
+    assert {name: drawn[name] for name in kept} == kept  # none was drawn again
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert [line["step"] for line in map(json.loads, (run / "metrics.jsonl").open()) if "FD-corners" in line] == [
+        10,
+        20,
+    ]

@@ -55,7 +55,7 @@ from ddpm_jax.run.trained import TrainedRun, describe_run
 from ddpm_jax.schedules import Schedule
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import short_name, write_json, write_whole
-from ddpm_jax.system.hosts import barrier, is_primary_host
+from ddpm_jax.system.hosts import is_primary_host, wait_for_all
 
 Sigma = typing.Literal["model", "fixed_small", "fixed_large", "optimal"]
 """Variance of the reverse steps: the model's own, a fixed one, or the one that minimizes the bound."""
@@ -368,7 +368,7 @@ def run_job(trained: TrainedRun, out: Path, request: Request, *, batch_size: int
             log_variances = _fixed(schedule, config.diffusion.variance)
         if is_primary_host():
             _write(out, description, likelihood, per_timestep, log_variances)
-        barrier("the results are written")
+        wait_for_all("the results are written")
         return likelihood
 
 

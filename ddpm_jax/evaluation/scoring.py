@@ -42,6 +42,7 @@ from ddpm_jax.run.record import is_run, read_run
 from ddpm_jax.system import user_code
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import crc32, printable, read_json, read_or_set_aside, short_name, write_json
+from ddpm_jax.system.hosts import appears, is_primary_host, of_primary_host, wait_for_all
 from ddpm_jax.system.progress import say
 
 NUMBER = 50_000
@@ -203,6 +204,8 @@ def score(
 ) -> dict[str, Any] | None:
     """Scores images, and writes `scores.json`; interrupted, it resumes where it was.
 
+    Several hosts that share the folder call it together: each computes its part of the features, and host 0 the scores.
+
     Args:
       images: the generated images.
       reference: the real ones; None: statistics of the images are written, and no scores computed.
@@ -237,13 +240,16 @@ def score(
     known_by = {"images": images.identity, "number": images.number, "features": extractor.features.identity}
     known_by["reference"] = None if reference is None else reference.identity
     file, parts = out / "scores.json", Parts(out / "parts", known_by)
-    with job_folder(out, known_by, kind="fid", number=images.number, done=parts.ranges):
-        saved = read_or_set_aside(file, read_json) if file.exists() and statistics is None else None
-        if saved is not None and saved.get("job") == known_by:
-            return saved
-        known = None if reference is None else _known(reference, extractor, cache)
-        features = extract(images, extractor, parts)
-        if statistics is not None:
+    request = (extractor.batch_size, statistics)
+    with job_folder(out, known_by, kind="fid", number=images.number, done=parts.ranges, request=request):
+        is_primary = is_primary_host()
+        saved = _saved(file, known_by) if is_primary and statistics is None else None
+        if of_primary_host(saved is not None):
+            return saved or _written(file, known_by)
+        known = _known(reference, extractor, cache) if reference is not None and is_primary else None
+        wait_for_all("the statistics of the reference are known")
+        features = extract(images, extractor, parts, by_all_hosts=True)
+        if statistics is not None and is_primary:
             found = statistics_of(images.name, features)
             for written in write_statistics(
                 statistics[0], found, images, form=statistics[1], features=extractor.features.name
@@ -254,8 +260,20 @@ def score(
             scores = compute_scores(features, known, name=extractor.features.name)
             result = {"scores": scores, **protocol, "job": known_by}
             write_json(file, result)
-        parts.remove()
-    return result
+        if is_primary:
+            parts.remove()
+        wait_for_all("the scores are written")
+        return result if reference is None or is_primary else _written(file, known_by)
+
+
+def _saved(file: Path, known_by: Mapping[str, Any]) -> dict[str, Any] | None:
+    saved = read_or_set_aside(file, read_json) if file.exists() else None
+    return saved if saved is not None and saved.get("job") == known_by else None
+
+
+def _written(file: Path, known_by: Mapping[str, Any]) -> dict[str, Any] | None:
+    appears(lambda: _saved(file, known_by) is not None)  # host 0 has written it
+    return _saved(file, known_by)
 
 
 def _known(reference: Reference, extractor: Extractor, cache: Path | None) -> Statistics:

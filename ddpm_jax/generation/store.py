@@ -31,7 +31,14 @@ from ddpm_jax.system.files import (
     write_arrays,
     write_npz,
 )
-from ddpm_jax.system.hosts import appears, barrier, check_same, check_shared_folder, is_primary_host, of_primary_host
+from ddpm_jax.system.hosts import (
+    appears,
+    check_same,
+    check_shared_folder,
+    is_primary_host,
+    of_primary_host,
+    wait_for_all,
+)
 from ddpm_jax.system.progress import say
 
 _ARRAY = "arr_0.npy"
@@ -86,7 +93,7 @@ def wait_for_hosts(done: Callable[[], Iterable[Range]], number: int, *, folder: 
     Raises:
       UserError: some do not appear here.
     """
-    barrier("all hosts have saved their images")
+    wait_for_all("all hosts have saved their images")
     if jax.process_count() > 1 and not appears(lambda: not missing_ranges(done(), number, longest=number)):
         raise UserError(f"some images of other hosts do not appear in {folder}: run the same command again")
 

@@ -27,13 +27,13 @@ import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
 
 from ddpm_jax.networks import Params
 from ddpm_jax.system.errors import Damage, UserError
 from ddpm_jax.system.files import crc32, dump_checked, load_checked, sync, sync_tree
 from ddpm_jax.system.hosts import barrier, first_line, is_primary_host, of_primary_host
+from ddpm_jax.system.mesh import to_this_host
 
 _FOLDER = "checkpoints"
 # Old steps are moved here at once and then deleted: a kill leaves no half-deleted step under its number.
@@ -108,11 +108,7 @@ def _empty(items: Mapping[str, Any]) -> list[str]:
 
 def _on_host(leaf: jax.Array) -> np.ndarray:
     """Copies a whole array to this host, wherever its shards lie; every host must call it."""
-    if leaf.is_fully_addressable:
-        return np.asarray(leaf)
-    if leaf.is_fully_replicated:
-        return np.asarray(leaf.addressable_data(0))
-    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.asarray(to_this_host(leaf))
 
 
 def _describer(leaves: Mapping[str, jax.Array]) -> Callable[[], dict[str, Any]]:

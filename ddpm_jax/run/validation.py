@@ -63,6 +63,12 @@ def validate(config: Config) -> None:
             f"checkpoints.best_by=eval_loss needs an evaluation at every checkpoint, and eval.every={evaluated} does "
             f"not divide checkpoints.every={every}: use --eval.every {every}"
         )
+    best_by, scored = config.checkpoints.best_by, config.eval.fid_every
+    if best_by not in ("loss", "eval_loss") and (not scored or scored % every):
+        raise UserError(
+            f"checkpoints.best_by={best_by!r} is neither loss nor eval_loss, so it must be a score of eval.fid_every="
+            f"{scored}, a multiple of checkpoints.every={every}: every scored step is then a checkpoint"
+        )
     learned = diffusion.variance in LEARNED_VARIANCES
     if learned and config.loss.kind == "simple":
         raise UserError(

@@ -150,9 +150,26 @@ def is_primary_host() -> bool:
 
 
 def barrier(where: str) -> None:
-    """Waits until all hosts reach the same place in the program."""
+    """Waits until all hosts reach the same place in the program, which they do at about the same time."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
+
+
+def wait_for_all(where: str) -> None:
+    """Waits until all hosts reach the same place in the program, however long it takes one of them.
+
+    By the connections of the hosts: where they have no accelerators, jax gives up a `barrier` after half an hour.
+    """
+    if not _meeting.is_open:
+        barrier(where)
+        return
+    _meeting.number += 1
+    if is_primary_host():
+        _meeting.wait_until(lambda: _meeting.arrived[_meeting.number] == jax.process_count() - 1)
+        _tell(f"{_GO_ON} {_meeting.number}")
+    else:
+        _tell(f"{_ARRIVED} {_meeting.number}")
+        _meeting.wait_until(lambda: _meeting.released >= _meeting.number)
 
 
 def first_line(line: str) -> str:
@@ -194,12 +211,14 @@ def check_same(described: str) -> None:
     """Checks that a description of what is to be done is the same on all hosts.
 
     Raises:
-      UserError: on every host, if it is not.
+      UserError: on the primary host, which ends the others, if it is not.
     """
     if jax.process_count() == 1:
         return
     crcs = multihost_utils.process_allgather(np.uint32(zlib.crc32(described.encode())))
     different = [str(host) for host, crc in enumerate(crcs) if crc != crcs[0]]
+    if different and not is_primary_host():
+        wait_for_all("the primary host ends this one")  # one line is printed, not two
     if different:
         raise UserError(
             f"host {', '.join(different)} was started with other options than host 0, or reads other files: start "
@@ -271,6 +290,34 @@ class Agreement:
         return tuple(np.asarray(self._pending.popleft()).tolist())
 
 
+class _Meeting:
+    """Where hosts wait for each other by their connections."""
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self.number = self.released = 0
+        self.arrived: collections.Counter[int] = collections.Counter()
+        self._changed = threading.Condition()
+
+    def wait_until(self, happened: Callable[[], bool]) -> None:
+        with self._changed:
+            self._changed.wait_for(happened)
+
+    def take(self, words: str) -> bool:
+        """Takes what another host says, if it is about meetings; returns whether it is."""
+        word, _, number = words.partition(" ")
+        with self._changed:
+            if word == _ARRIVED:
+                self.arrived[int(number)] += 1
+            elif word == _GO_ON:
+                self.released = int(number)
+            self._changed.notify_all()
+        return word in (_ARRIVED, _GO_ON)
+
+
+_ARRIVED, _GO_ON = "arrived", "go-on"
+_meeting = _Meeting()
+
 # How hosts end: each keeps a connection to the primary host, which passes on why one of them ends.
 
 
@@ -307,11 +354,14 @@ def _connect(hosts: Hosts) -> None:
                 "will be noticed late",
                 file=sys.stderr,
             )
-            return
-        _links.append(link)
-        _start(_listen, link.makefile(errors="replace"), 0, hosts.silence)
-    _start(_give_signs_of_life)
-    atexit.register(_tell, _GOODBYE)
+        else:
+            _links.append(link)
+            _start(_listen, link.makefile(errors="replace"), 0, hosts.silence)
+    is_connected = is_primary_host() or bool(_links)
+    _meeting.is_open = bool(multihost_utils.process_allgather(np.int32(is_connected)).all())
+    if is_connected:
+        _start(_give_signs_of_life)
+        atexit.register(_tell, _GOODBYE)
 
 
 def _start(function: Callable[..., None], *arguments: Any) -> None:
@@ -355,7 +405,7 @@ def _listen(lines: Iterable[str], host: int, silence: int) -> None:
         for line in lines:
             if line.strip() == _GOODBYE:
                 return
-            if line.strip():
+            if line.strip() and not _meeting.take(line.strip()):
                 words = line.strip()
                 break
     except TimeoutError:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ddpm_jax.system.errors import UserError
@@ -131,3 +132,16 @@ def gather(mesh: Mesh, params: Tree, *, rules: Sequence[Rule] = RULES) -> Tree:
         lambda _, gradient: (jax.lax.with_sharding_constraint(gradient, sharded),),
     )
     return together(params)
+
+
+def to_this_host(tree: Tree) -> Tree:
+    """Returns arrays over all hosts as whole arrays of this one; every host must call it."""
+
+    def whole(leaf: jax.Array) -> Any:
+        if leaf.is_fully_addressable:
+            return leaf
+        if leaf.is_fully_replicated:
+            return leaf.addressable_data(0)
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(whole, tree)

@@ -29,7 +29,7 @@ class Event:
     is_extra: bool
     """Whether the hook that runs is due only because the run ends or stops here: a longer run would not run it."""
     values: dict[str, Any]
-    """What hooks have logged at this step."""
+    """What hooks have logged at this step, lines of an extra event excepted."""
 
     def __init__(self, step: int, state: Callable[[], TrainState], write: Callable[[dict[str, Any]], None]):
         self.step, self.is_extra, self.values = step, False, {}
@@ -49,7 +49,8 @@ class Event:
           values: numbers by name; also None, and lists of them. If they follow from the state alone, a resumed run
             writes the same bytes as one that was never stopped.
         """
-        self.values |= values
+        if not self.is_extra:
+            self.values |= values
         self._write({"step": self.step, **values, **({FINAL: True} if self.is_extra else {})})
 
 
@@ -162,7 +163,7 @@ class Saving:
         loss, diagnostics = None, self._diagnostics
         if not event.is_extra:
             mean = diagnostics.since_save.take()
-            loss = event.values.get("eval_loss") if self._config.best_by == "eval_loss" else mean
+            loss = mean if self._config.best_by == "loss" else event.values.get(self._config.best_by)
         numbers = {"window": diagnostics.window, "since_save": diagnostics.since_save.numbers()}
         notes = {**numbers, "computed_on": self._computed_on}
         self._checkpoints.save(event.step, to_items(event.state), notes=notes, loss=loss)

@@ -54,6 +54,7 @@ def train(
     network: Network | None = None,
     source: Source | None = None,
     held_out: Source | None = None,
+    score: Callable[[Event], None] | None = None,
     hooks: Sequence[Periodic] = (),
     exact: bool = False,
 ) -> None:
@@ -69,6 +70,7 @@ def train(
         when the run is resumed.
       source: the images to train on; if None, those that `config` names. Their shape replaces that of `config.data`.
       held_out: the images of `config.eval`; if None, the test split.
+      score: what `eval.fid_every` runs, from `scoring_during_training`.
       hooks: what else to do every N steps, in this order: after logging, evaluation and grids, before the checkpoint.
       exact: refuse to resume what was computed elsewhere (on other devices, cores, instructions or versions), and
         would agree with an uninterrupted run to rounding only.
@@ -85,6 +87,10 @@ def train(
     validate(config)  # what the run's record is checked by when it is read
     if config.eval.every and source is not None and held_out is None:
         raise UserError("eval.every needs held-out images: give them to train() as held_out, or use eval.every=0")
+    if config.eval.fid_every and score is None:
+        raise UserError("eval.fid_every needs what scores: train(score=scoring_during_training(config, run))")
+    if score is not None:
+        hooks = [Periodic(config.eval.fid_every, score), *hooks]
     with contextlib.ExitStack() as held:
         received = held.enter_context(
             stop_signals("stopping after this step and saving a checkpoint; press Ctrl-C again to quit without saving")

@@ -1,4 +1,4 @@
-"""Plots the loss of a run over its steps."""
+"""Plots the loss and other metrics of a run over its steps."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +18,26 @@ def plot_run(run: Path) -> None:
         steps, losses = [line["step"] for line in trained], [line["loss"] for line in trained]
         evaluated = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
         plot_loss(run / "loss.png", steps, losses, quartiles, np.array(evaluated, np.float64).reshape(-1, 2))
+
+
+def plot_metric(run: Path, name: str) -> None:
+    """Plots a metric of a run over its steps into NAME.png of its folder.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = [line for line in read_lines(run / "metrics.jsonl") if line.get(name) is not None]
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot([line["step"] for line in lines], [line[name] for line in lines], marker="o", markersize=3)
+    axes.set_xlabel("step")
+    axes.set_ylabel(name)
+    axes.grid(True, alpha=0.3)
+    write_whole(run / f"{name}.png", lambda file: figure.savefig(file, format="png"))
 
 
 def plot_loss(

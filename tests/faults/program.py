@@ -181,14 +181,33 @@ class Bench:
 
     def start_hosts(self, run: Path, *words: str) -> list[Process]:
         """Starts the training command of a run on two hosts that train it together."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            where = f"127.0.0.1:{free.getsockname()[1]}"
         # Each host holds half of the state, in arrays large enough to be saved by the host that holds them: neither
         # saves what the other does.
         words = (*words, "--train.fsdp", "2", "--model.width", "16")
-        joined = ["--hosts.coordinator", where, "--hosts.count", "2", "--hosts.silence", "10", "--hosts.index"]
-        return [self.start(run, *words, *joined, str(index)) for index in range(2)]
+        return [self.start(run, *words, *joined) for joined in self._joined()]
+
+    @staticmethod
+    def _joined() -> list[list[str]]:
+        """Returns the options with which each of two hosts joins the other."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            where = f"127.0.0.1:{free.getsockname()[1]}"
+        common = ["--hosts.coordinator", where, "--hosts.count", "2", "--hosts.silence", "10", "--hosts.index"]
+        return [[*common, str(index)] for index in range(2)]
+
+    def start_sampling(self, out: Path) -> list[Process]:
+        """Starts a sampling job of the reference run on two hosts."""
+        command = [sys.executable, "sample.py", str(self.folder / "reference"), "--step", str(STEPS), "--out", str(out)]
+        words = ["--num", "2000", "--batch-size", "16", "--format", "npz"]
+        return [Process([*command, *words, *joined], self.environment) for joined in self._joined()]
+
+    @functools.cached_property
+    def reference_samples(self) -> bytes:
+        """The file of a sampling job on two hosts without faults."""
+        out = self.folder / "reference_samples"
+        for process in self.start_sampling(out):
+            process.wait(0)
+        return (out / "samples.npz").read_bytes()
 
     @functools.cached_property
     def reference_of_hosts(self) -> Reference:
@@ -439,6 +458,34 @@ def kill_host(bench: Bench, run: Path, *, first: bool) -> str:
     return f"{ending}; both resume"
 
 
+def kill_sampling_host(bench: Bench, run: Path) -> str:
+    """Kills one of two hosts that draw the samples of the reference run, then resumes the job to completion."""
+    del run
+    reference, out = bench.reference_samples, bench.folder / "samples_of_hosts"
+    shutil.rmtree(out, ignore_errors=True)
+    hosts, kept = bench.start_sampling(out), bench.random.randrange(1, 100)
+    killed, other = bench.random.sample(hosts, 2)
+    killed.wait_until(lambda: len(list(out.glob("parts/*.npz"))) >= kept)
+    killed.send(signal.SIGKILL)
+    require(killed.wait(-signal.SIGKILL, 0), "finished before the kill")
+    if other.wait(2, -signal.SIGABRT) == 2:
+        require(other.output.count("sample.py: error: ") == 1, f"not one error line:\n{other.output}")
+        ending = "the other exits with one error line"
+    else:
+        ending = "JAX aborts the other with its own message"
+    parts = {path.name: path.stat().st_mtime_ns for path in out.glob("parts/*.npz")}
+    require(len(parts) >= kept, "saved images are gone")
+    hosts, found = bench.start_sampling(out), {}
+    while any(host.running() for host in hosts) and not (out / "samples.npz").exists():
+        with contextlib.suppress(FileNotFoundError):
+            found |= {path.name: path.stat().st_mtime_ns for path in out.glob("parts/*.npz")}
+    for host in hosts:
+        host.wait(0)
+    require({name: found.get(name) for name in parts} == parts, "saved images were drawn again")
+    require((out / "samples.npz").read_bytes() == reference, "the samples differ from those of the job without faults")
+    return f"{ending}; the job resumes and ends with the same bytes"
+
+
 def damage_of_one_host(bench: Bench, run: Path) -> str:
     """Truncates the files that one of two hosts has saved of their own run; the other's files stay intact."""
     del run  # that of one process
@@ -519,6 +566,7 @@ FAULTS = [
     Fault("a second process in the folder", second_process, 2),
     Fault("host 0 of two killed", functools.partial(kill_host, first=True), 2),
     Fault("host 1 of two killed", functools.partial(kill_host, first=False), 3),
+    Fault("one of two hosts killed while sampling", kill_sampling_host, 3),
     Fault("files saved by one of two hosts truncated", damage_of_one_host, 3),
     Fault("5% of the images corrupted", functools.partial(corrupt_images, when="before"), 2),
     Fault("5% of the images corrupted while streaming", functools.partial(corrupt_images, when="while"), 3),

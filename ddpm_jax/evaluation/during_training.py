@@ -1,0 +1,117 @@
+"""Scores of samples while a run trains: FID, or the Frechet distance in other features, every N steps.
+
+Each evaluation is a sampling job and a job of features in the run's folder, on all hosts: a run that is killed in the
+middle of one trains on from its last checkpoint, and draws only the images that it has not saved.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ddpm_jax.config import Config
+from ddpm_jax.evaluation import scoring
+from ddpm_jax.evaluation.features import INCEPTION, Extractor
+from ddpm_jax.evaluation.image_sets import open_npz
+from ddpm_jax.evaluation.scores import names_of_scores
+from ddpm_jax.generation.job import SamplingJob, run_job
+from ddpm_jax.generation.sampler_config import SamplerConfig, make_chain
+from ddpm_jax.generation.store import per_host
+from ddpm_jax.networks import Network
+from ddpm_jax.run.build import build_network
+from ddpm_jax.run.trained import TrainedRun
+from ddpm_jax.system import environment
+from ddpm_jax.system.errors import Damage, UserError
+from ddpm_jax.system.files import read_json, write_json
+from ddpm_jax.system.hosts import is_primary_host, of_primary_host, wait_for_all
+from ddpm_jax.system.mesh import to_this_host
+from ddpm_jax.training.hooks import Event
+from ddpm_jax.training.plots import plot_metric
+
+
+def scoring_during_training(config: Config, run: Path, *, network: Network | None = None) -> Callable[[Event], None]:
+    """Makes what `eval.fid_every` runs: it draws samples with the EMA weights, scores them and logs the scores.
+
+    The samples are always of the same latents. The scores and the protocol of a step are kept in
+    `fid/training/step_STEP.json` of the run's folder; the images are deleted.
+
+    Args:
+      config: of the run: `eval.fid_num` images, `eval.fid_steps` steps of `eval.fid_sampler`, compared with
+        `eval.fid_reference` in `eval.features`.
+      run: the run's folder.
+      network: of the run; the one that `config` describes if not given.
+
+    Returns:
+      a function that logs the scores by the names of `compute_scores`, for `train(score=..)`.
+
+    Raises:
+      UserError: there are no such features or reference, or the run cannot be sampled this way.
+    """
+    evaluation = config.eval
+    features = scoring.load_features(evaluation.features)
+    frechet, kernel = names_of_scores(features.name)
+    lower_is_better = {"loss", "eval_loss", frechet, kernel} | ({"sFID"} if features.name == INCEPTION else set())
+    if config.checkpoints.best_by not in lower_is_better:
+        raise UserError(
+            f"checkpoints.best_by={config.checkpoints.best_by!r}: with these features choose "
+            f"{', '.join(sorted(lower_is_better))}"
+        )
+    reference = scoring.open_reference(
+        evaluation.fid_reference or None, features=features, config=config, evaluated=run
+    )
+    network = build_network(config) if network is None else network
+    steps = min(evaluation.fid_steps, config.diffusion.num_steps) or None
+    sampler = SamplerConfig(sampler=evaluation.fid_sampler, steps=steps)
+    make_chain(config, network, sampler)
+    # As many at a time as a step trains on at a time.
+    batch_size = math.ceil(config.train.batch_size / config.train.grad_accum_steps)
+    extractor = Extractor(features, batch_size=per_host(batch_size))
+
+    def score(event: Event) -> None:
+        trained = TrainedRun(config, network, to_this_host(event.state.ema), event.step, run)
+        job = SamplingJob(trained, config.train.seed, sampler)
+        drawn = scoring.describe_drawn(job)
+        request = {
+            "images": {"number": evaluation.fid_num, "drawn": drawn},
+            "reference": reference.identity,
+            "features": features.identity,
+            "computed_on": environment.rounding(),
+        }
+        request = json.loads(json.dumps(request))
+        file = run / "fid" / "training" / f"step_{event.step:07d}.json"
+        folder = file.with_suffix("")
+        is_done = False
+        if is_primary_host():
+            is_done = _request_of(file) == request
+            if is_done or _request_of(folder / "request.json") != request:  # other weights, images or features
+                shutil.rmtree(folder, ignore_errors=True)
+            if not is_done:
+                write_json(folder / "request.json", {"request": request})
+        if of_primary_host(is_done):
+            scores = _read(file)["scores"]
+        else:
+            images = run_job(job, folder / "images", number=evaluation.fid_num, batch_size=batch_size, format="npz")
+            result = scoring.score(open_npz(images), reference, extractor, folder / "scores", drawn=drawn) or {}
+            scores = result["scores"]
+            wait_for_all("all hosts have the scores")
+            if is_primary_host():
+                write_json(file, {**result, "request": request})
+                shutil.rmtree(folder, ignore_errors=True)
+        event.log(scores)
+        if is_primary_host():
+            plot_metric(run, frechet)
+
+    return score
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return read_json(file)
+    except (Damage, UserError):
+        return {}
+
+
+def _request_of(file: Path) -> Any:
+    return _read(file).get("request")
