@@ -100,7 +100,6 @@ def error_of(trained, unet, *, batch=2):
         pytest.param(narrow(CIFAR10, 32), id="cifar10"),
         pytest.param(narrow(CELEBAHQ256, 8, 64), id="celebahq256"),
         pytest.param(narrow(TRAIN_UNCONDITIONAL, 16, 32), id="train_unconditional"),
-        pytest.param(narrow(TRAIN_UNCONDITIONAL, 16, (32, 64)) | dict(in_channels=1, out_channels=1), id="wide_gray"),
         pytest.param(
             narrow(CIFAR10, 16) | dict(num_class_embeds=10, add_attention=False), id="classes_without_mid_attention"
         ),
