@@ -384,7 +384,8 @@ def _open(array: _Array) -> np.ndarray:
     with _clear_damage(f"{array} cannot be read"):
         if not array.name:
             return typing.cast(np.ndarray, np.load(array.file, mmap_mode="r"))
-        return read_npz(array.file, [array.name], most_bytes=array.num_bytes)[array.name]
+        with open_file(array.file) as opened:
+            return read_npz(opened, [array.name], most_bytes=array.num_bytes)[array.name]
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from ddpm_jax.generation.store import Parts
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import (
     claimed,
+    open_file,
     printable,
     read_arrays,
     read_or_set_aside,
@@ -146,15 +147,20 @@ def read_statistics(file: Path, *, features: str) -> Statistics:
 
 
 def _of_npz(file: Path) -> dict[str, Any]:
-    arrays = read_npz(file, ("mu", "sigma", "mu_s", "sigma_s", "feats"), most_bytes=_MOST_BYTES)
+    with open_file(file) as opened:
+        arrays = read_npz(opened, ("mu", "sigma", "mu_s", "sigma_s", "feats"), most_bytes=_MOST_BYTES)
     beside = file.with_name(f"{file.stem}{_KID}")
     if "feats" not in arrays and beside.is_file():
-        arrays["feats"] = read_npz(beside, ("feats",), most_bytes=_MOST_BYTES)["feats"]
+        with open_file(beside) as opened:
+            arrays["feats"] = read_npz(opened, ("feats",), most_bytes=_MOST_BYTES)["feats"]
     return arrays
 
 
 def _of_pickle(file: Path, features: str) -> dict[str, Any]:
-    found = read_dictionary(file.read_bytes())
+    if file.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"{file.stat().st_size / 2**30:.3g} GiB")
+    with open_file(file) as opened:
+        found = read_dictionary(opened.read())
     name = "fid" if features == INCEPTION else features
     entries = [each for each, value in found.items() if isinstance(value, dict)]
     if name not in entries:

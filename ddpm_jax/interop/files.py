@@ -12,7 +12,7 @@ import safetensors.numpy
 from ddpm_jax.interop.torch_files import is_torch_file, read_torch
 from ddpm_jax.system import npy
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import printable, write_whole
+from ddpm_jax.system.files import open_file, printable, write_whole
 
 # Weights hardly shrink when compressed.
 _UNPACKED = 8
@@ -63,7 +63,8 @@ def read_npz(file: Path) -> Arrays:
     """
     shown = printable(file)
     try:
-        return npy.read_npz(file, most_bytes=_UNPACKED * file.stat().st_size + 2**26)
+        with open_file(file) as opened:
+            return npy.read_npz(opened, most_bytes=_UNPACKED * file.stat().st_size + 2**26)
     except FileNotFoundError:
         raise UserError(f"there is no file {shown}") from None
     except (OSError, ValueError) as error:

@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike
 
 from ddpm_jax.system.errors import Damage, UserError, printable  # noqa: F401
 from ddpm_jax.system.hosts import is_primary_host
+from ddpm_jax.system.npy import read_npz
 from ddpm_jax.system.progress import say
 
 _LARGEST_JSON = 2**24  # parsed, it may take thirty times its size
@@ -262,8 +263,8 @@ def read_arrays(path: Path, about: Mapping[str, Any]) -> dict[str, np.ndarray]:
         if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
             raise Damage("it is compressed, as no file of ours is")
         try:
-            return {name.removesuffix(".npy"): _read_array(archive, name) for name in archive.namelist()}
-        except (ValueError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+            return read_npz(archive)
+        except ValueError as error:
             raise Damage(f"it holds no arrays: {error}") from None
 
 
@@ -273,11 +274,6 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    with archive.open(name) as member:
-        return np.lib.format.read_array(member, allow_pickle=False)
 
 
 def _crc32_of(file: BinaryIO, size: int) -> int:

@@ -1,15 +1,13 @@
 """NumPy's files, .npy and .npz, whose headers are checked before they are believed: a few bytes may claim any size."""
 
+import contextlib
 import io
 import math
 import typing
 import zipfile
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
-
-from ddpm_jax.system.files import open_file
 
 _LONGEST_HEADER = 10_000  # bytes, as NumPy's own limit
 _END = ".npy"
@@ -45,7 +43,7 @@ def read_header(file: typing.IO[bytes]) -> Header:
             raise ValueError(f"a header of {length} bytes")
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(io.BytesIO(size + file.read(length)))
-    except ValueError:
+    except (OSError, ValueError):
         raise
     except Exception as error:  # NumPy raises a dozen kinds
         raise ValueError(f"its header is damaged ({type(error).__name__})") from error
@@ -72,7 +70,7 @@ def headers_of(archive: zipfile.ZipFile) -> dict[str, Header]:
         try:
             with archive.open(entry) as member:
                 header = read_header(member)
-        except ValueError:
+        except (OSError, ValueError):
             raise
         except Exception as error:  # and zipfile half a dozen
             raise ValueError(f"{entry.filename} is damaged ({error or type(error).__name__})") from error
@@ -84,11 +82,13 @@ def headers_of(archive: zipfile.ZipFile) -> dict[str, Header]:
     return found
 
 
-def read_npz(path: Path, names: Iterable[str] | None = None, *, most_bytes: float) -> dict[str, np.ndarray]:
+def read_npz(
+    file: zipfile.ZipFile | typing.IO[bytes], names: Iterable[str] | None = None, *, most_bytes: float = math.inf
+) -> dict[str, np.ndarray]:
     """Reads arrays of an .npz file.
 
     Args:
-      path: the file.
+      file: the opened file, or the archive in it.
       names: of the arrays to read, as far as they are there; all if None.
       most_bytes: that the arrays may take together.
 
@@ -96,23 +96,24 @@ def read_npz(path: Path, names: Iterable[str] | None = None, *, most_bytes: floa
       the arrays by name.
 
     Raises:
-      OSError: the file cannot be read, or is no regular file.
-      ValueError: it is damaged (the CRC-32 of an array that is read, too), its arrays are larger, or hold objects.
+      ValueError: the file is damaged (a checksum of an array that is read differs, too), or its arrays are larger than
+        they may be or hold objects.
+      OSError: it can no longer be read.
     """
-    with open_file(path) as file:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                headers = headers_of(archive)
-                chosen = [name for name in headers if names is None or name in names]
-                if sum(headers[name].num_bytes for name in chosen) > most_bytes:
-                    raise ValueError(f"its arrays take more than {most_bytes / 2**30:.3g} GiB")
-                arrays = {}
-                for name in chosen:
-                    with archive.open(f"{name}{_END}") as member:
-                        arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
-                        member.read(1)  # the checksum is compared at the end
-                return arrays
-        except ValueError:
-            raise
-        except Exception as error:
-            raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+    try:
+        with contextlib.ExitStack() as opened:
+            archive = file if isinstance(file, zipfile.ZipFile) else opened.enter_context(zipfile.ZipFile(file))
+            headers = headers_of(archive)
+            chosen = [name for name in headers if names is None or name in names]
+            if sum(headers[name].num_bytes for name in chosen) > most_bytes:
+                raise ValueError(f"its arrays take more than {most_bytes / 2**30:.3g} GiB")
+            arrays = {}
+            for name in chosen:
+                with archive.open(f"{name}{_END}") as member:
+                    arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+                    member.read(1)  # the checksum is compared at the end
+            return arrays
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # zipfile and NumPy raise a dozen kinds
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error

@@ -39,11 +39,10 @@ from ddpm_jax.data import sources
 from ddpm_jax.data.decode import Unreadable, header, open_picture
 from ddpm_jax.data.fingerprint import check_same_set, read_class_names
 from ddpm_jax.data.source import in_memory
-from ddpm_jax.evaluation.bits_per_dim import read_sums
 from ddpm_jax.evaluation.features import INCEPTION
 from ddpm_jax.evaluation.image_sets import open_npz
 from ddpm_jax.evaluation.statistics import is_statistics, read_statistics
-from ddpm_jax.generation.store import StoredImages
+from ddpm_jax.generation.store import Parts, StoredImages, checksum_of
 from ddpm_jax.interop.checkpoints import read_checkpoint
 from ddpm_jax.interop.diffusers import read_folder, write_folder
 from ddpm_jax.interop.original import write_original
@@ -54,7 +53,7 @@ from ddpm_jax.run.record import read_config, save_config
 from ddpm_jax.run.validation import validate
 from ddpm_jax.run.weights import load_weights, save_weights
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import dump_checked
+from ddpm_jax.system.files import dump_checked, write_npz
 from ddpm_jax.training import metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -373,8 +372,11 @@ def read_diffusers(folder):
     assert {leaf.dtype for leaf in jax.tree.leaves(found.params)} == {np.dtype(np.float32)}
 
 
+ASKED = {"seed": 3}
+
+
 def write_job(folder):
-    stored = StoredImages(folder, (8, 8, 3), labels=[1, 2])
+    stored = StoredImages(folder, (8, 8, 3), asked=ASKED, labels=[1, 2])
     stored.save(0, PIXELS[:2])
     stored.save(2, PIXELS[2:4])
     stored.pack()
@@ -382,7 +384,7 @@ def write_job(folder):
 
 
 def read_job(folder):
-    stored = StoredImages(folder, (8, 8, 3), labels=[1, 2])
+    stored = StoredImages(folder, (8, 8, 3), asked=ASKED, labels=[1, 2])
     done = stored.done()
     assert all(0 <= first <= stop for first, stop in done)
     number = stored.pack()
@@ -391,15 +393,21 @@ def read_job(folder):
     images.read(np.arange(min(images.number, 10)))
 
 
-def sums_files():
-    arrays = {
-        "total": np.ones(2),
-        "prior": np.ones(2),
-        "decoder": np.ones(2),
-        "first_moments": np.ones((4, 5)),
-        "second_moments": np.ones((4, 5)),
-    }
-    return {"00000000-00000002.npz": saved(np.savez, **arrays)}
+def with_checksum(files):
+    """Packs arrays as a part of a job, with the checksum that it should have."""
+
+    def write(archive):
+        for name, content in files.items():
+            archive.writestr(zipfile.ZipInfo(name[:-1]), content)
+
+    about = {"images": (0, 2), "part": "parts", "job": checksum_of(ASKED)}
+    return written(lambda folder: write_npz(folder / "parts" / "00000000-00000002.npz", write, about))
+
+
+def read_part(folder):
+    parts = Parts(folder / "parts", ASKED)
+    for first, stop in parts.ranges():
+        assert all(isinstance(array, np.ndarray) for array in parts.load(first, stop).values())
 
 
 def set_file():
@@ -537,7 +545,7 @@ READERS = {
         read_statistics_files,
         lambda files: {"a.npz": packed({k[:-1]: v for k, v in files.items()})},
     ),
-    "likelihood": Reader(sums_files, lambda folder: read_sums(folder, 5)),
+    "parts, sealed": Reader(lambda: {"images.npy!": saved(np.save, PIXELS[:2])}, read_part, with_checksum),
 }
 
 
