@@ -349,6 +349,53 @@ def damage_all(bench: Bench, run: Path) -> str:
     return "one error line; resumes from a copy"
 
 
+def _flip(bench: Bench, file: Path, begin: int, end: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[bench.random.randrange(begin, end)] ^= 1 << bench.random.randrange(8)
+    file.write_bytes(content)
+
+
+def damage_record(bench: Bench, run: Path) -> str:
+    """Flips a bit in config.json."""
+    file = run / "config.json"
+    content = file.read_bytes()
+    _flip(bench, file, 0, len(content))
+    process = bench.start(run)
+    process.may_find_damage = True
+    process.refused("config.json is damaged, was changed by hand")
+    file.write_bytes(content)
+    return "one error line; put back, the run resumes"
+
+
+def damage_metrics(bench: Bench, run: Path) -> str:
+    """Flips a bit in a line of metrics.jsonl that was written before the newest checkpoint."""
+    file = run / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    kept = sum(json.loads(line)["step"] <= bench.steps(run)[-1] for line in lines)
+    number = bench.random.randrange(kept)
+    begin = sum(map(len, lines[:number]))
+    _flip(bench, file, begin, begin + len(lines[number]) - 1)  # not its end: that would damage the next as well
+    process = bench.advance(run, damaged=True)
+    require("damaged and dropped" in process.output, f"the damaged line was not named:\n{process.output}")
+    (aside,) = run.glob("metrics.jsonl.damaged")
+    aside.unlink()
+    found = file.read_bytes().splitlines(keepends=True)
+    # What it was cannot be known any more: with the line put back, the file is that of the reference run.
+    file.write_bytes(b"".join([*found[:number], lines[number], *found[number:]]))
+    return "the line named once and dropped; the run goes on with the others"
+
+
+def rename_step(bench: Bench, run: Path) -> str:
+    """Renames the newest checkpoint to a later step."""
+    newest = bench.steps(run)[-1]
+    (run / "checkpoints" / str(newest)).rename(run / "checkpoints" / str(newest + 3))
+    process = bench.advance(run, damaged=True)
+    reason = f"checkpoint {newest + 3} is damaged (it was saved at step {newest}, and its folder was renamed)"
+    require(reason in process.output, f"the renamed step was not named:\n{process.output}")
+    shutil.rmtree(run / "checkpoints" / f"damaged_{newest + 3}_0")
+    return "named and set aside; the previous checkpoint used"
+
+
 @functools.cache
 def can_mount() -> bool:
     """Returns whether an in-memory file system can be mounted."""
@@ -559,6 +606,9 @@ FAULTS = [
     Fault("any checkpoint file truncated", functools.partial(damage, how="truncated"), 8),
     Fault("a bit flipped in any checkpoint file", functools.partial(damage, how="flipped"), 8),
     Fault("all checkpoints damaged", damage_all, 2),
+    Fault("a bit flipped in config.json", damage_record, 5),
+    Fault("a bit flipped in a line of metrics.jsonl", damage_metrics, 5),
+    Fault("a checkpoint renamed to another step", rename_step, 3),
     Fault("full disk", full_disk, 5),
     Fault("file size limit", too_large, 3),
     Fault("read-only folder", functools.partial(read_only, when="before"), 2),

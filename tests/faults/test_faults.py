@@ -1,6 +1,7 @@
 """A short fault campaign: one run suffers one fault of each kind and ends bit-identical to the run without faults."""
 
 import importlib.util
+import runpy
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ SHORT = [
     "kill -9 while training",
     "SIGTERM twice",
     "a bit flipped in an array file",
+    "a bit flipped in config.json",
+    "a bit flipped in a line of metrics.jsonl",
     "kill -9 while saving",
     "full disk",
     "folder made read-only during training",
@@ -42,6 +45,13 @@ def test_a_run_with_every_fault_ends_as_the_run_without_faults(program, bench):
     assert sum(seen.values()) == len(SHORT)
     (outcome,) = [outcome for name, outcome in seen if name == "5% of the images corrupted"]
     assert outcome == "one error line naming them"
+
+
+@pytest.mark.slow
+def test_no_damage_to_a_runs_files_is_believed(program, bench, tmp_path):
+    flips = runpy.run_path(str(HERE / "flips.py"), run_name="flips")
+    seen = flips["sweep"](bench.folder / "reference", tmp_path)
+    assert all(map(flips["is_harmless"], seen.values())), seen
 
 
 def test_changed_data_would_be_detected(program, bench):
