@@ -42,7 +42,7 @@ IMAGE = (2, 2, 1)
 SIZE = 4
 ORDER_STEPS = (5, 10, 20, 40, 80, 160)
 CHAIN_STEPS = (5, 8, 10, 15, 20, 30, 50, 100, 250)
-CHAIN_SPACINGS = ("linspace", "trailing", "log_snr")
+CHAIN_SPACINGS = ("linspace", "trailing", "cubic", "log_snr")
 
 
 class Law(typing.NamedTuple):
@@ -178,7 +178,7 @@ def slope(steps: Sequence[int], errors: np.ndarray) -> float:
 
 
 def main() -> None:
-    # The samplers run in float64 on float32 tables: below this floor, the tables' rounding error dominates.
+    # "ancestral" and "ddim" read the schedule's float32 tables: below this floor, their rounding error dominates.
     floor = 3e-7
     rows = []
     figure, (order_axes, chain_axes) = plt.subplots(1, 2, figsize=(11, 4.6), sharey=False)

@@ -35,8 +35,8 @@ class SamplerConfig:
     steps: int | None = None
     """Number of steps; all T of the schedule if not given."""
     spacing: str | None = None
-    """Timesteps of a shorter chain: linspace, leading, trailing, quadratic, log_snr, or sections ("10,20,30"); if not
-    given, the run's diffusion.spacing, or what suits the sampler and the number of steps."""
+    """Timesteps of a shorter chain: linspace, leading, trailing, quadratic, cubic, log_snr, karras, or sections
+    ("10,20,30"); if not given, the run's diffusion.spacing, or what suits the sampler and the number of steps."""
     eta: float | None = None
     """Share of noise in DDIM, 0 (default) to 1."""
     clip: typing.Literal["on", "off", "dynamic"] | None = None

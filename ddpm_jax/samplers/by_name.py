@@ -51,7 +51,7 @@ def make_sampler(
     ddim         `ddim.ddim`: deterministic at eta = 0
     dpm++2m      `dpm_solver.dpm_solver_pp_2m`: deterministic, second order
     dpm++2m_sde  `dpm_solver.dpm_solver_pp_2m_sde`: the same with noise at each step
-    unipc        `unipc.unipc`: deterministic, third-order predictor and corrector; for few steps
+    unipc        `unipc.unipc`: deterministic, a predictor and a corrector of second or third order; for few steps
     ===========  =====================================================================================
 
     Args:

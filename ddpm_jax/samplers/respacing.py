@@ -21,23 +21,23 @@ from numpy.typing import ArrayLike
 from ddpm_jax.reverse import Prediction, check_end
 from ddpm_jax.schedules import Schedule, concrete, exact_log_alphas, numbers, schedule_from_log_alphas
 
-Spacing = typing.Literal["linspace", "leading", "trailing", "quadratic", "log_snr"]
+Spacing = typing.Literal["linspace", "leading", "trailing", "quadratic", "cubic", "log_snr", "karras"]
 """How the timesteps of a shorter chain are chosen."""
 
 # Below it there is almost no signal, and the last timesteps of the cosine schedule would crowd there.
 _LEAST_LOG_SNR = 2 * -5.1
 
 
-# At 10 steps it loses 0.108 with "trailing" and 0.135 with "log_snr"; at 12 steps, 0.076 and 0.013.
-_FEW_STEPS_OF_UNIPC = 10
-
-
 def default_spacing(name: str, num_steps: int | None) -> Spacing:
-    """Returns the spacing that suits a sampler: solvers of second and higher order need even steps in log SNR.
+    """Returns the spacing of a sampler's timesteps, chosen by the table in `docs/results/spacings.md`.
 
-    Even steps in t end with one that spans several units of log SNR, too far to extrapolate the slope of x0. But with
-    ten steps or fewer, even steps in log SNR are themselves too long for the third order of "unipc", which then does
-    better with "trailing": `docs/results/sampler_order.csv` has the loss of each sampler with each spacing.
+    ================================  ==================================================================
+    dpm++2m, dpm++2m_sde, unipc       "log_snr": their orders need even steps in log SNR; in fewer than 8
+                                      steps, where those leave too few for high noise, "cubic"
+    ancestral                         "trailing": the noise of a long last step would stay in the image
+    ddim                              "linspace", as published DDIM numbers; no other spacing is better on
+                                      all laws
+    ================================  ==================================================================
 
     Args:
       name: the name of the sampler.
@@ -46,14 +46,14 @@ def default_spacing(name: str, num_steps: int | None) -> Spacing:
     Returns:
       a `Spacing`.
 
-    >>> default_spacing("unipc", 10), default_spacing("unipc", 20), default_spacing("ddim", 10)
-    ('trailing', 'log_snr', 'linspace')
+    >>> default_spacing("unipc", 5), default_spacing("unipc", 10), default_spacing("ddim", 10)
+    ('cubic', 'log_snr', 'linspace')
     """
-    if name in ("ancestral", "ddim"):
-        return "linspace"
-    if name == "unipc" and num_steps is not None and num_steps <= _FEW_STEPS_OF_UNIPC:
+    if name == "ancestral":
         return "trailing"
-    return "log_snr"
+    if name == "ddim":
+        return "linspace"
+    return "cubic" if num_steps is not None and num_steps < 8 else "log_snr"
 
 
 def respaced_betas(betas: ArrayLike, timesteps: ArrayLike) -> np.ndarray:
@@ -166,7 +166,7 @@ def evenly_spaced(num_timesteps: int, num_steps: int) -> np.ndarray:
 
     .. math:: S_k = \mathrm{round}\left(k \frac{T-1}{N-1}\right)
 
-    The default: a chain starts from pure noise, so its first step should be at the last timestep.
+    A chain starts from pure noise, so its first step should be at the last timestep.
 
     Args:
       num_timesteps: T.
@@ -268,6 +268,34 @@ def quadratic(num_timesteps: int, num_steps: int) -> np.ndarray:
     return _spread(timesteps, num_timesteps)
 
 
+def cubic(num_timesteps: int, num_steps: int) -> np.ndarray:
+    r"""Returns timesteps whose cube roots are spaced evenly from the first to the last, both included.
+
+    .. math:: S_k = \mathrm{round}\left((T-1) \left(\frac{k}{N-1}\right)^3\right)
+
+    With the linear schedule they are nearly even in log SNR where there is little noise, and in t where there is much.
+    Equal ones, which occur in many steps, are moved apart.
+
+    Args:
+      num_timesteps: T.
+      num_steps: N, in [1, T]; a single step is at T-1, for a chain starts from pure noise.
+
+    Returns:
+      (N,) int64, increasing.
+
+    Raises:
+      ValueError: N is outside [1, T].
+
+    >>> cubic(1000, 10)
+    array([  0,   1,  11,  37,  88, 171, 296, 470, 702, 999])
+    """
+    _check_count(num_timesteps, num_steps)
+    if num_steps == 1:
+        return np.array([num_timesteps - 1])
+    timesteps = np.round((num_timesteps - 1) * np.linspace(0, 1, num_steps) ** 3).astype(np.int64)
+    return _spread(timesteps, num_timesteps)
+
+
 def evenly_spaced_in_log_snr(schedule: Schedule | ArrayLike, num_steps: int) -> np.ndarray:
     r"""Returns timesteps spaced evenly in log SNR: each jump removes the same share of the noise.
 
@@ -289,14 +317,45 @@ def evenly_spaced_in_log_snr(schedule: Schedule | ArrayLike, num_steps: int) -> 
 
     Lu et al. 2022 (DPM-Solver), sec. 3.3, and its code ("logSNR").
     """
+    return _evenly_spaced_in(_log_snr(schedule), num_steps)
+
+
+def evenly_spaced_in_sigma(schedule: Schedule | ArrayLike, num_steps: int, *, rho: float = 7.0) -> np.ndarray:
+    r"""Returns timesteps whose :math:`\sigma^{1/\rho}` are spaced evenly, between "linspace" and "log_snr".
+
+    .. math:: \sigma_t = \sqrt{(1 - \bar\alpha_t) / \bar\alpha_t}
+
+    As :math:`\rho` grows they approach those of `evenly_spaced_in_log_snr`, whose floor and ends they share.
+
+    Args:
+      schedule: the schedule of the whole chain, or its betas, (T,); not traced.
+      num_steps: N, in [1, T].
+      rho: the exponent, > 0.
+
+    Returns:
+      (N,) int64, increasing: the nearest timesteps, and where these are equal, their neighbors.
+
+    Raises:
+      ValueError: N is outside [1, T].
+
+    Karras et al. 2022 (EDM), eq. 5.
+    """
+    return _evenly_spaced_in(np.exp(_log_snr(schedule) / (-2 * rho)), num_steps)
+
+
+def _log_snr(schedule: Schedule | ArrayLike) -> np.ndarray:
     log_alphas_bar = np.cumsum(exact_log_alphas(schedule))
-    num_timesteps = log_alphas_bar.size
+    return np.maximum(log_alphas_bar - np.log(-np.expm1(log_alphas_bar)), _LEAST_LOG_SNR)
+
+
+def _evenly_spaced_in(positions: np.ndarray, num_steps: int) -> np.ndarray:
+    """Returns the timesteps nearest to even steps along (T,) monotonic positions."""
+    num_timesteps = positions.size
     _check_count(num_timesteps, num_steps)
     if num_steps == 1:
         return np.array([num_timesteps - 1])
-    log_snr = np.maximum(log_alphas_bar - np.log(-np.expm1(log_alphas_bar)), _LEAST_LOG_SNR)
-    wanted = np.linspace(log_snr[0], log_snr[-1], num_steps)
-    nearest = np.abs(wanted[:, None] - log_snr[None, :]).argmin(axis=1)
+    wanted = np.linspace(positions[0], positions[-1], num_steps)
+    nearest = np.abs(wanted[:, None] - positions[None, :]).argmin(axis=1)
     nearest[-1] = num_timesteps - 1
     return _spread(nearest, num_timesteps)
 
@@ -358,6 +417,7 @@ _SPACINGS: dict[str, Callable[[int, int], np.ndarray]] = {
     "leading": leading,
     "trailing": trailing,
     "quadratic": quadratic,
+    "cubic": cubic,
 }
 
 
@@ -404,4 +464,6 @@ def _spaced(schedule: Schedule | ArrayLike, *, num_steps: int | None, spacing: s
     num_steps = num_timesteps if num_steps is None else num_steps
     if spacing == "log_snr":
         return evenly_spaced_in_log_snr(schedule, num_steps)
+    if spacing == "karras":
+        return evenly_spaced_in_sigma(schedule, num_steps)
     return _SPACINGS[spacing](num_timesteps, num_steps)

@@ -11,6 +11,11 @@ from ddpm_jax.samplers.respacing import shorten
 from ddpm_jax.schedules import Schedule
 
 
+def default_order(num_steps: int) -> int:
+    """Returns the order of `unipc` in N steps: 3 in at least 15, else 2, since longer steps extrapolate too far."""
+    return 3 if num_steps >= 15 else 2
+
+
 def _b_vector(h: float, order: int) -> np.ndarray:
     r"""(order,) :math:`n!\, \varphi_{n+1}(-h) / (e^{-h} - 1)`, n = 1, ..: the moments of the integral over a step."""
     b = []
@@ -64,7 +69,7 @@ def unipc(
     predict: Predict,
     *,
     num_steps: int | None = None,
-    order: int = 3,
+    order: int | None = None,
     prediction: Prediction = "eps",
     variance: Variance = "fixed_large",
     clip_x0: Clip = True,
@@ -84,7 +89,7 @@ def unipc(
       schedule: tables of the chain's steps (see `respacing.respace`); not traced.
       predict: the network.
       num_steps: N, in [1, T], for a chain of N of the timesteps, spaced as `make_sampler` does; all if None.
-      order: p, 1 to 3; the authors recommend 3 without guidance and 2 with it.
+      order: p, 1 to 3; the authors recommend 3 without guidance and 2 with it. If None, `default_order`.
       prediction: what the network predicts; "mean" only on a schedule that skips no timesteps.
       variance: the kind of variance; the half of the output for a learned one is ignored.
       clip_x0: whether and how the predicted clean image is clipped at each step, see `reverse.clip`.
@@ -99,10 +104,10 @@ def unipc(
 
     Zhao et al. 2023, Algorithms 5 and 6.
     """
-    if order not in (1, 2, 3):
+    if order not in (None, 1, 2, 3):
         raise ValueError(f"UniPC has orders 1, 2 and 3, not {order}")
     schedule = shorten(schedule, num_steps, sampler="unipc")
-    predictor, corrector = _unipc_weights(path(schedule), order)
+    predictor, corrector = _unipc_weights(path(schedule), order or default_order(schedule.num_steps))
     return multistep(
         schedule,
         predict,

@@ -128,7 +128,7 @@ def test_t_and_levels_of_a_shorter_chain(runs):
 
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
 def test_the_requested_t_are_included_and_no_others_moved(runs, sampler):
-    few = Editor(runs.make_job(sampler=SamplerConfig(sampler, steps=4)), extra_t=[4, 0, 12, 9])
+    few = Editor(runs.make_job(sampler=SamplerConfig(sampler, steps=4, spacing="linspace")), extra_t=[4, 0, 12, 9])
     assert [few.paper_t(level) for level in range(7)] == [0, 1, 4, 5, 8, 9, 12]
     assert few.paper_t(few.level_at(4)) == 4
     alphas_bar = build_schedule(few.job.trained.config).alphas_bar[np.array([0, 3, 4, 7, 8, 11])]

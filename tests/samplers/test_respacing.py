@@ -1,6 +1,7 @@
 """Shorter chains: the published lists of times, and betas that keep alphas_bar."""
 
 import itertools
+import typing
 
 import jax
 import numpy as np
@@ -9,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm_jax.samplers.respacing import (
+    Spacing,
     check_prediction,
     choose_timesteps,
     evenly_spaced,
     evenly_spaced_in_log_snr,
+    evenly_spaced_in_sigma,
     leading,
     quadratic,
     respace,
@@ -23,7 +26,7 @@ from ddpm_jax.samplers.respacing import (
 from ddpm_jax.schedules import make_betas, make_schedule, schedule_from_betas
 
 BETAS = make_betas("linear", 1000)
-SPACINGS = ("linspace", "leading", "trailing", "quadratic", "log_snr")
+SPACINGS = typing.get_args(Spacing)
 SCHEDULES = ("linear", "quad", "const", "warmup10", "warmup50", "jsd", "sigmoid", "cosine")
 some_steps = st.integers(1, 300).flatmap(lambda T: st.tuples(st.just(T), st.integers(1, T)))
 
@@ -93,7 +96,7 @@ class TestTimes:
             assert times[0] >= 0, spacing
             assert times[-1] < num_times, spacing
             assert (np.diff(times) > 0).all(), spacing
-            if spacing in ("linspace", "trailing", "log_snr") or num_steps == 1:
+            if spacing not in ("leading", "quadratic") or num_steps == 1:
                 assert times[-1] == num_times - 1, spacing
 
     @pytest.mark.parametrize("spacing", SPACINGS)
@@ -172,11 +175,29 @@ class TestTimes:
         betas = 1 - alphas_bar / np.append(1.0, alphas_bar[:-1])
         assert evenly_spaced_in_log_snr(betas, 21).tolist() == list(range(0, 2001, 100))
 
+    def test_karras_is_of_the_paper(self):
+        # Eq. 5 for 18 steps from 80 to 0.002, on a schedule fine enough to hold these noise levels.
+        sigma = np.geomspace(0.002, 80, 20_000)
+        alphas_bar = 1 / (1 + sigma**2)
+        times = evenly_spaced_in_sigma(1 - alphas_bar / np.append(1.0, alphas_bar[:-1]), 18)
+        expected = (80 ** (1 / 7) + np.arange(18) / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+        np.testing.assert_allclose(sigma[times[::-1]], expected, rtol=1e-3)
+
     @pytest.mark.parametrize("name", SCHEDULES)
-    def test_log_snr_visits_both_ends(self, name):
-        for num_steps in (2, 9, 40):
-            times = evenly_spaced_in_log_snr(make_betas(name, 1000), num_steps)
+    def test_of_noise_levels_visit_both_ends(self, name):
+        for num_steps, choose in itertools.product((2, 9, 40), (evenly_spaced_in_log_snr, evenly_spaced_in_sigma)):
+            times = choose(make_betas(name, 1000), num_steps)
             assert (times[0], times[-1]) == (0, 999)
+
+    @pytest.mark.parametrize("name", ["linear", "cosine"])
+    def test_are_the_same_of_a_schedule_and_of_its_betas(self, name):
+        betas = make_betas(name, 1000)
+        for spacing, num_steps in itertools.product(SPACINGS, (3, 10, 50)):
+            of_schedule, of_betas = (
+                choose_timesteps(given, num_steps=num_steps, spacing=spacing)
+                for given in (schedule_from_betas(betas), betas)
+            )
+            np.testing.assert_array_equal(of_schedule, of_betas)
 
 
 class TestRefusals:

@@ -96,20 +96,31 @@ class TestLaw:
         }
         assert errors["unipc"] < errors["dpm++2m"] < errors["ddim"]
 
-    def test_of_unipc_is_best_with_its_own_spacing_in_any_number_of_steps(self):
-        steps = (5, 8, 10, 12, 15)
-        errors = {
-            spacing: sampler_order.chain_errors(unipc, steps, spacing=spacing)
-            for spacing in ("linspace", "trailing", "log_snr")
-        }
-        best = [min(errors, key=lambda spacing, k=k: errors[spacing][k]) for k in range(len(steps))]
-        assert [default_spacing("unipc", count) for count in steps] == best
-        assert default_spacing("unipc", None) == "log_snr"
-        by_default, by_name = (
-            images_of(make_sampler("unipc", BETAS, curved, num_steps=8, spacing=spacing))
-            for spacing in (None, "trailing")
+    @pytest.mark.parametrize(("name", "others"), [("unipc", ("linspace", "trailing")), ("ancestral", ("linspace",))])
+    @pytest.mark.parametrize("num_steps", [5, 10])
+    def test_of_few_steps_needs_the_default_spacing(self, name, others, num_steps):
+        default, *errors = (
+            sampler_order.chain_errors(SAMPLERS[name], (num_steps,), spacing=spacing)[0]
+            for spacing in (default_spacing(name, num_steps), *others)
         )
-        np.testing.assert_array_equal(by_default, by_name)
+        assert default < 0.7 * min(errors)
+
+    def test_of_unipc_in_few_steps_needs_the_second_order(self):
+        for num_steps, order in ((10, 3), (20, 2)):
+            default, other = (
+                sampler_order.chain_errors(unipc, (num_steps,), spacing="log_snr", **options)[0]
+                for options in ({}, {"order": order})
+            )
+            assert default < 0.7 * other
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_chains_have_the_default_spacing(self, name):
+        for num_steps in (5, 8):
+            by_default, by_name = (
+                images_of(make_sampler(name, BETAS, curved, num_steps=num_steps, spacing=spacing))
+                for spacing in (None, default_spacing(name, num_steps))
+            )
+            np.testing.assert_array_equal(by_default, by_name)
 
     def test_on_leading_times_is_as_on_even_ones_in_many_steps(self):
         leading, even = (
