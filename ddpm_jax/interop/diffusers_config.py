@@ -31,7 +31,7 @@ _VARIANCES: dict[str | None, Variance] = {
     "learned_range": "learned_range",
     None: "fixed_small",
 }
-# "linspace" is what our samplers choose by themselves, where it suits them.
+# "linspace", the default of diffusers' solvers, leaves the choice to our samplers.
 _SPACINGS: dict[str, Spacing | None] = {"linspace": None, "leading": "leading", "trailing": "trailing"}
 
 # Defaults of the class that differ from DDPMScheduler's.
