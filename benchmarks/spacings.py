@@ -10,8 +10,8 @@ Run it again to resume: it measures only what docs/results/spacings.csv lacks, a
   distance in coordinates in which the data are N(., I), so that directions of small variance count like the others;
   "plain" is the Frechet distance itself, relative to the total variance. Both as roots, per direction.
 - A Gaussian mixture in eight dimensions: "outside" is the share of samples farther from every mode than all but 1e-4 of
-  each mode's own; "spread" the relative error of the standard deviations within the modes (the samples outside are
-  left out).
+  each mode's own; "spread" the relative error of the standard deviations within the modes, of the other samples (1
+  if there are none).
 - Trained runs: "fd" is the FD-own of `evaluate.py quality`, divided by that of real images. For the deterministic
   samplers "path" is the root mean squared distance to the images that the same noise gives in many steps. All samplers
   and spacings start from the same noise, so that differences are far less noisy than the numbers.
@@ -188,11 +188,11 @@ def mixture(*, number: int = 4096, modes: int = 10, size: int = 8) -> Law:
         distances = (((x[:, None] - centers) / stds) ** 2).sum(axis=2)
         nearest = distances.argmin(axis=1)
         inside = distances.min(axis=1) < farthest
-        whitened = ((x - centers[nearest]) / stds[nearest])[inside]
-        return {
-            "outside": float(1 - inside.mean()),
-            "spread": float(np.sqrt(np.mean((np.sqrt((whitened**2).mean(axis=0)) - 1) ** 2))),
-        }
+        outside, spread = float(1 - inside.mean()), 1.0
+        if inside.any():
+            whitened = ((x - centers[nearest]) / stds[nearest])[inside]
+            spread = float(np.sqrt(np.mean((np.sqrt((whitened**2).mean(axis=0)) - 1) ** 2)))
+        return {"outside": outside, "spread": spread}
 
     return Law("mixture", measure)
 
