@@ -289,10 +289,13 @@ error means is in the docstring of [the program](../../benchmarks/spacings.py), 
 
 Each number is an error relative to the smallest of the same sampler in as many steps (UniPC at either order): 1 is
 the best, 2 twice its error. The first is the geometric mean over the closed forms (Gaussians of four spectra under the
-linear and the cosine schedule, and the mixture), the others are of the trained runs: {runs}. Differences below a
-tolerance do not count: 0.02 in distances of Gaussians, 0.01 in shares outside the modes, 0.03 in their spread, 0.1 in
-FD-own (as much as chance moves it), 0.01 in distance to the converged images. A star marks the default, "-" what was
-not measured.
+linear and the cosine schedule, and the mixture), the others are of the trained runs:
+{runs}. Differences below a tolerance do not count: 0.02 in distances of Gaussians, 0.01 in shares
+outside the modes, 0.03 in their spread, 0.1 in FD-own (as much as chance moves it), 0.01 in distance to the converged
+images. A star marks the default, "-" what was not measured.
+
+FD-own alone can mislead: the errors of a coarse chain may bring its images closer to the real ones than the converged
+images are. The distance to these, which counts as much here, says how well a sampler solves its equation.
 
 """
 
