@@ -96,31 +96,42 @@ class TestLaw:
         }
         assert errors["unipc"] < errors["dpm++2m"] < errors["ddim"]
 
-    @pytest.mark.parametrize(("name", "others"), [("unipc", ("linspace", "trailing")), ("ancestral", ("linspace",))])
-    @pytest.mark.parametrize("num_steps", [5, 10])
-    def test_of_few_steps_needs_the_default_spacing(self, name, others, num_steps):
+    @pytest.mark.parametrize(
+        ("name", "num_steps", "others"),
+        [
+            ("unipc", 5, ("linspace", "trailing", "log_snr")),
+            ("unipc", 10, ("linspace",)),
+            ("ancestral", 5, ("linspace", "log_snr")),
+            ("ancestral", 10, ("linspace",)),
+        ],
+    )
+    def test_of_few_steps_needs_the_default_spacing(self, name, num_steps, others):
         default, *errors = (
             sampler_order.chain_errors(SAMPLERS[name], (num_steps,), spacing=spacing)[0]
             for spacing in (default_spacing(name, num_steps), *others)
         )
-        assert default < 0.7 * min(errors)
+        assert default < 0.8 * min(errors)
 
-    def test_of_unipc_in_few_steps_needs_the_second_order(self):
-        for num_steps, order in ((10, 3), (20, 2)):
-            default, other = (
-                sampler_order.chain_errors(unipc, (num_steps,), spacing="log_snr", **options)[0]
-                for options in ({}, {"order": order})
-            )
-            assert default < 0.7 * other
+    @pytest.mark.parametrize(("num_steps", "other_order"), [(10, 3), (20, 2)])
+    def test_of_unipc_needs_the_order_that_suits_the_number_of_steps(self, num_steps, other_order):
+        default, other = (
+            sampler_order.chain_errors(unipc, (num_steps,), spacing="log_snr", **options)[0]
+            for options in ({}, {"order": other_order})
+        )
+        assert default < 0.8 * other
 
     @pytest.mark.parametrize("name", NAMES)
     def test_chains_have_the_default_spacing(self, name):
+        keys = image_keys(jax.random.key(0), jnp.arange(1))
         for num_steps in (5, 8):
-            by_default, by_name = (
-                images_of(make_sampler(name, BETAS, curved, num_steps=num_steps, spacing=spacing))
-                for spacing in (None, default_spacing(name, num_steps))
-            )
-            np.testing.assert_array_equal(by_default, by_name)
+            visited = []
+            record = lambda x_t, t, visited=visited: visited.append(int(t[0])) or jnp.zeros_like(x_t)
+            sampler = make_sampler(name, BETAS, record, num_steps=num_steps)
+            state = sampler.init(jnp.ones((1, 1, 1, 1)))
+            for k in range(num_steps):
+                state, _ = sampler.step(keys, state, jnp.int32(k))
+            spacing = default_spacing(name, num_steps)
+            assert visited[::-1] == choose_timesteps(BETAS, num_steps=num_steps, spacing=spacing).tolist()
 
     def test_on_leading_times_is_as_on_even_ones_in_many_steps(self):
         leading, even = (
