@@ -106,7 +106,7 @@ def cast(kind: Any, value: Any) -> Any:
                 return value
             case origin if origin is tuple and isinstance(value, list | tuple):
                 return tuple(cast(typing.get_args(member)[0], entry) for entry in value)
-        if member is float and type(value) is int:
+        if member is float and type(value) is int and value.bit_length() < 1024:  # or it is larger than any float
             return float(value)
         if type(value) is member:
             return value
