@@ -158,7 +158,9 @@ def _from_name(file: Path) -> tuple[int, bool | None]:
     """
     if found := re.fullmatch(r"ema_[\d.]+_(\d{1,9})", file.stem):
         return int(found[1]), True
-    if found := re.fullmatch(r"model-?(\d{1,9})", file.stem):
-        # pesser keeps the averages in folders of their own; improved-diffusion's files are those of the last step.
-        return int(found[1]), file.resolve().parent.name.startswith("ema_")
+    if found := re.fullmatch(r"model(\d{6,9})", file.stem):
+        return int(found[1]), False
+    if found := re.fullmatch(r"model-(\d{1,9})", file.stem):  # pesser's, in a folder that has the rest of its name
+        folder = re.match("(ema_)?diffusion_", file.resolve().parent.name)
+        return int(found[1]), bool(folder[1]) if folder else None
     return 0, None

@@ -146,6 +146,9 @@ class TestFiles:
         found = read_checkpoint(save("pesser", "ema_diffusion_cifar10_model/model-790000.ckpt"))
         assert (found.step, found.averaged, found.config.name) == (790_000, True, "ema_diffusion_cifar10_model")
         assert found.config.diffusion.variance == "fixed_large"
+        for folder, averaged in (("diffusion_cifar10_model", False), ("downloads", None)):
+            found = read_checkpoint(save("pesser", f"{folder}/model-790000.ckpt"))
+            assert (found.step, found.averaged) == (790_000, averaged)
 
     def test_the_published_name_gives_the_flags_which_must_fit(self, save):
         with pytest.raises(UserError, match="cifar10_uncond_50M_500K.pt: --flags: --num_channels is 128, but"):
