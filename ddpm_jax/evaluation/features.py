@@ -14,9 +14,8 @@ import numpy as np
 from jax import Array
 
 from ddpm_jax.system import user_code
-from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.errors import UserError, printable
 from ddpm_jax.system.exits import advice_for_memory
-from ddpm_jax.system.files import printable
 from ddpm_jax.system.mesh import batch_sharding, make_mesh, replicated
 
 Tree = Any

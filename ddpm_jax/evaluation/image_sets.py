@@ -15,8 +15,7 @@ from ddpm_jax.data.fingerprint import fingerprint
 from ddpm_jax.data.folder import sizes
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source, resolve
-from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import printable
+from ddpm_jax.system.errors import UserError, printable
 from ddpm_jax.system.npy import headers_of
 
 _MEMBER = "arr_0.npy"

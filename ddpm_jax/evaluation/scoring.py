@@ -40,8 +40,8 @@ from ddpm_jax.run.experiments import load_config
 from ddpm_jax.run.pretrained import LOOKED_FOR, is_pretrained
 from ddpm_jax.run.record import is_run, read_run
 from ddpm_jax.system import user_code
-from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import crc32, printable, read_json, read_or_set_aside, short_name, write_json
+from ddpm_jax.system.errors import UserError, printable
+from ddpm_jax.system.files import crc32, read_json, read_or_set_aside, short_name, write_json
 from ddpm_jax.system.hosts import appears, is_primary_host, of_primary_host, wait_for_all
 from ddpm_jax.system.progress import say
 

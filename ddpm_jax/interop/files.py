@@ -11,8 +11,8 @@ import safetensors.numpy
 
 from ddpm_jax.interop.torch_files import is_torch_file, read_torch
 from ddpm_jax.system import npy
-from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import open_file, printable, write_whole
+from ddpm_jax.system.errors import UserError, printable
+from ddpm_jax.system.files import open_file, write_whole
 
 # Weights hardly shrink when compressed.
 _UNPACKED = 8

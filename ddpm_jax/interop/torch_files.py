@@ -18,8 +18,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import printable
+from ddpm_jax.system.errors import UserError, printable
 
 Tree = Any
 """NumPy arrays, numbers, text and None in nested dictionaries, lists and tuples."""

@@ -23,7 +23,7 @@ import filelock
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ddpm_jax.system.errors import Damage, UserError, printable  # noqa: F401
+from ddpm_jax.system.errors import Damage, UserError
 from ddpm_jax.system.hosts import is_primary_host
 from ddpm_jax.system.npy import read_npz
 from ddpm_jax.system.progress import say
