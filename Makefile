@@ -38,8 +38,9 @@ test-short: $(VENV)/installed-test ## the mathematics, the networks, a training 
 test-slow: $(VENV)/installed-test ## the long tests
 	$(BIN)/python -m pytest -m slow
 
-faults: $(VENV)/installed-test    ## kills, starves and damages training runs, dozens of times: about 15 minutes
+faults: $(VENV)/installed-test    ## kills, starves and damages training runs, dozens of times, and cuts the power: about 25 minutes
 	$(BIN)/python tests/faults/program.py
+	if command -v strace > /dev/null; then $(BIN)/python tests/faults/power_cut.py; else echo "no strace: power cuts are not replayed"; fi
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -313,6 +313,15 @@ def sigterm_twice(bench: Bench, run: Path) -> str:
     return f"{'saves and exits' if saved else 'exits at once'}; the next start resumes"
 
 
+def interrupt(bench: Bench, run: Path) -> str:
+    """Sends one Ctrl-C at a random moment of the start."""
+    process = bench.start(run)
+    time.sleep(bench.random.uniform(0, 2))
+    process.send(signal.SIGINT)
+    status = process.wait(-signal.SIGINT, 128 + signal.SIGINT)
+    return f"{'exits at once' if status < 0 else 'exits after its step'}; the next start resumes"
+
+
 def damage(bench: Bench, run: Path, how: str, files: str = "**/*") -> str:
     """Truncates a random file of the newest checkpoint or flips a bit in it; resuming does not read all files."""
     newest = bench.steps(run)[-1]
@@ -601,6 +610,7 @@ FAULTS = [
         for stage, times in (("starting", 5), ("training", 10), ("saving", 10), ("deleting an old checkpoint", 5))
     ),
     Fault("SIGTERM twice", sigterm_twice, 5),
+    Fault("Ctrl-C while starting", interrupt, 10),
     Fault("an array file truncated", functools.partial(damage, how="truncated", files=ARRAYS), 5),
     Fault("a bit flipped in an array file", functools.partial(damage, how="flipped", files=ARRAYS), 5),
     Fault("any checkpoint file truncated", functools.partial(damage, how="truncated"), 8),
