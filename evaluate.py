@@ -69,6 +69,8 @@ class LikelihoodOptions:
     since the standard error of fewer misleads; 0: all T."""
     out: str | None = None
     """Folder of the job (default: a folder in RUN/likelihood)."""
+    exact: bool = False
+    """Refuse to resume on other devices, cores, instructions or versions, where numbers agree to rounding only."""
     data: Images = Images()
     hosts: Hosts = Hosts()
 
@@ -86,7 +88,7 @@ def likelihood(options: LikelihoodOptions) -> None:
         options.split, options.num, options.sigma, options.cdf, options.num_strata, options.seed
     )
     out = folder or bits_per_dim.default_folder(trained, request)
-    found = bits_per_dim.run_job(trained, out, request, batch_size=options.batch_size)
+    found = bits_per_dim.run_job(trained, out, request, batch_size=options.batch_size, exact=options.exact)
     report(bits_per_dim.summary(found))
     report(bits_per_dim.describe_images(trained.config, options.split, found))
     report(f"{out}: likelihood.json, terms.csv, rate_distortion.csv and their plots")

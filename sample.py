@@ -53,6 +53,8 @@ class Options(SamplerConfig):
     """Training step of the checkpoint (default: the newest)."""
     columns: int | None = None
     """Images per row of the grid (default: about a square; of class-conditional runs, each column is of one class)."""
+    exact: bool = False
+    """Refuse to resume on other devices, cores, instructions or versions, where images agree to rounding only."""
     hosts: Hosts = Hosts()
 
 
@@ -76,6 +78,7 @@ def draw(options: Options) -> None:
         format=format,
         columns=options.columns,
         file=out.file,
+        exact=options.exact,
     )
     report(f"{options.num} images of checkpoint {job.trained.step}: {shown}")
 

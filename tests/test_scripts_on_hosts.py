@@ -90,7 +90,9 @@ def test_two_hosts_draw_the_images_of_one(trained, start, runs, tmp_path):
     assert abs(one - two).max() <= 1
     assert (one == two).mean() > 0.99
     assert one.std() > 10
-    assert {path.name for path in (tmp_path / "two").iterdir()} == {".lock", "job.json", "samples.npz", "grid.png"}
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {
+        *(".lock", "computed_on.json", "job.json", "samples.npz", "grid.png"),
+    }
 
 
 @pytest.mark.slow

@@ -310,7 +310,7 @@ def default_folder(trained: TrainedRun, request: Request) -> Path:
     return trained.folder / "likelihood" / short_name(name)
 
 
-def run_job(trained: TrainedRun, out: Path, request: Request, *, batch_size: int) -> Likelihood:
+def run_job(trained: TrainedRun, out: Path, request: Request, *, batch_size: int, exact: bool = False) -> Likelihood:
     """Computes bits/dim of a set of images, and writes tables and plots.
 
     Every batch is saved when it is done: run again after any interruption, with any batch size, the job resumes.
@@ -350,7 +350,9 @@ def run_job(trained: TrainedRun, out: Path, request: Request, *, batch_size: int
         config, trained.network, batch_size=per_host(batch_size), num_strata=request.num_strata, cdf=request.cdf
     )
     batches, estimation = (Parts(out / name, description) for name in ("batches", "estimation"))
-    with job_folder(out, description, kind="likelihood", number=number, done=batches.ranges, request=[batch_size]):
+    with job_folder(
+        out, description, kind="likelihood", number=number, done=batches.ranges, request=[batch_size], exact=exact
+    ):
         log_variances = _log_variances(trained, request, schedule, bounds, estimated, estimation)
         sums = _evaluate(
             trained,

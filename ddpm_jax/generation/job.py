@@ -156,6 +156,7 @@ def run_job(
     format: Format,
     columns: int | None = None,
     file: Path | None = None,
+    exact: bool = False,
 ) -> Path:
     """Draws the images 0 .. number-1 of a job that its folder does not contain yet, and shows them.
 
@@ -172,6 +173,7 @@ def run_job(
         labels `arr_1`, (N,) int64.
       columns: of a grid; see `default_columns` if not given.
       file: where the grid, the GIF or exactly these images are written; in `out` if not given.
+      exact: refuse to resume it in another environment: see `job_folder`.
 
     Returns:
       the file or folder to look at.
@@ -186,7 +188,9 @@ def run_job(
     sampling = _sampling(config, job.trained.network, job.sampler, per_host(min(batch_size, number)))
     stored = StoredImages(out, image_shape(config), asked=describe_job(job), labels=cycle_of(config, job.sampler))
     request = (batch_size, format, columns, file)
-    with job_folder(out, describe_job(job), kind="sampling", number=number, done=stored.done, request=request):
+    with job_folder(
+        out, describe_job(job), kind="sampling", number=number, done=stored.done, request=request, exact=exact
+    ):
         if format == "gif":
             shown = _show_gif(job, sampling, out, stored, number=number, columns=columns)
             return shown if file is None or not is_primary_host() else copy_file(shown, file)

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
+from ddpm_jax.run.computed_on import describe_environment, differences
 from ddpm_jax.system.errors import Damage, UserError
 from ddpm_jax.system.files import (
     add_array,
@@ -27,8 +28,10 @@ from ddpm_jax.system.files import (
     claimed,
     open_npz,
     read_arrays,
+    read_json,
     read_or_set_aside,
     write_arrays,
+    write_json,
     write_npz,
 )
 from ddpm_jax.system.hosts import (
@@ -107,6 +110,7 @@ def job_folder(
     number: int,
     done: Callable[[], Iterable[Range]],
     request: Sequence[object] = (),
+    exact: bool = False,
 ) -> Iterator[None]:
     """Claims the folder of a job that can be resumed; if it is interrupted, reports how much is done.
 
@@ -119,14 +123,17 @@ def job_folder(
       number: of images of the job.
       done: returns the ranges of images that are saved.
       request: what else must be the same on all hosts.
+      exact: refuse to resume it on other devices, cores, instructions or versions, which is a warning otherwise.
 
     Raises:
-      UserError: the folder contains something else, another process is writing to it, or the hosts do not share it or
-        were started with different options.
+      UserError: the folder contains something else, another process is writing to it, the hosts do not share it or
+        were started with different options; or `exact`.
     """
     description = json.loads(json.dumps(description))
     check_same(f"{out} {description} {number} {request}")
     with _claim(out, description, kind=kind) if is_primary_host() else contextlib.nullcontext():
+        if is_primary_host():
+            _note_environment(out, done, number, exact=exact)
         check_shared_folder(out)
         try:
             yield
@@ -143,6 +150,24 @@ def _claim(out: Path, description: dict[str, Any], *, kind: str) -> Iterator[Non
     with claimed(out):
         check_same_job(out / "job.json", description)
         yield
+
+
+def _note_environment(out: Path, done: Callable[[], Iterable[Range]], number: int, *, exact: bool) -> None:
+    """Records what a job is computed on; names or refuses another environment than that of what is done."""
+    file, now = out / "computed_on.json", describe_environment()
+    there = read_or_set_aside(file, read_json) if file.exists() else None
+    if there is not None and there != now:
+        ranges = list(done())
+        left = sum(stop - first for first, stop in missing_ranges(ranges, number, longest=number))
+        if not left:
+            return  # nothing is computed here
+        if left < number:
+            line = f"{differences(there, now)}: what is computed from here on agrees with the rest to rounding only"
+            if exact:
+                raise UserError(f"--exact: {out}: {line}; resume it as it was begun, or leave out --exact")
+            say(f"warning: {out}: {line}")
+    if there != now:
+        write_json(file, now)
 
 
 class Parts:

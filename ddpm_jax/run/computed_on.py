@@ -30,9 +30,14 @@ class ComputedOn(typing.NamedTuple):
 
 def describe(config: Config) -> dict[str, str]:
     """Returns what the rounding of a run's numbers depends on here and now, beside its config and seed."""
-    number = config.train.devices or jax.device_count()
     ordering = {name: str(value_of(config, name)) for name in _ORDERING}
-    return {**environment.rounding(), "devices": f"{number} {jax.devices()[0].device_kind}", **ordering}
+    return {**describe_environment(config.train.devices), **ordering}
+
+
+def describe_environment(devices: int = 0) -> dict[str, str]:
+    """Returns what the rounding of numbers depends on here and now, on a number of devices (0: all)."""
+    number = devices or jax.device_count()
+    return {**environment.rounding(), "devices": f"{number} {jax.devices()[0].device_kind}"}
 
 
 def resumed(

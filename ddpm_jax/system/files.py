@@ -393,10 +393,6 @@ def check_same_job(file: Path, description: dict[str, Any]) -> None:
     if there is None:
         write_json(file, description)
         return
-    try:
-        there = dict(read_json(file))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} is damaged: give another --out, or remove {file.parent}") from error
     different = job_differences(there, description)
     if different:
         raise UserError(f"{file.parent} holds another job ({different}): give another --out, or remove it")

@@ -13,8 +13,13 @@ from ddpm_jax.system.files import write_json
 from ddpm_jax.training.metrics import append_line, rewind
 
 FILES = [
-    *("config.json", "data.json", "metrics.jsonl", "step 7", "samples/job/frames/00000000-00000002.npz"),
-    *("samples/job/job.json", "samples/job/parts/00000008-00000010.npz", "samples/job/samples.npz"),
+    *("config.json", "data.json", "metrics.jsonl", "step 7", "samples/job/computed_on.json"),
+    *(
+        "samples/job/frames/00000000-00000002.npz",
+        "samples/job/job.json",
+        "samples/job/parts/00000008-00000010.npz",
+        "samples/job/samples.npz",
+    ),
 ]
 
 

@@ -111,7 +111,20 @@ def test_a_stopped_job_resumes_with_what_is_missing(job, expected, tmp_path, mon
     run_job(job, out, number=40, batch_size=16, format="npz")
     assert drawn == [(8, 16), (24, 40)]
     assert_same(npz(out), expected)
-    assert sorted(path.name for path in out.iterdir()) == [".lock", "job.json", "samples.npz"]
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "computed_on.json", "job.json", "samples.npz"]
+
+
+def test_a_job_that_is_resumed_elsewhere_says_so(job, tmp_path, monkeypatch, capsys):
+    request = dict(batch_size=8, format="npz")
+    run_job(job, tmp_path, number=8, exact=True, **request)
+    monkeypatch.setenv("NPROC", "77")
+    run_job(job, tmp_path, number=8, exact=True, **request)  # nothing is computed
+    with pytest.raises(UserError, match=r"--exact: .*: cores \d+ before, 77 now: what is computed from here on agrees"):
+        run_job(job, tmp_path, number=16, exact=True, **request)
+    assert "warning" not in capsys.readouterr().err
+    run_job(job, tmp_path, number=16, **request)
+    assert "before, 77 now: what is computed from here on agrees with the rest to rounding" in capsys.readouterr().err
+    run_job(job, tmp_path, number=24, exact=True, **request)
 
 
 def test_a_stopped_job_is_byte_identical_to_one_that_was_not(job, tmp_path, monkeypatch):
@@ -195,7 +208,7 @@ def test_the_gif_shows_the_reverse_process_from_noise_to_the_images(job, expecte
     assert factor > 1
     assert abs(np.isin(pixels, (0, 255)).mean() - 0.317) < 0.085
     assert sorted(file.name for file in out.iterdir()) == [
-        *(".lock", "job.json", "reverse.gif", "reverse.json", "samples.npz"),
+        *(".lock", "computed_on.json", "job.json", "reverse.gif", "reverse.json", "samples.npz"),
     ]
 
     drawn.clear()
