@@ -145,7 +145,8 @@ def job_folder(
 
 @contextlib.contextmanager
 def _claim(out: Path, description: dict[str, Any], *, kind: str) -> Iterator[None]:
-    if out.exists() and not (out / "job.json").exists() and (not out.is_dir() or {*out.iterdir()} - {out / ".lock"}):
+    begun = {out / ".lock", out / ".job.json.part"}  # what a job leaves that was killed as it began
+    if out.exists() and not (out / "job.json").exists() and (not out.is_dir() or {*out.iterdir()} - begun):
         raise UserError(f"{out} is not empty and contains no {kind} job: use another --out")
     with claimed(out):
         check_same_job(out / "job.json", description)
