@@ -23,8 +23,8 @@ from ddpm_jax.networks import Network
 from ddpm_jax.run.build import build_network
 from ddpm_jax.run.trained import TrainedRun
 from ddpm_jax.system import environment
-from ddpm_jax.system.errors import Damage, UserError
-from ddpm_jax.system.files import read_json, write_json
+from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import read_json, read_or_set_aside, write_json
 from ddpm_jax.system.hosts import is_primary_host, of_primary_host, wait_for_all
 from ddpm_jax.system.mesh import to_this_host
 from ddpm_jax.training.hooks import Event
@@ -107,10 +107,7 @@ def scoring_during_training(config: Config, run: Path, *, network: Network | Non
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        return read_json(file)
-    except (Damage, UserError):
-        return {}
+    return (read_or_set_aside(file, read_json) if file.exists() else None) or {}
 
 
 def _request_of(file: Path) -> Any:

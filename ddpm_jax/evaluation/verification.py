@@ -48,7 +48,7 @@ def verify_run(run: Path) -> Iterator[Verdict]:
     found = checkpoints.verify(run)
     first = next(found)  # is it the folder of a run at all?
     yield _verdict("config.json", run, _check_record)
-    for name in ("data.json", "init_from.json"):
+    for name in ("data.json", "init_from.json", "wandb.json"):
         if (run / name).exists():
             yield _verdict(name, run, _check_json)
     for name in ("metrics.jsonl", "timing.jsonl"):

@@ -18,7 +18,7 @@ from ddpm_jax.system.progress import say
 # What a start writes before its first step.
 _OF_A_START = (
     *("config.json", "data.json", "init_from.json", "metrics.jsonl", "timing.jsonl", "checkpoints", "tensorboard"),
-    *("wandb", "wandb_id", ".lock"),
+    *("wandb", "wandb.json", ".lock"),
 )
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from ddpm_jax.config import Config
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import write_whole
+from ddpm_jax.system.files import read_json, read_or_set_aside, write_json
 from ddpm_jax.system.hosts import is_primary_host
 
 
@@ -173,14 +173,16 @@ class _WandB:
 
         self._wandb: types.ModuleType = wandb
         # The run's id there, kept so that a resumed run continues it.
-        file = run / "wandb_id"
-        if not file.exists():
-            write_whole(file, lambda opened: opened.write(secrets.token_hex(4).encode()))
+        file = run / "wandb.json"
+        found = read_or_set_aside(file, read_json) if file.exists() else None
+        if found is None:
+            found = {"id": secrets.token_hex(4)}
+            write_json(file, found)
         try:
             self._run = wandb.init(
                 project=config.log.wandb,
                 name=config.name,
-                id=file.read_text(),
+                id=found["id"],
                 resume="allow",
                 dir=str(run),
                 config=dataclasses.asdict(config),

@@ -10,6 +10,7 @@ import pytest
 
 from ddpm_jax.config import Config, LogConfig
 from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import read_json
 from ddpm_jax.training.loop import train
 from ddpm_jax.training.metric_writers import open_metric_writers
 
@@ -103,7 +104,7 @@ def test_weights_and_biases_resumes_the_same_run(tmp_path, monkeypatch):
             writers.write_scalars({**LINE, "step": first + 1})
             writers.write_image(first + 1, "samples", np.zeros((8, 6, 1), np.uint8))
     folders = [folder for folder in (tmp_path / "wandb").iterdir() if folder.name.startswith("offline-run")]
-    name = (tmp_path / "wandb_id").read_text()
+    name = read_json(tmp_path / "wandb.json")["id"]
     assert folders
     assert all(folder.name.endswith(name) for folder in folders)
     assert all(list(folder.glob("*.wandb")) for folder in folders)
