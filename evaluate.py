@@ -28,6 +28,7 @@ from ddpm_jax.generation.store import per_host
 from ddpm_jax.interop import diffusers, original
 from ddpm_jax.interop.checkpoints import Program, read_checkpoint
 from ddpm_jax.run import checkpoints
+from ddpm_jax.run.build import image_shape
 from ddpm_jax.run.command import Command, run_command
 from ddpm_jax.run.imported import imported_summary, save_imported
 from ddpm_jax.run.pretrained import is_pretrained
@@ -313,8 +314,11 @@ def fid(options: FidOptions) -> None:
             number=options.reference_num,
             path=options.data.path,
         )
+    extractor = Extractor(features, batch_size=per_host(options.batch_size))
     if job is not None:
         number = options.num or scoring.NUMBER
+        if reference is not None:
+            scoring.check_comparable(image_shape(job.trained.config), reference, extractor)
         file = run_job(job, default_folder(job), number=number, batch_size=options.batch_size, format="npz")
         images = open_npz(file)._replace(name=f"{options.run}, checkpoint {job.trained.step}")
     elif options.num is not None and options.num > images.number:
@@ -325,7 +329,7 @@ def fid(options: FidOptions) -> None:
     result = scoring.score(
         images,
         reference,
-        Extractor(features, batch_size=per_host(options.batch_size)),
+        extractor,
         out,
         drawn=scoring.describe_drawn(job) if job else None,
         statistics=(Path(options.save_statistics), options.statistics_form) if options.save_statistics else None,

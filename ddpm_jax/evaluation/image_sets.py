@@ -119,7 +119,9 @@ def open_npz(file: Path) -> ImageSet:
     if fortran:
         raise UserError(f"{shown}: arr_0 is in Fortran order: save np.ascontiguousarray(images)")
     read = _Reader(file, start, shape[1:])
-    return ImageSet(shape[0], (shape[1], shape[2], shape[3]), read, shown, f"{checksum:08x} {shape}")
+    return ImageSet(
+        shape[0], (shape[1], shape[2], shape[3]), read, shown, f"{checksum:08x} {'x'.join(map(str, shape))}"
+    )
 
 
 class _Reader:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+import ddpm_jax
 from ddpm_jax.config import Config
 from ddpm_jax.data.sources import load_source
 from ddpm_jax.evaluation.efficientnet import load_efficientnet
@@ -192,6 +193,25 @@ def folder_of_scores(job: SamplingJob | None, given: str, reference: str, number
     return base / short_name(f"{drawn}num_{number}_{features.name}_{reference}")
 
 
+def check_comparable(shape: tuple[int, int, int], reference: Reference, extractor: Extractor) -> None:
+    """Checks that images of a shape, (H, W, C), can be compared with a reference, before they are drawn.
+
+    Raises:
+      UserError: the images of the reference have another size, its statistics are of other features, or the features
+        cannot be computed of such images.
+    """
+    real = reference.images
+    if real is not None and real.shape[:2] != shape[:2]:
+        here, there = (f"{height}x{width}" for height, width, _ in (shape, real.shape))
+        raise UserError(
+            f"--reference: the images of {real.name} are {there}, and those to be compared {here}: resize them first, "
+            "as the training images were"
+        )
+    width = extractor(np.zeros((1, *shape), np.uint8))["pool"].shape[1]
+    if reference.statistics is not None:
+        check_width(reference.statistics, width)
+
+
 def score(
     images: ImageSet,
     reference: Reference | None,
@@ -226,15 +246,8 @@ def score(
     real = None if reference is None else reference.images
     if real is not None and real.identity.split(",")[0] == images.identity.split(",")[0]:
         raise UserError(f"--reference: {real.name} holds the images that are evaluated: name real images")
-    if real is not None and real.shape[:2] != images.shape[:2]:
-        here, there = ("x".join(map(str, shape[:2])) for shape in (images.shape, real.shape))
-        raise UserError(
-            f"--reference: the images of {real.name} are {there}, and those of {images.name} {here}: resize them "
-            "first, as the training images were"
-        )
-    width = extractor(np.zeros((1, *images.shape), np.uint8))["pool"].shape[1]
-    if reference is not None and reference.statistics is not None:
-        check_width(reference.statistics, width)
+    if reference is not None:
+        check_comparable(images.shape, reference, extractor)
     protocol = _protocol(images, reference, extractor.features, drawn or {})
     # Names and places may change, and so may the versions.
     known_by = {"images": images.identity, "number": images.number, "features": extractor.features.identity}
@@ -288,6 +301,7 @@ def _protocol(
     images: ImageSet, reference: Reference | None, features: Features, drawn: Mapping[str, Any]
 ) -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
+    versions["ddpm_jax"] = ddpm_jax.__version__
     return {
         "images": {"name": images.name, "number": images.number, "checksum": images.identity, "drawn": dict(drawn)},
         "reference": None if reference is None else reference.describe(),

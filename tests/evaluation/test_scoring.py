@@ -129,10 +129,13 @@ def test_what_cannot_be_scored_is_one_line(run, own, run_script, tmp_path):
     assert "is what is evaluated" in refused(file, *mine, "--reference", file)
     assert "holds the images that are evaluated" in refused(file, *mine, "--reference", copy)
     assert "holds the images that are evaluated" in refused(file, *mine, "--num", 5, "--reference", copy)
-    assert "are 16x8, and those of" in refused(file, *mine, "--reference", large)
+    assert "are 16x8, and those to be compared 8x8" in refused(file, *mine, "--reference", large)
     assert "holds statistics of 5 features, and these features are 22" in refused(
         file, *mine, "--reference", tmp_path / "other.npz"
     )
+    for other in (large, tmp_path / "other.npz"):  # nothing is drawn first
+        refused(run, *mine, "--reference", other)
+    assert not (run / "samples").exists()
     (run / "samples").mkdir()
     assert "or part of it" in refused(run, *mine, "--reference", run / "samples")
     assert "is a model" in refused(file, *mine, "--reference", run)
