@@ -88,11 +88,11 @@ def test_statistics_that_are_saved_are_a_reference(own, run_script, tmp_path):
 def test_the_whole_evaluator_on_real_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("DDPM_JAX_CACHE", str(tmp_path / "cache"))
     digits = load_source(DataConfig()).images
-    np.savez(tmp_path / "a.npz", arr_0=digits[:24])
-    np.savez(tmp_path / "b.npz", arr_0=digits[24:48])
-    np.savez(tmp_path / "noise.npz", arr_0=np.random.default_rng(0).integers(0, 256, (24, 8, 8, 1), np.uint8))
+    np.savez(tmp_path / "a.npz", arr_0=digits[:20])
+    np.savez(tmp_path / "b.npz", arr_0=digits[20:40])
+    np.savez(tmp_path / "noise.npz", arr_0=np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), np.uint8))
     features = load_features("efficientnet-lite0")
-    extractor = Extractor(features, batch_size=24, devices=jax.devices()[:2])
+    extractor = Extractor(features, batch_size=20, devices=jax.devices()[:2])
     reference = open_reference(str(tmp_path / "b.npz"), features=features)
     results = {
         name: score(open_images(str(tmp_path / f"{name}.npz")), reference, extractor, tmp_path / name)["scores"]
