@@ -186,8 +186,8 @@ def test_every_command_describes_its_results(job, own, tmp_path):
     inpaint_picture(few, "1", str(own / "square.png"), tmp_path / "4", draws=1)
     said = [read_json(tmp_path / str(number) / "job.json") for number in range(5)]
     assert [each["command"] for each in said] == ["progressive", "share", "interpolate", "interpolate", "inpaint"]
-    assert [each["steps"] for each in said] == [2, 5, 3, 2, 2]
-    assert [each.get("t") for each in said] == [[12, 1], [12, 9, 6, 3], 7, None, None]
+    assert [each["steps"] for each in said] == [2, 4, 3, 2, 2]
+    assert [each.get("t") for each in said] == [[12, 6], [12, 9, 6, 3], 7, None, None]
     assert [each["sampler"] for each in said] == [*["ancestral"] * 3, "ddim", "ancestral"]
     assert said[0]["labels"] == [0, 1]
     assert said[3]["label"] == 3
