@@ -16,6 +16,7 @@ from ddpm_jax.data.folder import sizes
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source, resolve
 from ddpm_jax.system.errors import UserError, printable
+from ddpm_jax.system.files import open_file
 from ddpm_jax.system.npy import headers_of
 
 _MEMBER = "arr_0.npy"
@@ -88,7 +89,7 @@ def open_folder(folder: Path) -> ImageSet:
 def is_npz_of_images(file: Path) -> bool:
     """Returns whether an .npz file contains `arr_0`."""
     try:
-        with zipfile.ZipFile(file) as archive:
+        with open_file(file) as opened, zipfile.ZipFile(opened) as archive:
             return _MEMBER in archive.namelist()
     except _DAMAGE:
         return False

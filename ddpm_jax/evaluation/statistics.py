@@ -32,7 +32,7 @@ Form = typing.Literal["pytorch-fid", "adm", "clean-fid", "edm2"]
 
 _DAMAGE = (
     *(OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, zipfile.BadZipFile, zlib.error),
-    *(pickle.UnpicklingError, RecursionError, MemoryError, NotImplementedError),
+    *(pickle.UnpicklingError, ArithmeticError, RecursionError, MemoryError, NotImplementedError),
 )
 # Features that are kept for KID: 410 MB of Inception's.
 _MOST_FEATURES = 50_000
@@ -99,7 +99,7 @@ def is_statistics(file: Path) -> bool:
     if file.suffix == ".pkl":
         return True
     try:
-        with zipfile.ZipFile(file) as archive:
+        with open_file(file) as opened, zipfile.ZipFile(opened) as archive:
             return bool({"mu.npy", "feats.npy"} & {*archive.namelist()})
     except _DAMAGE:
         return False

@@ -11,7 +11,7 @@ from ddpm_jax.run.code import keep_copies
 from ddpm_jax.run.fields import leaves, value_of
 from ddpm_jax.run.record import LearningRates, check_environment, check_same_run, rates_so_far, read_config, save_config
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import claimed, write_whole
+from ddpm_jax.system.files import claimed, open_file, write_whole
 from ddpm_jax.system.hosts import appears
 from ddpm_jax.system.progress import say
 
@@ -56,7 +56,10 @@ def adopted(config: Config, run: Path) -> Iterator[Callable[[LearningRates], Non
                 f"{run} has checkpoints but no config.json, which says what run they belong to: put it back, or use "
                 "another --workdir"
             )
-        before = file.read_bytes() if file.exists() else None
+        before = None
+        if file.exists():
+            with open_file(file) as opened:
+                before = opened.read()
         save_config(config, file, rates)
         begun: list[bool] = []
         try:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from ddpm_jax.system.errors import Damage, UserError
-from ddpm_jax.system.files import copy_file, damaged_name, dump_checked, load_checked, write_whole
+from ddpm_jax.system.files import copy_file, damaged_name, dump_checked, load_checked, open_file, write_whole
 from ddpm_jax.training.step import StepInfo
 
 FINAL = "final"
@@ -136,7 +136,10 @@ def check_lines(path: Path) -> Lines:
       UserError: it cannot be read now.
     """
     try:
-        content = path.read_bytes() if path.exists() else b""
+        with open_file(path) as file:
+            content = file.read()
+    except FileNotFoundError:
+        content = b""
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     *ended, last = content.split(b"\n")

@@ -141,7 +141,7 @@ def test_a_users_own_loss_is_not_in_the_plot(tmp_path):
 
 def test_a_file_that_may_not_be_read_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(UserError, match="^cannot read .*metrics.jsonl: Is a directory$"):
+    with pytest.raises(UserError, match="^cannot read .*metrics.jsonl: not a regular file$"):
         read_lines(tmp_path / "metrics.jsonl")
 
 
