@@ -507,7 +507,7 @@ def main() -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         reports = run(Path(folder), share=options.share, seed=options.seed)
-    print("| work | syncs cut at | states | different | restarted, same bits |\n|---|---|---|---|---|")
+    print("| work | cuts | states | different | restarted, same bits |\n|---|---|---|---|---|")
     for name, report in reports.items():
         print(f"| {name} | {report.cuts} | {report.states} | {report.different} | {report.restarted.total()} |")
     restarted = sum((report.restarted for report in reports.values()), collections.Counter())
