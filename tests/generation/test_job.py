@@ -355,7 +355,7 @@ def test_the_default_folder_of_many_labels_has_a_short_name(job):
     ("words", "line"),
     [
         (["nowhere"], "there is no folder nowhere: give the folder of a run, such as runs/digits"),
-        (["{empty}"], "is not the folder of a run: it has no config.json"),
+        (["{empty}"], "is neither a run nor a model .*: looked for config.json of a run"),
         (["{unsaved}"], "no checkpoints in .*has not saved yet"),
         (["{run}", "--step", "6"], "has no checkpoint of step 6: there are 5, 7"),
         (["{run}", "--seed", "-1"], r"--seed must be in \[0, 2\^32\), not -1"),
@@ -385,7 +385,7 @@ def test_weights_of_another_network_are_refused_in_one_line(run, job, tmp_path):
     config = job.trained.config
     wider = dataclasses.replace(config, model=dataclasses.replace(config.model, width=16))
     save_config(wider, other / "config.json")
-    with pytest.raises(UserError, match=r"checkpoint 7 does not fit .*: \['.*\] is \(.*\) float32 in the checkpoint"):
+    with pytest.raises(UserError, match=r"checkpoint 7 and .* do not fit: \['.*\] is \(.*\) float32 in the weights"):
         load_job(other, seed=0)
 
 

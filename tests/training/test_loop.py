@@ -169,7 +169,7 @@ def test_a_refused_first_start_leaves_nothing_and_what_it_said_can_be_done(tmp_p
     classes = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, num_classes=5))
     with pytest.raises(UserError, match="num-classes 10|num_classes=10|10"):
         train(classes, run, network=None)
-    with pytest.raises(UserError, match="there is no such run folder"):
+    with pytest.raises(UserError, match="there is no such folder, nor a file of weights"):
         train(with_train(init_from=str(tmp_path / "typo")), run)
     with pytest.raises(
         UserError, match="use --train.devices 6, or, for a new run, a --train.batch-size that is a mult"
