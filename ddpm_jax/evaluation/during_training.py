@@ -20,7 +20,7 @@ from ddpm_jax.generation.job import SamplingJob, run_job
 from ddpm_jax.generation.sampler_config import SamplerConfig, make_chain
 from ddpm_jax.generation.store import per_host
 from ddpm_jax.networks import Network
-from ddpm_jax.run.build import build_network
+from ddpm_jax.run.build import build_network, image_shape
 from ddpm_jax.run.trained import TrainedRun
 from ddpm_jax.system import environment
 from ddpm_jax.system.errors import UserError
@@ -39,7 +39,7 @@ def scoring_during_training(config: Config, run: Path, *, network: Network | Non
 
     Args:
       config: of the run: `eval.fid_num` images, `eval.fid_steps` steps of `eval.fid_sampler`, compared with
-        `eval.fid_reference` in `eval.features`.
+        `eval.fid_reference` in `eval.features`. Its data section must describe the images, also those given in Python.
       run: the run's folder.
       network: of the run; the one that `config` describes if not given.
 
@@ -68,6 +68,7 @@ def scoring_during_training(config: Config, run: Path, *, network: Network | Non
     # As many at a time as a step trains on at a time.
     batch_size = math.ceil(config.train.batch_size / config.train.grad_accum_steps)
     extractor = Extractor(features, batch_size=per_host(batch_size))
+    scoring.check_comparable(image_shape(config), reference, extractor)
 
     def score(event: Event) -> None:
         trained = TrainedRun(config, network, to_this_host(event.state.ema), event.step, run)
