@@ -30,7 +30,7 @@ demo: $(VENV)/installed           ## train on scikit-learn's digits, then sample
 test: $(VENV)/installed-test      ## all tests and doctests
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-SLOWER := scripts docs examples peers peers_samplers import_is_pure
+SLOWER := scripts scripts_on_hosts docs examples peers peers_folders peers_samplers import_is_pure
 SHORT := $(filter-out $(SLOWER:%=tests/test_%.py),$(wildcard tests/test_*.py)) tests/run tests/samplers tests/training/test_step.py
 test-short: $(VENV)/installed-test ## the mathematics, the networks, a training step and what a run is: about 4 minutes
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(SHORT) ddpm_jax

@@ -396,7 +396,7 @@ def main() -> None:
     rows = read_rows(csv_file)
     options = dict(number=given.number, seeds=given.seeds)
     laws = [gaussians("linear"), gaussians("cosine"), mixture(), *(trained(folder, **options) for folder in given.runs)]
-    with threadpoolctl.threadpool_limits(1):  # of NumPy's small matrices
+    with threadpoolctl.threadpool_limits(1):  # the matrices are small
         for law in laws:
             for steps in given.steps:
                 for sampler in given.samplers:

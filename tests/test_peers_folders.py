@@ -167,7 +167,7 @@ def test_ddim_draws_the_images_of_diffusers(tmp_path, scheduler):
     sampler = make_chain(
         trained.config,
         trained.network,
-        SamplerConfig("ddim", steps=50, eps_after_clipping="network"),  # as theirs, if it is not told otherwise
+        SamplerConfig("ddim", steps=50, eps_after_clipping="network"),  # as diffusers does by default
     )(trained.params, None)
     state = sampler.init(jnp.asarray(x))
     draw = jax.jit(lambda state: run_chain(jax.random.key(0), sampler, state, 0, num_steps=50))

@@ -1,7 +1,7 @@
 """Ctrl-C in a script: it ends the script once, wherever it comes. Imports no other package, so that it can come first.
 
 Python raises KeyboardInterrupt wherever the main thread is. In a callback of the garbage collector (JAX has one) or in
-a finalizer, the exception is printed and dropped, and the script goes on as if nothing had happened.
+a finalizer, the exception is printed and dropped, and the script continues as if nothing had happened.
 """
 
 import contextlib

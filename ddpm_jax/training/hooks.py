@@ -146,7 +146,7 @@ class Saving:
         config: CheckpointConfig,
         computed_on: Sequence[ComputedOn],
     ):
-        """Saves the state with the diagnostics that a resumed run goes on with, and what the steps were computed on."""
+        """Saves the state, the diagnostics that a resumed run needs, and what the steps were computed on."""
         self._checkpoints, self._diagnostics, self._config = checkpoints, diagnostics, config
         self._computed_on = computed_on
         self._saved_at = time.monotonic()

@@ -391,7 +391,7 @@ def damage_metrics(bench: Bench, run: Path) -> str:
     found = file.read_bytes().splitlines(keepends=True)
     # What it was cannot be known any more: with the line put back, the file is that of the reference run.
     file.write_bytes(b"".join([*found[:number], lines[number], *found[number:]]))
-    return "the line named once and dropped; the run goes on with the others"
+    return "the line named once and dropped; the run continues with the others"
 
 
 def rename_step(bench: Bench, run: Path) -> str:
