@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
+from ddpm_jax.config import DataConfig
 from ddpm_jax.system.errors import UserError, printable
 from ddpm_jax.system.files import check_regular, open_file
 
@@ -63,7 +64,7 @@ def decode(file: pathlib.Path | io.BytesIO, *, max_megapixels: float = 0.0) -> I
       Unreadable: it is no picture, or damaged.
     """
     with _reasons(file), _open(file, max_megapixels) as image:
-        return _loaded(image)[0]
+        return _in_turn(image, lambda: _loaded(image)[0])
 
 
 def read_picture(
@@ -281,14 +282,25 @@ def to_array(image: Image.Image, shape: tuple[int, int, int], *, white: int = WH
     return np.asarray(image).reshape(shape)
 
 
-def open_picture(file: str) -> Image.Image:
+def open_picture(file: str, *, max_megapixels: float = DataConfig.max_megapixels) -> Image.Image:
     """Decodes a picture that a user names.
 
+    Args:
+      file: its name.
+      max_megapixels: larger pictures are refused; 0: none.
+
     Raises:
-      UserError: it is not there or no picture.
+      UserError: it is not there, no picture, or too large.
     """
+    path = pathlib.Path(file).expanduser()
     try:
-        return decode(pathlib.Path(file).expanduser())
+        height, width = header(path).size
+        if 0 < max_megapixels < height * width / 1e6:
+            raise UserError(
+                f"{printable(file)} is {width}x{height}, more than the {max_megapixels:g} megapixels of "
+                "data.max_megapixels: make it smaller"
+            )
+        return decode(path, max_megapixels=max_megapixels)
     except Unreadable as error:
-        reason = "there is no such file" if not pathlib.Path(file).expanduser().is_file() else error
+        reason = error if path.is_file() else "there is no such file"
         raise UserError(f"cannot read {printable(file)} as a picture ({reason}): give a PNG or JPEG file") from error

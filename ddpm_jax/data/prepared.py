@@ -143,7 +143,7 @@ def _open_set(config: DataConfig) -> _Prepared:
 
             if re.match(r"[\w-]+:[A-Za-z_]", name):
                 raise UserError(
-                    f"data.source: {name!r} is of a community, whose program would be downloaded and run: prepare it"
+                    f"data.source: {name!r} is a community data set, whose code would be downloaded and run: prepare it"
                     " with `tfds build`, and name it without its community"
                 )
             _check_files(config, name)
@@ -168,6 +168,8 @@ def _check_files(config: DataConfig, name: str) -> None:
     """Checks that what TFDS will read of a set has an end."""
     folder = pathlib.Path(config.path or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     for path in (folder / re.split("[/:]", name)[0]).rglob("*"):
+        if not path.exists():
+            continue  # a dangling link, which TFDS need not read
         if not (path.is_file() or path.is_dir()) or (path.suffix == ".json" and path.stat().st_size > _LARGEST_JSON):
             raise UserError(f"data.source: {path} is no file that TFDS wrote: remove it, or prepare the set anew")
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ddpm_jax.config import DataConfig
 from ddpm_jax.data.decode import open_picture, to_array
 from ddpm_jax.editing import ChainStart, between, branch, encode, mix, mix_latents, repaint, unused_keys
 from ddpm_jax.generation.batches import STEPS_PER_CALL, Driver, Program, Watch, cut
@@ -437,21 +438,28 @@ class Editor:
         return np.asarray(_to_uint8(images)).reshape(number, each, *self.shape)
 
 
-def read_mask(file: str, shape: tuple[int, int, int], *, size: tuple[int, int]) -> np.ndarray:
+def read_mask(
+    file: str,
+    shape: tuple[int, int, int],
+    *,
+    size: tuple[int, int],
+    max_megapixels: float = DataConfig.max_megapixels,
+) -> np.ndarray:
     """Reads a mask: white is kept, black is filled in.
 
     Args:
       file: a picture of the aspect ratio of its image, and cropped like it; or of the size of the run's images.
       shape: (H, W, C) of the run's images.
       size: (H, W) of the mask's image as given.
+      max_megapixels: larger masks are refused; 0: none.
 
     Returns:
       (H, W) bool, True where white.
 
     Raises:
-      UserError: it is not a picture, has another aspect ratio, or has no black.
+      UserError: it is not a picture, is too large, has another aspect ratio, or has no black.
     """
-    mask = open_picture(file)
+    mask = open_picture(file, max_megapixels=max_megapixels)
     width, height = mask.size
     # The sides of a scaled picture are rounded to whole pixels.
     alike = abs(width / size[1] - height / size[0]) <= 0.5 / size[1] + 0.5 / size[0]

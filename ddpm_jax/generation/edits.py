@@ -301,7 +301,7 @@ def inpaint_picture(
     if job.sampler.sampler != "ancestral":
         raise UserError(f"--sampler {job.sampler.sampler}: RePaint needs the noise of ancestral sampling")
     labels, (image, size) = _labels(editor, label), _read(job, file)
-    known = read_mask(mask, editor.shape, size=size)
+    known = read_mask(mask, editor.shape, size=size, max_megapixels=job.trained.config.data.max_megapixels)
     content = _crc(hide(image, known))
     options = dict(pictures=[file], mask=mask, draws=draws, label=label)
     description = describe_results("inpaint", job, editor.repaint_steps, content=content, **options)
@@ -356,7 +356,7 @@ def _editor(job: SamplingJob, number: int, option: str, *, extra_t: Sequence[int
 def _read(job: SamplingJob, given: str) -> tuple[np.ndarray, tuple[int, int]]:
     """Reads a picture from a file or the run's test images; returns it with its original (H, W)."""
     if not given.isdecimal():
-        picture = open_picture(given)
+        picture = open_picture(given, max_megapixels=job.trained.config.data.max_megapixels)
         return to_array(picture, image_shape(job.trained.config)), picture.size[::-1]
     source = load_held_out(job.trained.config.data)
     if int(given) >= source.num_examples:

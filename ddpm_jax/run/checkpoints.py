@@ -584,7 +584,11 @@ def _check_items(manager: ocp.CheckpointManager, step: int, notes: Mapping[str, 
             raise restored.error
         arrays = {tuple(_keys(name)): leaf for name, leaf in _leaves({str(item): restored}).items()}
         for name, leaf in saved.items():
-            if _keys(name)[0] == item and leaf["crc32"] != crc32(_on_host(arrays[tuple(_keys(name))])):
+            if _keys(name)[0] != item:
+                continue
+            if (array := arrays.get(tuple(_keys(name)))) is None:
+                raise Damage(f"{name} is missing")
+            if leaf["crc32"] != crc32(_on_host(array)):
                 raise Damage(f"the checksum of {name} differs")
 
 

@@ -136,7 +136,10 @@ def rounding() -> dict[str, str]:
 def _versions() -> dict[str, str]:
     """Returns the versions of JAX, jaxlib, and of the packages of backends and what they compute with."""
     matched = re.compile(r"jax|jaxlib|libtpu.*|jax[-_].*(plugin|pjrt).*|nvidia-(cudnn|cublas|cuda-nvcc)\b.*")
-    found = {each.name: each.version for each in importlib.metadata.distributions() if matched.fullmatch(each.name)}
+    found: dict[str, str] = {}
+    for each in importlib.metadata.distributions():
+        if each.name and matched.fullmatch(each.name):  # what a broken installation left has no name
+            found.setdefault(each.name, each.version)  # of two versions the first is imported
     return dict(sorted(found.items()))
 
 

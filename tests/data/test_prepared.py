@@ -243,6 +243,12 @@ def test_what_is_no_file_of_tfds_is_not_opened(sets, prepared, tmp_path):
     assert "is no file that TFDS wrote" in message
 
 
+def test_a_dangling_link_in_a_good_set_is_passed_over(sets, prepared, tmp_path):
+    file = copy_of(prepared, tmp_path / "copy", "features.json", lambda features: features)
+    (file.parent.parent / "0.9.0").symlink_to(tmp_path / "gone")
+    assert sources.load_source(sets.config("tfds:found_pictures", tmp_path / "copy", (6, 8), 3)).num_examples == 5
+
+
 def test_a_program_of_a_community_is_not_downloaded(sets):
     assert "would be downloaded and run" in sets.refused(sets.config("tfds:kaggle:cats"))
     assert "would be downloaded and run" in sets.refused(sets.config("tfds:huggingface:mnist/plain:1.0.0"))

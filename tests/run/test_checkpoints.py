@@ -367,6 +367,18 @@ class TestVerified:
         assert damaged.damage
         assert len(damaged.damage.splitlines()) == 1
 
+    def test_an_array_that_is_not_given_back_is_named(self, run, monkeypatch):
+        whole = ocp.CheckpointManager.restore
+
+        def without_bias(manager, step, args):
+            restored = whole(manager, step, args=args)
+            if "ema" in restored.keys():  # noqa: SIM118
+                del restored["ema"]["conv"]["bias"]
+            return restored
+
+        monkeypatch.setattr(ocp.CheckpointManager, "restore", without_bias)
+        assert [found.damage for found in verify(run)] == ["ema['conv']['bias'] is missing"] * 2
+
     def test_the_optimizers_own_tuples_are_found_again(self, tmp_path):
         params = {"a": {"k": jnp.arange(3.0)}}
         opt_state = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)).init(params)

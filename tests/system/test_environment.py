@@ -1,6 +1,9 @@
 """What the environment of a process can change: nothing in a script, and otherwise it is recorded."""
 
+import importlib.metadata
 import os
+import runpy
+import types
 
 import jax
 import pytest
@@ -78,3 +81,12 @@ def test_what_rounding_depends_on(monkeypatch):
 
 def test_devices_in_words():
     assert environment.devices() == "8 CPU devices"
+
+
+def test_versions_are_those_that_are_imported(monkeypatch):
+    """A second one later on the path is not, and what a broken installation left has no name."""
+    there = [(None, "1"), ("jaxlib", "2"), ("jax", "3"), ("jax", "4")]
+    found = [types.SimpleNamespace(name=name, version=version) for name, version in there]
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: found)
+    fresh = runpy.run_path(environment.__file__)  # they are looked up once
+    assert {"jax": "3", "jaxlib": "2"}.items() <= fresh["rounding"]().items()
