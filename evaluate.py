@@ -348,7 +348,8 @@ class ImportOptions:
     .safetensors), or the variables of the original code's checkpoint (.npz)."""
     flags: str | None = None
     """In quotes, the flags that it was trained with, in that program's own words: MODEL_FLAGS and DIFFUSION_FLAGS. What
-    the weights show may be left out; the flags of OpenAI's published files are known by their names."""
+    the weights show may be left out; the flags of OpenAI's published files are known by their names; those given
+    here are added to them."""
     program: Program | None = None
     """Which of OpenAI's programs wrote it, if it is none of their published files: their defaults differ."""
     out: str | None = None

@@ -81,9 +81,10 @@ def read_checkpoint(file: Path, *, flags: str | None = None, program: Program | 
 
     Args:
       file: an .npz file of the original's TensorFlow variables; a `state_dict` as PyTorch or safetensors save it.
-      flags: as on the command line of the program. If not given, the file must be a published one or the paper's
-        network, whose defaults are the paper's.
-      program: whose it is: needed between improved-diffusion and guided-diffusion, unless the file is a published one.
+      flags: as on the command line of the program; those of a published file come first, so that these win. If not
+        given, the file must be a published one or the paper's network, whose defaults are the paper's.
+      program: which program wrote it; required for improved-diffusion and guided-diffusion, unless the file is a
+        published one.
 
     Returns:
       the network, named after the file.
@@ -99,6 +100,8 @@ def read_checkpoint(file: Path, *, flags: str | None = None, program: Program | 
     paper = _read_paper(arrays, shown)
     released = RELEASED.get(file.name) if paper is None else None
     whose = program or (released.program if released else None)
+    if released is not None and whose != released.program:
+        released = None
     if paper is not None and program is not None:
         raise UserError(f"{shown} is not of {program}: its arrays have the names of the original code's")
     if paper is None and (whose is None or (released is None and flags is None)):
@@ -107,7 +110,7 @@ def read_checkpoint(file: Path, *, flags: str | None = None, program: Program | 
             "--program improved-diffusion or guided-diffusion, and --flags with the MODEL_FLAGS and DIFFUSION_FLAGS "
             'that it was trained with (--flags "" if all are defaults)'
         )
-    text = flags if flags is not None else released.flags if released else ""
+    text = f"{released.flags if released else ''} {flags or ''}"
     name = re.sub(r"[^\w.-]+", "-", _name(file)).strip(".-") or "imported"
     try:
         if paper is not None:

@@ -17,7 +17,7 @@ from flax import traverse_util
 import ddpm_jax
 from ddpm_jax.config import Config, ModelConfig
 from ddpm_jax.interop import diffusers_config
-from ddpm_jax.interop.files import Arrays, read_arrays, write_safetensors
+from ddpm_jax.interop.files import Arrays, check_out, check_size, read_arrays, write_safetensors
 from ddpm_jax.interop.layouts import from_torch
 from ddpm_jax.interop.model_card import model_card
 from ddpm_jax.interop.pretrained import Pretrained
@@ -136,9 +136,14 @@ def _read_weights(folder: Path) -> tuple[Path, Arrays, dict[str, str]]:
     names = set(parts.values()) if isinstance(parts, dict) and all(map(_is_name, parts.values())) else set()
     if not names:
         raise UserError(f"{file} is damaged: its weight_map does not name files in the same folder")
+    shards = [folder / name for name in sorted(names)]
+    check_size(sum(shard.stat().st_size for shard in shards if shard.is_file()), str(file))
     arrays: Arrays = {}
-    for name in sorted(names):
-        arrays |= _read_file(folder / name)[0]
+    for shard in shards:
+        found, _ = _read_file(shard)
+        if twice := next(iter(arrays.keys() & found.keys()), None):
+            raise UserError(f"{shard} has the array {twice:.80}, which another file of {file.name} has too")
+        arrays |= found
     return file, arrays, {}
 
 
@@ -279,11 +284,7 @@ def write_folder(
         empty, or it cannot be written.
     """
     unet, scheduler = diffusers_config.write_unet(config), diffusers_config.write_scheduler(config)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not is_diffusers_folder(folder):
-            raise UserError(f"{folder} is not empty and contains no exported model: use another --out")
-        if not overwrite:
-            raise UserError(f"{folder} already contains a model: use --overwrite to replace it, or another --out")
+    check_out(folder, is_diffusers_folder, "exported model", overwrite=overwrite)
     record = {
         "step": step,
         "source": config.data.source if config.data.source in _SOURCES else "",

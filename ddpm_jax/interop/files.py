@@ -1,7 +1,7 @@
 """Files of arrays under names, whoever wrote them: safetensors or PyTorch's, told apart by their content."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ddpm_jax.interop.torch_files import is_torch_file, read_torch
+from ddpm_jax.interop.torch_files import MAX_BYTES, is_torch_file, read_torch
 from ddpm_jax.system import npy
 from ddpm_jax.system.errors import UserError, printable
 from ddpm_jax.system.files import open_file, write_whole
@@ -19,6 +19,40 @@ _UNPACKED = 8
 
 Arrays = dict[str, np.ndarray]
 """Arrays by name, as in the file."""
+
+
+def check_size(num_bytes: int, shown: str) -> None:
+    """Checks that files of weights are not larger than any network's, before they are read.
+
+    Args:
+      num_bytes: the size of the file, or of all files together.
+      shown: its name, for the message.
+
+    Raises:
+      UserError: it is larger than `MAX_BYTES`.
+    """
+    if num_bytes > MAX_BYTES:
+        raise UserError(f"{shown} is too large for a file of weights: {num_bytes:,} bytes, at most {MAX_BYTES:,}")
+
+
+def check_out(folder: Path, is_ours: Callable[[Path], bool], what: str, *, overwrite: bool) -> None:
+    """Checks that a folder may be written to: it is new, empty, or has what may be overwritten.
+
+    Args:
+      folder: the folder.
+      is_ours: whether a folder has what is about to be written.
+      what: the words for that.
+      overwrite: whether the user agrees to replace it.
+
+    Raises:
+      UserError: it contains something else, or `overwrite` is not set.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not is_ours(folder):
+        raise UserError(f"{folder} is not empty and contains no {what}: use another --out")
+    if not overwrite:
+        raise UserError(f"{folder} already contains an {what}: use --overwrite to replace it, or another --out")
 
 
 def read_arrays(file: Path) -> tuple[Arrays, dict[str, str]]:
@@ -32,10 +66,12 @@ def read_arrays(file: Path) -> tuple[Arrays, dict[str, str]]:
       these are the averages (EMA); the name of the set that was taken is the metadata "entry".
 
     Raises:
-      UserError: there is no such file, it is damaged or of another format, or it contains several sets of weights.
+      UserError: there is no such file, it is too large, damaged or of another format, or it contains several sets of
+        weights.
     """
     if not file.is_file():
         raise UserError(f"there is no file {printable(file)}")
+    check_size(file.stat().st_size, printable(file))
     if is_torch_file(file):
         return _state_dict(read_torch(file), printable(file))
     try:
@@ -59,12 +95,14 @@ def read_npz(file: Path) -> Arrays:
       the arrays by name.
 
     Raises:
-      UserError: there is no such file, it is damaged, or contains anything but arrays of numbers.
+      UserError: there is no such file, it is too large, damaged, or contains anything but arrays of numbers.
     """
     shown = printable(file)
     try:
         with open_file(file) as opened:
-            return npy.read_npz(opened, most_bytes=_UNPACKED * file.stat().st_size + 2**26)
+            size = file.stat().st_size
+            check_size(size, shown)
+            return npy.read_npz(opened, most_bytes=_UNPACKED * size + 2**26)
     except FileNotFoundError:
         raise UserError(f"there is no file {shown}") from None
     except (OSError, ValueError) as error:

@@ -386,4 +386,6 @@ def _resolve(tree: Any, read: Callable[[_Storage], bytes], budget: int) -> Tree:
 
 
 def _quote(value: Any) -> str:
+    if isinstance(value, tuple) and not all(type(each) is int for each in value):
+        return "of other things than numbers"  # tuples of tuples could be of more text than fits the memory
     return printable(f"{value}"[:100])

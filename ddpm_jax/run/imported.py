@@ -5,6 +5,8 @@ from pathlib import Path
 
 import jax
 
+from ddpm_jax.config import Config, DataConfig, TrainConfig
+from ddpm_jax.interop.files import check_out
 from ddpm_jax.interop.pretrained import Pretrained
 from ddpm_jax.run.build import build_network, check_params
 from ddpm_jax.run.record import is_run, parse_config
@@ -32,36 +34,35 @@ def save_imported(folder: Path, found: Pretrained, *, file: Path, flags: str | N
       overwrite: whether to replace another imported network.
 
     Raises:
-      UserError: the weights are not those of a whole network; the folder contains a run, or another network and
-        `overwrite` is not set; or it cannot be written.
+      UserError: the weights are not those of a whole network; the folder contains the checkpoint itself or anything
+        but an imported network, or one of these and `overwrite` is not set; or it cannot be written.
     """
     validate(found.config)
     check_params(build_network(found.config), found.params, str(file), "its own shapes and flags", "check the flags")
     if is_run(folder):
         raise UserError(f"{folder} contains a run: use another --out")
-    if is_imported(folder) and not overwrite:
-        raise UserError(
-            f"{folder} already contains an imported network: use --overwrite to replace it, or another --out"
-        )
+    check_out(folder, lambda folder: (folder / _RECORD).is_file(), "imported network", overwrite=overwrite)
+    if (folder / _WEIGHTS).exists() and (folder / _WEIGHTS).samefile(file):
+        raise UserError(f"{file} would be overwritten by its own import: use another --out")
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     record = {"file": file.name, "sha256": digest, "flags": flags, "step": found.step, "averaged": found.averaged}
+    write_json(folder / _RECORD, record)  # first: an import that was interrupted may be repeated
     save_weights(folder / _WEIGHTS, found.params, config=found.config, step=found.step)
-    write_json(folder / _RECORD, record)
 
 
 def imported_summary(found: Pretrained) -> str:
     """Returns what was imported, in words: the network, its diffusion, and whether the weights are averages."""
     data, diffusion, model = found.config.data, found.config.diffusion, found.config.model
     parameters = sum(leaf.size for leaf in jax.tree.leaves(found.params))
-    averaged = {True: "averages (EMA)", False: "not averages", None: "averages or not: not recorded"}[found.averaged]
+    averaged = {True: "averages (EMA)", False: "not averages", None: "unknown whether EMA"}[found.averaged]
     heads = f"heads of {model.num_head_channels} channels" if model.num_head_channels else f"heads: {model.num_heads}"
     classes = f"{model.num_classes} classes" if model.num_classes else "unconditional"
     return "\n".join(
         [
             f"network: {parameters:,} parameters, {data.height}x{data.width}x{data.channels}, {classes}, {heads}",
             f"diffusion: {diffusion.schedule}, T={diffusion.num_steps}, predicts {diffusion.prediction}, variance "
-            f"{diffusion.variance}, timesteps times {model.timestep_scale:g}",
+            f"{diffusion.variance}, timestep scale {model.timestep_scale:g}",
             f"weights: {averaged}, step {found.step or 'not recorded'}",
         ]
     )
@@ -76,7 +77,7 @@ def load_imported(folder: Path) -> Pretrained:
     weights = folder / _WEIGHTS
     params, metadata = load_weights(weights)
     try:
-        config, step = parse_config(metadata["config"]), int(metadata["step"])
+        config, step = _described(parse_config(metadata["config"])), int(metadata["step"])
         averaged = read_json(folder / _RECORD).get("averaged")
         validate(config)
     except (KeyError, ValueError, OSError, Damage, UserError) as error:
@@ -85,3 +86,23 @@ def load_imported(folder: Path) -> Pretrained:
         # Such a folder may come from anywhere, and these fields can name code to run.
         raise UserError(f"{weights} names a network or images of its own, which no imported network does")
     return Pretrained(config, params, step, averaged=averaged if isinstance(averaged, bool) else None)
+
+
+def _described(config: Config) -> Config:
+    """Returns what an imported network says of itself; a file from elsewhere has no say in how a run trains here."""
+    data = config.data
+    return Config(
+        name=config.name,
+        data=DataConfig(
+            source=data.source,
+            path=data.path,
+            height=data.height,
+            width=data.width,
+            channels=data.channels,
+            flip=data.flip,
+        ),
+        diffusion=config.diffusion,
+        model=config.model,
+        loss=config.loss,
+        train=TrainConfig(label_dropout=config.train.label_dropout),
+    )

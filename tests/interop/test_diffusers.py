@@ -110,7 +110,7 @@ def test_nothing_of_the_machine_is_in_an_export(runs, tmp_path, source, path):
 
 def test_an_export_overwrites_knowingly(written, folder, tmp_path):
     _, config, params = written
-    with pytest.raises(UserError, match="already contains a model: use --overwrite"):
+    with pytest.raises(UserError, match="already contains an exported model: use --overwrite"):
         write_folder(folder, params, config=config, step=5)
     write_folder(folder, params, config=config, step=5, overwrite=True)
     assert read_folder(folder).step == 5
@@ -193,6 +193,30 @@ def test_a_shard_outside_of_the_folder_is_refused(folder, name):
     (folder / WEIGHTS).unlink()
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {"conv_in.bias": name}}))
     with pytest.raises(UserError, match="does not name files in the same folder"):
+        read_folder(folder)
+
+
+def test_shards_with_the_same_array_are_refused(folder):
+    for name in ("a", "b"):
+        save_file({"conv_in.bias": np.zeros(8, np.float32)}, folder / "unet" / f"{name}.safetensors")
+    (folder / WEIGHTS).unlink()
+    weight_map = {"conv_in.bias": "a.safetensors", "conv_in.weight": "b.safetensors"}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match=r"b.safetensors has the array conv_in.bias, which another file of .* has too"):
+        read_folder(folder)
+
+
+def test_weights_that_would_fill_the_memory_are_not_read(folder):
+    with (folder / WEIGHTS).open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(UserError, match="too large for a file of weights: 1,099,511,627,776 bytes"):
+        read_folder(folder)
+    (folder / WEIGHTS).unlink()
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {"x": "a.bin", "y": "b.bin"}}))
+    for name in ("a", "b"):
+        with (folder / "unet" / f"{name}.bin").open("wb") as file:
+            file.truncate(2**34)
+    with pytest.raises(UserError, match="index.json is too large for a file of weights"):
         read_folder(folder)
 
 

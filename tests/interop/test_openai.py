@@ -154,6 +154,15 @@ class TestFiles:
         with pytest.raises(UserError, match="cifar10_uncond_50M_500K.pt: --flags: --num_channels is 128, but"):
             read_checkpoint(save("scale_shift_4_heads", "cifar10_uncond_50M_500K.pt"))
 
+    def test_flags_are_added_to_those_of_a_published_file(self, save):
+        file = save("scale_shift_4_heads", "cifar10_uncond_50M_500K.pt")
+        known = "--num_channels 32 --num_res_blocks 1 --learn_sigma False"
+        found = read_checkpoint(file, flags=f"{known} --dropout 0.25")
+        assert (found.config.diffusion.schedule, found.config.diffusion.num_steps) == ("cosine", 4000)
+        assert (found.config.model.dropout, found.step) == (0.25, 500_000)
+        with pytest.raises(UserError, match="add --program"):
+            read_checkpoint(file, program="guided-diffusion")
+
     def test_what_is_not_known_must_be_given(self, save):
         file = save("scale_shift_4_heads", "mine.pt")
         for options in ({}, {"flags": ""}, {"program": "guided-diffusion"}):

@@ -163,6 +163,12 @@ def test_hostile_pickles_end_in_one_line(torch_files, write):
         "but only 1 remain": b"\x8e" + b"\xff" * 7 + b"\x7f",
         "larger than that of any weights": b"N" * 2**22,
     }
+    # A shape of 2^60 values in 300 bytes.
+    doubled = b")q\x00" + b"".join(b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(60))
+    made = b"h" + bytes([60])
+    view = torch_files.storage() + number(0) + made + made + b"\x89}"
+    rebuild = torch_files.name("torch._utils", "_rebuild_tensor_v2") + b"(" + view + b"tR"
+    pickles["of other things than numbers"] = b"(" + doubled + rebuild + b"l"
     # Two storages of one name and different sizes; a memo entry of a huge number costs nothing.
     pickles["two types or sizes"] = torch_files.dict_of([("a", tensor()), ("b", tensor(kind="IntStorage"))])
     for words, pickled in pickles.items():

@@ -24,8 +24,8 @@ def found(runs):
 
 
 @pytest.fixture
-def file(tmp_path):
-    file = tmp_path / "theirs.pt"
+def file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("theirs") / "theirs.pt"
     file.write_bytes(b"weights")
     return file
 
@@ -52,9 +52,33 @@ def test_nothing_is_overwritten_unasked(found, file, tmp_path):
         save_imported(tmp_path, found, file=file, flags=None)
     save_imported(tmp_path, found._replace(step=80), file=file, flags=None, overwrite=True)
     assert load_imported(tmp_path).step == 80
+    with pytest.raises(UserError, match="would be overwritten by its own import"):
+        save_imported(tmp_path, found, file=tmp_path / "weights.safetensors", flags=None, overwrite=True)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="contains a run"):
         save_imported(tmp_path, found, file=file, flags=None, overwrite=True)
+
+
+def test_only_an_imported_network_is_overwritten(found, tmp_path):
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(b"theirs")
+    with pytest.raises(UserError, match="is not empty and contains no imported network: use another --out"):
+        save_imported(tmp_path, found, file=file, flags=None, overwrite=True)
+    assert file.read_bytes() == b"theirs"
+
+
+def test_a_folder_has_no_say_in_how_a_run_trains(found, file, tmp_path):
+    save_imported(tmp_path, found, file=file, flags=None)
+    config = dataclasses.replace(
+        found.config,
+        data=dataclasses.replace(found.config.data, workers=10**6),
+        eval=dataclasses.replace(found.config.eval, features="evil.py:run"),
+        train=dataclasses.replace(found.config.train, init_from="/etc", label_dropout=0.3),
+    )
+    save_weights(tmp_path / "weights.safetensors", found.params, config=config, step=1)
+    read = load_imported(tmp_path).config
+    train = dataclasses.replace(found.config.train, label_dropout=0.3)
+    assert read == dataclasses.replace(found.config, train=train)
 
 
 @pytest.mark.parametrize(
