@@ -247,7 +247,10 @@ def _with_record(read: Pretrained, metadata: Mapping[str, str]) -> Pretrained:
             model = dataclasses.replace(model, num_classes=max(model.num_classes - 1, 0))
             data = dataclasses.replace(config.data, source=source if source in _SOURCES else config.data.source)
             train = dataclasses.replace(config.train, label_dropout=label_dropout)
-            config = dataclasses.replace(config, model=model, data=data, train=train)
+            diffusion = config.diffusion
+            if diffusion.spacing == "linspace" and record.get("spacing", "") is None:  # which is written as linspace
+                diffusion = dataclasses.replace(diffusion, spacing=None)
+            config = dataclasses.replace(config, model=model, data=data, train=train, diffusion=diffusion)
             known = tuple(map(str, names)) if len(names) == model.num_classes else ()
             return Pretrained(config, params, step, known)
     if model.num_classes:  # their table has no row for "no label", which is never asked for
@@ -289,6 +292,7 @@ def write_folder(
         "step": step,
         "source": config.data.source if config.data.source in _SOURCES else "",
         "label_dropout": config.train.label_dropout,
+        "spacing": config.diffusion.spacing,
         "class_names": list(class_names),
     }
     # The loaders of PyTorch want to be told the format; the weights are written first, the index last.

@@ -31,8 +31,7 @@ _VARIANCES: dict[str | None, Variance] = {
     "learned_range": "learned_range",
     None: "fixed_small",
 }
-# "linspace", the default of diffusers' solvers, leaves the choice to our samplers.
-_SPACINGS: dict[str, Spacing | None] = {"linspace": None, "leading": "leading", "trailing": "trailing"}
+_SPACINGS: dict[str, Spacing] = {"linspace": "linspace", "leading": "leading", "trailing": "trailing"}
 
 # Defaults of the class that differ from DDPMScheduler's.
 _SOLVER = {"clip_sample": False, "timestep_spacing": "linspace", "variance_type": None}
@@ -243,20 +242,27 @@ def _read_scheduler(given: Mapping[str, Any], shown: str) -> DiffusionConfig:
     num_steps = fields.take("num_train_timesteps", int, 1000)
     if num_steps > _MOST_STEPS:
         raise fields.refusal("num_train_timesteps", num_steps)
+    if defaults is _SOLVER:  # which never clip: the field is left over from the scheduler that they were made from
+        fields.skip(["clip_sample"])
     clip = fields.take("clip_sample", bool, defaults.get("clip_sample", True))
-    if clip:
+    if fields.take("thresholding", bool, False):  # takes the place of clip_sample
+        if fields.take("sample_max_value", float, 1.0) != 1:
+            raise UserError(
+                f"{shown}: thresholding=true with sample_max_value={given['sample_max_value']} is not supported: set "
+                "thresholding to false, and draw with --clip dynamic --dynamic-quantile "
+                f"{given.get('dynamic_thresholding_ratio', 0.995)!s:.20}"
+            )
+        clip = True  # the quantile is cut to [1, sample_max_value], so that x0 is clipped to [-1, 1]
+    elif clip:
         fields.expect("clip_sample_range", 1.0)
-    spacing = fields.choose("timestep_spacing", _SPACINGS, defaults.get("timestep_spacing", "leading"))
+    spacing: Spacing | None = fields.choose("timestep_spacing", _SPACINGS, defaults.get("timestep_spacing", "leading"))
     if spacing == "leading":
         fields.expect("steps_offset", 0)
+    if defaults is _SOLVER and spacing == "linspace":  # their default: it leaves the choice to our samplers
+        spacing = None
     predicts_eps = fields.take("predict_epsilon", bool, True)  # before there was a prediction_type
     prediction = fields.choose("prediction_type", _PREDICTIONS, "epsilon" if predicts_eps else "sample")
-    if given.get("thresholding") is True:
-        raise UserError(
-            f"{shown}: thresholding=true is not taken over: set it to false, and draw with --clip dynamic "
-            f"--dynamic-quantile {given.get('dynamic_thresholding_ratio', 0.995)!s:.20}"
-        )
-    for name in ("thresholding", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"):
+    for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"):
         fields.expect(name, False)
     for name in ("use_flow_sigmas", "use_dynamic_shifting"):
         fields.expect(name, False)
@@ -381,7 +387,7 @@ def write_scheduler(config: Config) -> dict[str, Any]:
     diffusion = config.diffusion
     ours = lambda names: {value: name for name, value in reversed(names.items())}
     predictions, schedules, variances = ours(_PREDICTIONS), ours(_SCHEDULES), ours(_VARIANCES)
-    spacings = {**ours(_SPACINGS), "linspace": "linspace"}
+    spacings = {None: "linspace", **ours(_SPACINGS)}
     for field, value, known in (
         ("prediction", diffusion.prediction, predictions),
         ("variance", diffusion.variance, variances),

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -92,7 +93,7 @@ def read_original(variables: Mapping[str, np.ndarray], flags: Flags, *, name: st
     params: dict[tuple[str, ...], np.ndarray] = {}
     for variable, array in weights.items():
         *parts, leaf = variable.split("/")
-        if leaf not in _LEAVES or array.dtype.kind != "f" or not parts:
+        if leaf not in _LEAVES or not jnp.issubdtype(array.dtype, jnp.floating) or not parts:
             raise UserError(f"the variable {variable[:80]} ({array.dtype}) is not of the paper's network")
         params[(*_layer(parts), _LEAVES[leaf])] = np.ascontiguousarray(array, np.float32)
     step = variables.get("global_step")

@@ -66,6 +66,17 @@ def test_it_comes_back_bit_by_bit(written):
     assert trained.config.train.label_dropout == 0.2
 
 
+@pytest.mark.parametrize("spacing", [None, "linspace"])
+def test_the_spacing_comes_back(spacing, written, folder):
+    _, config, params = written
+    diffusion = dataclasses.replace(config.diffusion, spacing=spacing)
+    config = dataclasses.replace(config, diffusion=diffusion)
+    write_folder(folder, params, config=config, step=1, overwrite=True)
+    assert read_folder(folder).config.diffusion == diffusion
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS)  # without our record
+    assert read_folder(folder).config.diffusion.spacing == "linspace"
+
+
 def test_two_exports_are_the_same_bytes(written, tmp_path):
     folder, config, params = written
     write_folder(tmp_path / "again", params, config=config, step=1234, class_names=["cat", "dog"], license="mit")

@@ -99,7 +99,12 @@ def test_absent_fields_have_the_defaults_of_the_class():
         ({"beta_schedule": "scaled_linear", "beta_start": 1e-3}, dict(schedule="quad", beta_start=1e-3)),
         ({"beta_schedule": "sigmoid", "timestep_spacing": "trailing"}, dict(schedule="sigmoid", spacing="trailing")),
         ({"variance_type": "fixed_large_log", "clip_sample": False}, dict(variance="fixed_large", clip_x0=False)),
-        ({"timestep_spacing": "linspace", "steps_offset": 1}, {"spacing": None}),
+        ({"timestep_spacing": "linspace", "steps_offset": 1}, {"spacing": "linspace"}),
+        ({"_class_name": "DDIMScheduler", "timestep_spacing": "linspace"}, {"spacing": "linspace"}),
+        ({"_class_name": "UniPCMultistepScheduler", "timestep_spacing": "trailing"}, {"spacing": "trailing"}),
+        ({"_class_name": "UniPCMultistepScheduler", "clip_sample": True, "clip_sample_range": 2.0}, {"clip_x0": False}),
+        ({"thresholding": True, "clip_sample": False, "clip_sample_range": 2.0}, {"clip_x0": True}),
+        ({"_class_name": "DPMSolverMultistepScheduler", "thresholding": True}, {"clip_x0": True}),
         ({"a_field_of_the_future": None}, {}),
     ],
 )
@@ -153,7 +158,13 @@ def test_networks_that_are_not_ours_are_refused_by_name(unet, message):
     [
         ({"_class_name": ["DDPMScheduler"]}, "is not supported, only DDPMScheduler, "),
         ({"_class_name": "ScoreSdeVeScheduler"}, "a ScoreSdeVeScheduler is not supported, only DDPMScheduler, "),
-        ({"thresholding": True}, "set it to false, and draw with --clip dynamic --dynamic-quantile 0.995"),
+        (
+            {"thresholding": True, "sample_max_value": 1.5},
+            "sample_max_value=1.5 is not supported: set thresholding to false, and draw with --clip dynamic "
+            "--dynamic-quantile 0.995",
+        ),
+        ({"thresholding": True, "sample_max_value": None}, "sample_max_value=null is not supported"),
+        ({"thresholding": 1}, "thresholding=1 is not supported"),
         ({"clip_sample_range": 2.0}, "clip_sample_range=2.0 is not supported"),
         ({"variance_type": "learned"}, "variance_type=learned is not supported"),
         ({"beta_schedule": "laplace"}, "beta_schedule=laplace is not supported"),
@@ -179,13 +190,15 @@ def test_schedulers_that_are_not_ours_are_refused_by_name(scheduler, message):
         dict(data=DataConfig("folder", height=16, width=32, channels=1), model=ModelConfig(channel_mult=(1, 2))),
         dict(diffusion=DiffusionConfig("jsd", 20, prediction="v", variance="learned_range", spacing="trailing")),
         dict(diffusion=DiffusionConfig("cosine", 30, prediction="x0", clip_x0=False, zero_terminal_snr=True)),
+        dict(diffusion=DiffusionConfig(spacing="linspace")),
     ],
 )
 def test_what_is_written_is_read_the_same(changes):
     config = Config(**{"data": DataConfig("folder", height=32, width=32, channels=3), **changes})
     back = through_files(config)
     assert back.model == config.model
-    assert back.diffusion == config.diffusion
+    spacing = config.diffusion.spacing or "linspace"  # which of the two it is, is in our record alone
+    assert back.diffusion == dataclasses.replace(config.diffusion, spacing=spacing)
     assert back.data == config.data
 
 

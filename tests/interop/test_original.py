@@ -3,13 +3,14 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig
 from ddpm_jax.interop.checkpoints import read_checkpoint
 from ddpm_jax.interop.files import read_npz
-from ddpm_jax.interop.original import write_original
+from ddpm_jax.interop.original import read_original, write_original
 from ddpm_jax.networks import parameter_shapes
 from ddpm_jax.run.build import build_network
 from ddpm_jax.system.errors import UserError
@@ -61,6 +62,12 @@ def test_a_round_trip_is_bit_identical(params, variables, tmp_path):
     assert dataclasses.replace(found.config.model) == CONFIG.model
     assert found.config.diffusion == CONFIG.diffusion
     assert (found.config.data.height, found.config.data.channels, found.config.name) == (32, 3, "run")
+
+
+def test_half_precision_is_read(params, variables):
+    half = {name: array.astype(jnp.bfloat16) if array.ndim else array for name, array in variables.items()}
+    expected = jax.tree.map(lambda array: array.astype(jnp.bfloat16).astype(np.float32), params)
+    equal(read_original(half, {}, name="half").params, expected)
 
 
 def test_averages_are_taken_where_there_are_some(params, variables, tmp_path):
