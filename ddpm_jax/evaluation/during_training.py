@@ -25,7 +25,7 @@ from ddpm_jax.run.trained import TrainedRun
 from ddpm_jax.system import environment
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import read_json, read_or_set_aside, write_json
-from ddpm_jax.system.hosts import is_primary_host, of_primary_host, wait_for_all
+from ddpm_jax.system.hosts import appears, is_primary_host, of_primary_host, wait_for_all
 from ddpm_jax.system.mesh import to_this_host
 from ddpm_jax.training.hooks import Event
 from ddpm_jax.training.plots import plot_metric
@@ -77,7 +77,7 @@ def scoring_during_training(config: Config, run: Path, *, network: Network | Non
         request = {
             "images": {"number": evaluation.fid_num, "drawn": drawn},
             "reference": reference.identity,
-            "features": features.identity,
+            "features": f"{features.name} {features.identity}",
             "computed_on": environment.rounding(),
         }
         request = json.loads(json.dumps(request))
@@ -91,6 +91,8 @@ def scoring_during_training(config: Config, run: Path, *, network: Network | Non
             if not is_done:
                 write_json(folder / "request.json", {"request": request})
         if of_primary_host(is_done):
+            if not appears(lambda: _request_of(file) == request):  # host 0 sees it
+                raise UserError(f"the scores that host 0 wrote do not appear in {file}: run the same command again")
             scores = _read(file)["scores"]
         else:
             images = run_job(job, folder / "images", number=evaluation.fid_num, batch_size=batch_size, format="npz")

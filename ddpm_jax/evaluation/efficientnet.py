@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ddpm_jax.evaluation.features import Features, Tree, check_sha256, folded
+from ddpm_jax.evaluation.features import EFFICIENTNET, Features, Tree, check_sha256, folded
 from ddpm_jax.interop.torch_files import read_torch
 from ddpm_jax.system.errors import UserError
 
@@ -113,7 +113,7 @@ def load_efficientnet(file: Path | None = None) -> Features:
         file = Path(package.submodule_search_locations[0]) / _FILE
     check_sha256(file, SHA256, what="EfficientNet-Lite0", remedy=advice)
     return Features(
-        "EfficientNetLite0",
+        EFFICIENTNET,
         apply,
         params_from_torch(read_torch(file)),
         SHA256,

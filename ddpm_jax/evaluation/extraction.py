@@ -7,6 +7,7 @@ import numpy as np
 from ddpm_jax.evaluation.features import Extractor
 from ddpm_jax.evaluation.image_sets import ImageSet
 from ddpm_jax.generation.store import Parts, missing_ranges, own_share, wait_for_hosts
+from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.hosts import is_primary_host
 from ddpm_jax.system.progress import Progress
 
@@ -34,7 +35,7 @@ def extract(
       the features of all images by name, (N, ...) float32; {} on other hosts than host 0.
 
     Raises:
-      UserError: an image cannot be read, or as `Extractor`.
+      UserError: an image cannot be read, a part was damaged after it was saved, or as `Extractor`.
     """
     longest = extractor.batch_size * max(1, _IMAGES_PER_PART // extractor.batch_size)
     todo = missing_ranges(parts.ranges(), images.number, longest=longest)
@@ -58,10 +59,12 @@ def extract(
         wait_for_hosts(parts.ranges, images.number, folder=parts.folder)
         if not is_primary_host():
             return {}
+    saved = parts.ranges()
+    if missing_ranges(saved, images.number, longest=images.number):
+        raise UserError(f"some features are missing in {parts.folder}: run the same command again")
     features: dict[str, np.ndarray] = {}
-    for first, stop in parts.ranges():
-        end = min(stop, images.number)
+    for first, stop in saved:
         for name, rows in parts.load(first, stop).items():
             array = features.setdefault(name, np.empty((images.number, *rows.shape[1:]), rows.dtype))
-            array[first:end] = rows[: max(0, end - first)]
+            array[first:stop] = rows
     return features

@@ -23,6 +23,8 @@ Tree = Any
 
 INCEPTION = "Inception"
 """Name of the features whose Frechet distance is called FID."""
+EFFICIENTNET = "EfficientNetLite0"
+"""Name of the features of EfficientNet-Lite0."""
 
 
 class Features(typing.NamedTuple):
@@ -112,18 +114,24 @@ def users_features(name: str) -> Features:
       the features, named after the function.
 
     Raises:
-      UserError: the file is missing or fails, or has no such function.
+      UserError: the file is missing or fails, has no such function, or the function has the name of other features.
     """
     function = user_code.load("--features", name)
+    label = name.rpartition(":")[2]
+    if label in (INCEPTION, EFFICIENTNET):
+        raise UserError(f"--features: {name}: {label} is the name of built-in features: rename the function")
 
     def apply(params: Tree, images: np.ndarray) -> dict[str, np.ndarray]:
         with user_code.clear_errors(f"--features: {name}", user_code.file_of(name)):
             rows = np.asarray(function(images), np.float32)
         if rows.ndim != 2 or len(rows) != len(images):
             raise UserError(f"--features: {name} must return ({len(images)}, D) numbers for them, not {rows.shape}")
+        if not rows.shape[1]:
+            raise UserError(f"--features: {name} must return at least one number per image, not {rows.shape}")
+        if not np.isfinite(rows).all():
+            raise UserError(f"--features: {name} must return finite float32 numbers, not NaN or infinity")
         return {"pool": rows}
 
-    label = name.rpartition(":")[2]
     identity = user_code.checksum("--features", name)
     return Features(label, apply, None, identity, f"by {label}", on_host=True)
 

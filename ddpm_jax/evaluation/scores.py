@@ -65,11 +65,11 @@ def compute_scores(features: Mapping[str, np.ndarray], reference: Statistics, *,
       features; sFID, if both have spatial ones; the Inception Score `IS` with `IS_std`, if there are logits.
 
     Raises:
-      UserError: the reference is of another number of features.
+      UserError: the reference is of features of other dimensions.
     """
     frechet, kernel = names_of_scores(name)
     pool = features["pool"]
-    check_width(reference, pool.shape[1])
+    check_width(reference, features, name=name)
     scores = {frechet: distance_of_moments(moments(pool), reference.pool)}
     if "spatial" in features and reference.spatial is not None:
         scores["sFID"] = distance_of_moments(moments(features["spatial"]), reference.spatial)
@@ -83,18 +83,26 @@ def compute_scores(features: Mapping[str, np.ndarray], reference: Statistics, *,
     return scores
 
 
-def check_width(reference: Statistics, width: int) -> None:
-    """Checks that a reference has the number of features that scores are to be computed in.
+def check_width(reference: Statistics, features: Mapping[str, np.ndarray], *, name: str) -> None:
+    """Checks that a reference has the dimensions of the features that scores are to be computed in.
+
+    Args:
+      reference: of the real images.
+      features: of any number of images, as `Extractor` returns them.
+      name: of the features.
 
     Raises:
-      UserError: it has another.
+      UserError: it has others.
     """
-    found = len(reference.pool.mean)
-    if found != width:
-        raise UserError(
-            f"{reference.name} holds statistics of {found} features, and these features are {width}: they were "
-            "computed by another network"
-        )
+    for array, known, kind in (("pool", reference.pool, ""), ("spatial", reference.spatial, "spatial ")):
+        if array not in features or known is None:
+            continue
+        found, width = len(known.mean), features[array].shape[1]
+        if found != width:
+            raise UserError(
+                f"{reference.name} contains statistics of {found}-dimensional {kind}features, but --features {name} "
+                f"has {width}: they come from another network"
+            )
 
 
 def evenly_spaced(rows: np.ndarray, most: int) -> np.ndarray:

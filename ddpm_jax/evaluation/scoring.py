@@ -173,8 +173,8 @@ def open_reference(
         here, there = place.resolve(), evaluated.resolve()
         if here == there or there in here.parents:
             raise UserError(
-                f"--reference {printable(given)} is what is evaluated, or part of it: name real images, or leave it "
-                "out to compare a run with its training images"
+                f"--reference {printable(given)} is, or lies inside, what is being evaluated: name real images, or "
+                "leave it out to compare a run with its training images"
             )
     if is_run(place) or is_pretrained(place):
         raise UserError(f"--reference {printable(given)} is a model: name real images, or an .npz file of its samples")
@@ -207,9 +207,9 @@ def check_comparable(shape: tuple[int, int, int], reference: Reference, extracto
             f"--reference: the images of {real.name} are {there}, and those to be compared {here}: resize them first, "
             "as the training images were"
         )
-    width = extractor(np.zeros((1, *shape), np.uint8))["pool"].shape[1]
+    features = extractor(np.zeros((1, *shape), np.uint8))
     if reference.statistics is not None:
-        check_width(reference.statistics, width)
+        check_width(reference.statistics, features, name=extractor.features.name)
 
 
 def score(
@@ -242,7 +242,7 @@ def score(
       UserError: the images are too few or are the reference, or the reference is of other features.
     """
     if images.number < 2:
-        raise UserError(f"{images.name}: scores need at least 2 images, and many to mean something")
+        raise UserError(f"{images.name}: scores need at least 2 images, and thousands to be meaningful")
     real = None if reference is None else reference.images
     if real is not None and real.identity.split(",")[0] == images.identity.split(",")[0]:
         raise UserError(f"--reference: {real.name} holds the images that are evaluated: name real images")
@@ -250,8 +250,12 @@ def score(
         check_comparable(images.shape, reference, extractor)
     protocol = _protocol(images, reference, extractor.features, drawn or {})
     # Names and places may change, and so may the versions.
-    known_by = {"images": images.identity, "number": images.number, "features": extractor.features.identity}
-    known_by["reference"] = None if reference is None else reference.identity
+    known_by = {
+        "images": images.identity,
+        "number": images.number,
+        "features": f"{extractor.features.name} {extractor.features.identity}",  # a file may have several functions
+        "reference": None if reference is None else reference.identity,
+    }
     file, parts = out / "scores.json", Parts(out / "parts", known_by)
     request = (extractor.batch_size, statistics)
     with job_folder(out, known_by, kind="fid", number=images.number, done=parts.ranges, request=request):
@@ -284,9 +288,12 @@ def _saved(file: Path, known_by: Mapping[str, Any]) -> dict[str, Any] | None:
     return saved if saved is not None and saved.get("job") == known_by else None
 
 
-def _written(file: Path, known_by: Mapping[str, Any]) -> dict[str, Any] | None:
+def _written(file: Path, known_by: Mapping[str, Any]) -> dict[str, Any]:
     appears(lambda: _saved(file, known_by) is not None)  # host 0 has written it
-    return _saved(file, known_by)
+    saved = _saved(file, known_by)
+    if saved is None:
+        raise UserError(f"the scores that host 0 wrote do not appear in {file}: run the same command again")
+    return saved
 
 
 def _known(reference: Reference, extractor: Extractor, cache: Path | None) -> Statistics:
@@ -336,8 +343,8 @@ def summary(result: Mapping[str, Any]) -> str:
     if images["number"] < NUMBER:
         unbiased = f"; {kernel} has no such bias" if kernel in scores else ""
         lines.append(
-            f"warning: {frechet} of {images['number']:,} images is higher than that of the {NUMBER:,} of papers: "
-            f"compare it only with scores of as many images{unbiased}"
+            f"warning: {frechet} of {images['number']:,} images is biased upwards relative to the {NUMBER:,} that "
+            f"papers use: compare it only with scores of as many images{unbiased}"
         )
     drawn = images["drawn"]
     if drawn:

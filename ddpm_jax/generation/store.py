@@ -99,6 +99,7 @@ def wait_for_hosts(done: Callable[[], Iterable[Range]], number: int, *, folder: 
     wait_for_all("all hosts have saved their images")
     if jax.process_count() > 1 and not appears(lambda: not missing_ranges(done(), number, longest=number)):
         raise UserError(f"some images of other hosts do not appear in {folder}: run the same command again")
+    wait_for_all("all hosts have seen the images")  # host 0 may remove the parts from here on
 
 
 @contextlib.contextmanager

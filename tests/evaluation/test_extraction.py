@@ -42,17 +42,26 @@ def test_what_is_interrupted_resumes_without_repeating(few_per_part, tmp_path):
     assert np.array_equal(found["pool"], PIXELS)
     assert np.array_equal(found["logits"], -PIXELS[:, :3])
 
-    # A damaged part is computed again; fewer images need nothing.
+    # A damaged part is computed again.
     damaged = next(parts.folder.glob("00000016-*"))
     damaged.write_bytes(damaged.read_bytes()[:100])
     seen.clear()
     assert np.array_equal(extract(IMAGES, own(apply), parts)["pool"], PIXELS)
     assert sum(seen) == 16
-    seen.clear()
-    assert np.array_equal(extract(IMAGES.first(20), own(apply), parts)["pool"], PIXELS[:20])
-    assert not seen
     parts.remove()
     assert [path.name for path in parts.folder.iterdir()] == [f"{damaged.name}.damaged"]
+
+
+def test_a_part_that_is_damaged_after_it_was_saved_is_not_scored(few_per_part, tmp_path):
+    parts = Parts(tmp_path / "parts", {"set": "a"})
+
+    def apply(params, images):
+        for path in parts.folder.glob("00000000-*"):  # while the others are computed
+            path.write_bytes(path.read_bytes()[:100])
+        return {"pool": images.reshape(len(images), -1).astype(np.float32)}
+
+    with pytest.raises(UserError, match="some features are missing in .*: run the same command again"):
+        extract(IMAGES, own(apply), parts)
 
 
 def test_batches_and_devices_do_not_change_features():
@@ -72,6 +81,9 @@ def test_a_users_function_and_its_faults(tmp_path):
     file.write_text(
         "def rows(images): return images.reshape(len(images), -1)\n"
         "def flat(images): return images.ravel()\n"
+        "def none(images): return images.reshape(len(images), -1)[:, :0]\n"
+        "def divided(images): return images[:, 0, 0] * float('inf')\n"
+        "def Inception(images): return images[:, 0, 0]\n"
         "def fails(images):\n    raise KeyError('weights')\n"
     )
     images = IMAGES.read(np.arange(5))
@@ -81,9 +93,13 @@ def test_a_users_function_and_its_faults(tmp_path):
     assert np.array_equal(Extractor(features, batch_size=2)(images)["pool"], PIXELS[:5])
     for name, words in {
         "flat": r"must return \(\d, D\) numbers .* not \(\d+,\)",
-        "fails": r"line 4: KeyError: 'weights'",
+        "none": "at least one number per image",
+        "divided": "must return finite float32 numbers, not NaN or infinity",
+        "fails": r"line 7: KeyError: 'weights'",
     }.items():
         with pytest.raises(UserError, match=words):
             Extractor(users_features(f"{file}:{name}"), batch_size=2)(images)
+    with pytest.raises(UserError, match="Inception is the name of built-in features"):
+        users_features(f"{file}:Inception")
     with pytest.raises(UserError, match="has no function row; did you mean rows"):
         users_features(f"{file}:row")

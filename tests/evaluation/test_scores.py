@@ -85,8 +85,10 @@ def test_all_scores_that_are_possible_and_their_names():
     own = compute_scores({"pool": drawn}, full, name="mine")
     assert [*own] == ["FD-mine", "KD-mine", "KD-mine_standard_error", "precision", "recall"]
     assert [*compute_scores({"pool": drawn}, full._replace(features=None), name="mine")] == ["FD-mine"]
-    with pytest.raises(UserError, match="real holds statistics of 5 features, and these features are 4"):
+    with pytest.raises(UserError, match="of 5-dimensional features, but --features mine has 4"):
         compute_scores({"pool": drawn[:, :4]}, full, name="mine")
+    with pytest.raises(UserError, match="of 3-dimensional spatial features, but --features Inception has 2"):
+        compute_scores({**features, "spatial": spatial["drawn"][:, :2]}, full, name="Inception")
 
 
 def test_evenly_spaced_rows():

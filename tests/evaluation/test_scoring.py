@@ -12,7 +12,10 @@ from ddpm_jax.evaluation.scores import Statistics, compute_scores
 from ddpm_jax.evaluation.scoring import load_features, open_images, open_reference, score
 from ddpm_jax.system.pictures import save_png
 
-CODE = "def thirds(images): return images.reshape(len(images), -1)[:, ::3] / 16\n"
+CODE = """
+def thirds(images): return images.reshape(len(images), -1)[:, ::3] / 16
+def halves(images): return images.reshape(len(images), -1)[:, ::2] / 16
+"""
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def test_a_run_is_drawn_and_scored_against_its_training_images(run, own, run_scr
     assert not (file.parent / "parts").exists()
     assert out.startswith(f"FD-thirds {result['scores']['FD-thirds']:.4f} (45 images)\n")
     for line in (
-        "warning: FD-thirds of 45 images is higher than that of the 50,000 of papers",
+        "warning: FD-thirds of 45 images is biased upwards relative to the 50,000 that papers use",
         "images: run, checkpoint 7, seed 0, sampler ddim, steps 3",
         "reference: digits, train (1,438 images)",
         "FD-thirds is not FID",
@@ -83,6 +86,13 @@ def test_statistics_that_are_saved_are_a_reference(own, run_script, tmp_path):
     expected = compute_scores({"pool": thirds(images)}, Statistics("", 9, moments(real)), name="thirds")
     assert scores == pytest.approx(expected)
     assert [*scores] == ["FD-thirds"]  # moments alone
+
+    # Another function of the same file does not get the scores of the first one.
+    words = ("fid", tmp_path / "drawn.npz", "--reference", "digits", "--out", tmp_path / "b")
+    assert run_script("evaluate.py", *words, "--features", own)[1].startswith("FD-thirds ")
+    status, _, err = run_script("evaluate.py", *words, "--features", own.replace("thirds", "halves"))
+    assert status == 2
+    assert "holds another job (features is thirds " in err
 
 
 def test_the_whole_evaluator_on_real_weights(tmp_path, monkeypatch):
@@ -126,18 +136,18 @@ def test_what_cannot_be_scored_is_one_line(run, own, run_script, tmp_path):
     save_png(tmp_path / "mixed" / "1.png", images[0, :4])
     mine = ("--features", own)
     assert "--reference is missing" in refused(file, *mine)
-    assert "is what is evaluated" in refused(file, *mine, "--reference", file)
+    assert "is, or lies inside, what is being evaluated" in refused(file, *mine, "--reference", file)
     assert "holds the images that are evaluated" in refused(file, *mine, "--reference", copy)
     assert "holds the images that are evaluated" in refused(file, *mine, "--num", 5, "--reference", copy)
     assert "are 16x8, and those to be compared 8x8" in refused(file, *mine, "--reference", large)
-    assert "holds statistics of 5 features, and these features are 22" in refused(
+    assert "statistics of 5-dimensional features, but --features thirds has 22" in refused(
         file, *mine, "--reference", tmp_path / "other.npz"
     )
     for other in (large, tmp_path / "other.npz"):  # nothing is drawn first
         refused(run, *mine, "--reference", other)
     assert not (run / "samples").exists()
     (run / "samples").mkdir()
-    assert "or part of it" in refused(run, *mine, "--reference", run / "samples")
+    assert "lies inside" in refused(run, *mine, "--reference", run / "samples")
     assert "is a model" in refused(file, *mine, "--reference", run)
     assert "looked for config.json of a run; model_index.json" in refused(tmp_path / "empty", *mine)
     assert "images of 2 sizes" in refused(tmp_path / "mixed", *mine, "--reference", "digits")
