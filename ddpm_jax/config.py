@@ -292,7 +292,7 @@ class EvalConfig:
     fid_steps: CountOrZero = field(default=50, metadata=_FREE)
     """Number of its steps, T at most; 0: all T."""
     fid_reference: str = field(default="", metadata=_FREE)
-    """Real images or statistics, as --reference of evaluate.py fid; empty: the training images."""
+    """Real images or statistics, as `evaluate.py fid` takes them; empty: the training images."""
     features: str = field(default="inception", metadata=_FREE)
     """inception (FID), efficientnet-lite0, or your own as my_features.py:function (both Frechet distances, not FID)."""
 

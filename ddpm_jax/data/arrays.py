@@ -6,13 +6,13 @@ import math
 import pathlib
 import typing
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.source import Source, fits_memory, no_split, shape_of
-from ddpm_jax.system.errors import NoSuchSplit, UserError, printable
+from ddpm_jax.system.errors import NoSuchSplit, UserError, few, printable
 from ddpm_jax.system.files import open_file
 from ddpm_jax.system.npy import headers_of, read_header, read_npz
 
@@ -112,7 +112,7 @@ def load(config: DataConfig) -> Source:
         class_names=class_names,
         name=f"{config.source} {printable(config.path)}, {config.split}",
         label_fault=fault,
-        notes=(f"not used in {printable(config.path)}: {_few(unused)}",) if unused else (),
+        notes=(f"not used in {printable(config.path)}: {few(unused, 20)}",) if unused else (),
     )
 
 
@@ -224,7 +224,7 @@ def _part(config: DataConfig, arrays: Mapping[str, _Array], split: str) -> _Part
         images = rest[0] if len(rest) == 1 else None
     if images is None:
         kind, wanted = (UserError, "images") if split == "all" else (NoSuchSplit, f"x_{split}")
-        raise kind(f"data.path: {printable(config.path)} holds no array {wanted}, but {_few(arrays) or 'none'}")
+        raise kind(f"data.path: {printable(config.path)} holds no array {wanted}, but {few(arrays, 20) or 'none'}")
     _check_images(images, config.memory_gib)
     unused = {name: array for name, array in arrays.items() if array is not images and array is not labels}
     found, num_classes, fault = None, 0, ""
@@ -248,11 +248,6 @@ def _image_shape(images: _Array) -> tuple[int, int, int]:
     return height, width, channels[0] if channels else 1
 
 
-def _few(names: Iterable[str]) -> str:
-    names = [printable(name)[:200] for name in names]
-    return ", ".join(names[:20]) + (f", .. ({len(names)})" if len(names) > 20 else "")
-
-
 def _by(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
@@ -271,12 +266,9 @@ def _check_images(images: _Array, memory_gib: float) -> None:
         )
     if images.dtype == np.uint8:
         return
-    if images.dtype.kind not in "biuf":
-        raise UserError(
-            f"data.path: {images} is of {images.dtype!s:.100}, not uint8; save the pixels as 0 to 255 in uint8"
-        )
     number = min(_LOOKED_AT, images.shape[0])
-    if images.num_bytes * (1.0 if images.name else number / images.shape[0]) > memory_gib * 2**30:
+    looked_at = images.num_bytes * (1.0 if images.name else number / images.shape[0])
+    if images.dtype.kind not in "biuf" or looked_at > memory_gib * 2**30:
         raise UserError(
             f"data.path: {images} is of {images.dtype!s:.100}, not uint8; save the pixels as 0 to 255 in uint8"
         )

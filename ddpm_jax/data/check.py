@@ -1,7 +1,7 @@
 """What there is to know of a set before it is trained on, and whether it can be."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from ddpm_jax.data.order import batch_indices
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source
 from ddpm_jax.system import pictures
-from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.errors import UserError, few
 from ddpm_jax.system.progress import say
 
 _GRID = 64
@@ -98,7 +98,7 @@ def _missing_classes(source: Source) -> Iterator[str]:
     missing = np.setdiff1d(np.arange(len(source.class_names)), labels)
     if len(missing):
         yield (
-            f"warning: no image of class {_listed(source.class_names[i] for i in missing)}, which the network would be"
+            f"warning: no image of class {few((source.class_names[i] for i in missing), 8)}, which the network would be"
             f" given and never see{_numbered_from(labels)}"
         )
 
@@ -109,11 +109,6 @@ def _numbered_from(labels: np.ndarray) -> str:
     if not least:
         return ""
     return f": the labels are {least} to {most}; save them as labels - {least}, for {most - least + 1} classes"
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:8]) + (f", .. ({len(names)})" if len(names) > 8 else "")
 
 
 def check_classes(config: Config, source: Source, *, training: bool = True) -> None:

@@ -103,8 +103,8 @@ def _read(file: Path) -> dict[str, typing.Any]:
         return read_json(file)
     except Damage as damage:
         raise UserError(
-            f"{file}, which says what images the run was begun on, is damaged ({damage}): put it back; to go on all "
-            "the same, remove it"
+            f"{file}, the record of the run's images, is damaged ({damage}): restore it, or delete it to continue "
+            "without this check"
         ) from None
 
 

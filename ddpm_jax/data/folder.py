@@ -24,7 +24,7 @@ import numpy as np
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.decode import Facts, Unreadable, header, is_picture, look_over, read_picture
 from ddpm_jax.data.source import Source, fits_memory, in_memory, in_threads, no_split, shape_of
-from ddpm_jax.system.errors import NoSuchSplit, UserError, printable
+from ddpm_jax.system.errors import NoSuchSplit, UserError, few, printable
 from ddpm_jax.system.progress import say
 
 _ENDINGS = frozenset(
@@ -151,7 +151,7 @@ def _list_folder(config: DataConfig) -> _Files:
     classes, fault = _classes(walks.get("train", walks[chosen[0]]).images, folder)
     stranger = next((path for _, path in files if not fault and classes and path.parts[0] not in classes), None)
     if stranger is not None:
-        fault = f"{printable(stranger)} is in none of the class folders of the training split: {_few(classes)}"
+        fault = f"{printable(stranger)} is in none of the class folders of the training split: {few(classes, 5)}"
     labeled = bool(classes) and not fault
     number = {name: i for i, name in enumerate(classes)}
     return _Files(
@@ -234,8 +234,8 @@ def _classes(images: Iterable[pathlib.Path], folder: pathlib.Path) -> tuple[list
     if loose and names:
         more = f" and {len(loose) - 1} more files are" if len(loose) > 1 else " is"
         return [], (
-            f"{printable(loose[0])}{more} beside the class folders {_few(names_in_order)} in {printable(folder)}: move"
-            " it into one of them, or out"
+            f"{printable(loose[0])}{more} beside the class folders {few(names_in_order, 5)} in {printable(folder)}:"
+            " move it into one of them, or out"
         )
     return names_in_order, ""
 
@@ -266,13 +266,8 @@ def _counted(passed: Mapping[str, Mapping[str, int]]) -> list[str]:
     for reason, counts in passed.items():
         if sum(counts.values()):
             names = [name if number == 1 else f"{name} {number}" for name, number in counts.items()]
-            counted.append(f"{sum(counts.values())} {reason} ({_few(names)})")
+            counted.append(f"{sum(counts.values())} {reason} ({few(names, 5)})")
     return counted
-
-
-def _few(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(map(printable, names[:5])) + (f", .. ({len(names)})" if len(names) > 5 else "")
 
 
 def _note_of_files(config: DataConfig, files: _Files, unreadable: int) -> list[str]:

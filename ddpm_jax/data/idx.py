@@ -11,7 +11,7 @@ import numpy as np
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data.source import Source, fits_memory, in_memory, no_split
-from ddpm_jax.system.errors import NoSuchSplit, UserError, printable
+from ddpm_jax.system.errors import NoSuchSplit, UserError, few, printable
 from ddpm_jax.system.files import open_file
 
 _DEBIAN_FASHION_MNIST = pathlib.Path("/usr/share/datasets/fashion-mnist")
@@ -59,7 +59,7 @@ def load(config: DataConfig) -> Source:
         np.concatenate(labels) if usable else None,
         name=f"idx {printable(folder)}, {config.split}",
         label_fault=fault,
-        notes=(f"not used in {printable(folder)}: {', '.join(map(printable, unused[:20]))}",) if unused else (),
+        notes=(f"not used in {printable(folder)}: {few(unused, 20)}",) if unused else (),
     )
 
 

@@ -6,6 +6,7 @@ flat, with everything beside the `config.json` of the network.
 
 import dataclasses
 import json
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from flax import traverse_util
 import ddpm_jax
 from ddpm_jax.config import Config, ModelConfig
 from ddpm_jax.interop import diffusers_config
-from ddpm_jax.interop.files import Arrays, check_out, check_size, read_arrays, write_safetensors
+from ddpm_jax.interop.files import Arrays, check_out, check_size, read_arrays, read_metadata, write_safetensors
 from ddpm_jax.interop.layouts import from_torch
 from ddpm_jax.interop.model_card import model_card
 from ddpm_jax.interop.pretrained import Pretrained
@@ -32,6 +33,7 @@ _WEIGHTS = tuple(
     for variant in ("", ".fp16")
     for ending in ("safetensors", "safetensors.index.json", "bin", "bin.index.json")
 )
+_PARTS_OF = ".index.json"  # ends the name of a file that lists the files of the weights
 _LARGEST_JSON = 16 * 2**20
 _RECORD = "ddpm_jax"  # in the metadata of the weights
 
@@ -49,6 +51,17 @@ _RESNET = {
 }
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+class _Record(typing.NamedTuple):
+    """What `write_folder` records of a run beside its weights."""
+
+    step: int
+    source: str
+    label_dropout: float
+    class_names: tuple[str, ...]
+    unspaced: bool
+    """Whether the run named no spacing of timesteps, which is written as linspace."""
 
 
 def is_diffusers_folder(folder: Path) -> bool:
@@ -73,6 +86,42 @@ def read_folder(folder: Path) -> Pretrained:
     Raises:
       UserError: a file is missing or damaged, or describes what this package does not have; the message names it.
     """
+    inside, config, described = _read_description(folder)
+    file, arrays, metadata = _read_weights(inside)
+    params = _to_ours(arrays, config.model, str(file))
+    table, classes = params.get("class_embedding", {}).get("embedding", np.zeros((0, 0))), config.model.num_classes
+    if table.ndim != 2 or len(table) != classes:
+        raise UserError(f"{file} has class embeddings of shape {table.shape}, but num_class_embeds is {classes}")
+    record = _read_record(metadata)
+    if record is not None:
+        config = _with_record(config, record)
+        known = record.class_names if len(record.class_names) == config.model.num_classes else ()
+        return Pretrained(config, params, record.step, known)
+    if classes:  # their table has no row for "no label", which is never asked for
+        params = {**params, "class_embedding": {"embedding": np.pad(table, [(0, 1), (0, 0)])}}
+    return Pretrained(config, params, class_names=_class_names(described, classes))
+
+
+def read_folder_config(folder: Path) -> Config:
+    """Reads the configuration of a network as `read_folder`, without its weights, which may be missing.
+
+    Args:
+      folder: as for `read_folder`.
+
+    Raises:
+      UserError: as `read_folder`, where a file other than the weights is missing or damaged.
+    """
+    inside, config, _ = _read_description(folder)
+    file = _find_weights(inside)
+    if file is None or file.name.endswith(_PARTS_OF):
+        return config
+    _check_fetched(file)
+    record = _read_record(read_metadata(file))
+    return config if record is None else _with_record(config, record)
+
+
+def _read_description(folder: Path) -> tuple[Path, Config, dict[str, Any]]:
+    """Returns the folder of the weights, the configuration, and the fields that describe a pipeline and its network."""
     index = _read_index(folder / _INDEX) if (folder / _INDEX).is_file() else {}
     inside = folder / "unet" if (folder / "unet").is_dir() else folder
     schedulers = [folder / "scheduler" / _SCHEDULER, folder / _SCHEDULER]
@@ -84,13 +133,7 @@ def read_folder(folder: Path) -> Pretrained:
         name=folder.resolve().name or "pretrained",
         shown=(str(inside / _CONFIG), str(scheduler_file)),
     )
-    file, arrays, metadata = _read_weights(inside)
-    params = _to_ours(arrays, config.model, str(file))
-    table, classes = params.get("class_embedding", {}).get("embedding", np.zeros((0, 0))), config.model.num_classes
-    if table.ndim != 2 or len(table) != classes:
-        raise UserError(f"{file} has class embeddings of shape {table.shape}, but num_class_embeds is {classes}")
-    read = Pretrained(config, params, class_names=_class_names({**index, **unet}, classes))
-    return _with_record(read, metadata)
+    return inside, config, {**index, **unet}
 
 
 def _read_index(file: Path) -> dict[str, Any]:
@@ -126,11 +169,15 @@ def _write_json(file: Path, value: Mapping[str, Any]) -> None:
     write_whole(file, lambda opened: opened.write(content.encode()))
 
 
+def _find_weights(folder: Path) -> Path | None:
+    return next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+
+
 def _read_weights(folder: Path) -> tuple[Path, Arrays, dict[str, str]]:
-    file = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    file = _find_weights(folder)
     if file is None:
         raise UserError(f"{folder} has no weights: looked for {', '.join(_WEIGHTS[:4])}")
-    if not file.name.endswith(".index.json"):
+    if not file.name.endswith(_PARTS_OF):
         return file, *_read_file(file)
     parts = _read_json(file).get("weight_map")
     names = set(parts.values()) if isinstance(parts, dict) and all(map(_is_name, parts.values())) else set()
@@ -152,11 +199,15 @@ def _is_name(value: object) -> bool:
 
 
 def _read_file(file: Path) -> tuple[Arrays, dict[str, str]]:
+    _check_fetched(file)
+    return read_arrays(file)
+
+
+def _check_fetched(file: Path) -> None:
     if file.is_file():
         with file.open("rb") as opened:
             if opened.read(40).startswith(b"version https://git-lfs"):
                 raise UserError(f"{file} is a Git LFS pointer, not the weights: run git lfs pull in its folder")
-    return read_arrays(file)
 
 
 def _parts(model: ModelConfig) -> dict[tuple[str, ...], str]:
@@ -228,14 +279,12 @@ def _class_names(fields: Mapping[str, Any], num_classes: int) -> tuple[str, ...]
     return tuple(str(names[number]) for number in numbers)
 
 
-def _with_record(read: Pretrained, metadata: Mapping[str, str]) -> Pretrained:
-    """Adds what `write_folder` recorded of the run beside the weights; it is absent once diffusers saved them again."""
+def _read_record(metadata: Mapping[str, str]) -> _Record | None:
+    """Returns what `write_folder` recorded; None if it is absent, as once diffusers saved the weights again."""
     try:
         record = dict(parse_json(metadata.get(_RECORD, "")))
     except (ValueError, TypeError):
-        record = {}
-    config, params = read.config, read.params
-    model = config.model
+        return None
     match record:
         case {
             "step": int(step),
@@ -243,20 +292,21 @@ def _with_record(read: Pretrained, metadata: Mapping[str, str]) -> Pretrained:
             "label_dropout": float(label_dropout),
             "class_names": list(names),
         }:
-            # The last row of the table is that of "no label".
-            model = dataclasses.replace(model, num_classes=max(model.num_classes - 1, 0))
-            data = dataclasses.replace(config.data, source=source if source in _SOURCES else config.data.source)
-            train = dataclasses.replace(config.train, label_dropout=label_dropout)
-            diffusion = config.diffusion
-            if diffusion.spacing == "linspace" and record.get("spacing", "") is None:  # which is written as linspace
-                diffusion = dataclasses.replace(diffusion, spacing=None)
-            config = dataclasses.replace(config, model=model, data=data, train=train, diffusion=diffusion)
-            known = tuple(map(str, names)) if len(names) == model.num_classes else ()
-            return Pretrained(config, params, step, known)
-    if model.num_classes:  # their table has no row for "no label", which is never asked for
-        table = params["class_embedding"]
-        params = {**params, "class_embedding": {"embedding": np.pad(table["embedding"], [(0, 1), (0, 0)])}}
-    return read._replace(params=params)
+            unspaced = record.get("spacing", "") is None
+            return _Record(step, source, label_dropout, tuple(map(str, names)), unspaced)
+    return None
+
+
+def _with_record(config: Config, record: _Record) -> Config:
+    # The last row of the table is that of "no label".
+    model = dataclasses.replace(config.model, num_classes=max(config.model.num_classes - 1, 0))
+    source = record.source if record.source in _SOURCES else config.data.source
+    data = dataclasses.replace(config.data, source=source)
+    train = dataclasses.replace(config.train, label_dropout=record.label_dropout)
+    diffusion = config.diffusion
+    if diffusion.spacing == "linspace" and record.unspaced:
+        diffusion = dataclasses.replace(diffusion, spacing=None)
+    return dataclasses.replace(config, model=model, data=data, train=train, diffusion=diffusion)
 
 
 def write_folder(

@@ -1,7 +1,8 @@
 """Files of arrays under names, whoever wrote them: safetensors or PyTorch's, told apart by their content."""
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,41 @@ def read_arrays(file: Path) -> tuple[Arrays, dict[str, str]]:
       UserError: there is no such file, it is too large, damaged or of another format, or it contains several sets of
         weights.
     """
+    is_torch = _is_torch(file)
+    check_size(file.stat().st_size, printable(file))
+    if is_torch:
+        return _state_dict(read_torch(file), printable(file))
+    with _safetensors(file) as opened:
+        arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        return arrays, dict(opened.metadata() or {})
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Reads the metadata of a safetensors file without its arrays; {} for a file of PyTorch's.
+
+    Args:
+      file: as for `read_arrays`.
+
+    Raises:
+      UserError: there is no such file, or its header is damaged or of another format.
+    """
+    if _is_torch(file):
+        return {}
+    with _safetensors(file) as opened:
+        return dict(opened.metadata() or {})
+
+
+def _is_torch(file: Path) -> bool:
     if not file.is_file():
         raise UserError(f"there is no file {printable(file)}")
-    check_size(file.stat().st_size, printable(file))
-    if is_torch_file(file):
-        return _state_dict(read_torch(file), printable(file))
+    return is_torch_file(file)
+
+
+@contextlib.contextmanager
+def _safetensors(file: Path) -> Iterator[Any]:
     try:
         with safetensors.safe_open(file, framework="numpy") as opened:
-            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            return arrays, dict(opened.metadata() or {})
+            yield opened
     except Exception as error:  # safetensors' errors have no common type
         reason = printable(" ".join(str(error).split()))[:200]
         raise UserError(

@@ -18,7 +18,7 @@ import tyro
 from ddpm_jax.config import Config
 from ddpm_jax.run.experiments import load_config
 from ddpm_jax.run.fields import Leaf, describe, leaves, nearest
-from ddpm_jax.run.pretrained import is_pretrained, load_pretrained
+from ddpm_jax.run.pretrained import is_pretrained, load_pretrained_config
 from ddpm_jax.run.record import is_run, read_to_resume
 from ddpm_jax.system.errors import UserError
 
@@ -119,7 +119,7 @@ def parse_run(
     _refuse_value_of_flag(file)
     folder = None
     if is_pretrained(Path(file)):
-        found = load_pretrained(Path(file)).config
+        found = load_pretrained_config(Path(file))
         config = dataclasses.replace(found, train=dataclasses.replace(found.train, init_from=file))
     elif is_run(Path(file)):
         folder = Path(file)

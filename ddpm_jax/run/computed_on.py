@@ -65,8 +65,9 @@ def resumed(
         for each, stop in zip(so_far, [*(later.step for later in so_far[1:]), step], strict=False):
             if line := differences(each.environment, now):
                 raise UserError(
-                    f"--exact: steps {each.step + 1} to {stop} were computed elsewhere ({line}): the run would agree "
-                    "with an uninterrupted one to rounding only; resume it as it was begun, or leave out --exact"
+                    f"--exact: steps {each.step + 1} to {stop} were computed in a different environment ({line}): the "
+                    "run would agree with an uninterrupted one to rounding only; resume in the original one, or drop "
+                    "--exact"
                 )
     changed = differences(so_far[-1].environment, now) if so_far else ""
     if changed or not so_far:

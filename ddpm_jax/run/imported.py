@@ -1,12 +1,13 @@
 """The folder of a network that was imported from another program's checkpoint: its weights, and where they are from."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 
 from ddpm_jax.config import Config, DataConfig, TrainConfig
-from ddpm_jax.interop.files import check_out
+from ddpm_jax.interop.files import check_out, read_metadata
 from ddpm_jax.interop.pretrained import Pretrained
 from ddpm_jax.run.build import build_network, check_params
 from ddpm_jax.run.record import is_run, parse_config
@@ -74,18 +75,34 @@ def load_imported(folder: Path) -> Pretrained:
     Raises:
       UserError: it is damaged, or written by another version with other fields.
     """
-    weights = folder / _WEIGHTS
-    params, metadata = load_weights(weights)
+    params, metadata = load_weights(folder / _WEIGHTS)
+    config, step = _config_in(folder, metadata)
+    try:
+        averaged = read_json(folder / _RECORD).get("averaged")
+    except (OSError, Damage) as error:
+        raise UserError(f"{folder} is damaged, its record cannot be read ({error}): import it again") from error
+    return Pretrained(config, params, step, averaged=averaged if isinstance(averaged, bool) else None)
+
+
+def load_imported_config(folder: Path) -> Config:
+    """Reads the configuration of what `save_imported` wrote, without the weights.
+
+    Raises:
+      UserError: as `load_imported`.
+    """
+    return _config_in(folder, read_metadata(folder / _WEIGHTS))[0]
+
+
+def _config_in(folder: Path, metadata: Mapping[str, str]) -> tuple[Config, int]:
     try:
         config, step = _described(parse_config(metadata["config"])), int(metadata["step"])
-        averaged = read_json(folder / _RECORD).get("averaged")
         validate(config)
-    except (KeyError, ValueError, OSError, Damage, UserError) as error:
+    except (KeyError, ValueError, UserError) as error:
         raise UserError(f"{folder} is damaged, its configuration cannot be read ({error}): import it again") from error
     if config.model.network or (config.data.source, config.data.path) != ("folder", ""):
         # Such a folder may come from anywhere, and these fields can name code to run.
-        raise UserError(f"{weights} names a network or images of its own, which no imported network does")
-    return Pretrained(config, params, step, averaged=averaged if isinstance(averaged, bool) else None)
+        raise UserError(f"{folder / _WEIGHTS} names a network or images of its own, which no imported network does")
+    return config, step
 
 
 def _described(config: Config) -> Config:

@@ -18,6 +18,7 @@ from ddpm_jax.run.record import is_run, read_config
 from ddpm_jax.run.weights import SEPARATOR, checksum, flat, load_weights
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import parse_json, read_json, read_or_set_aside, write_json
+from ddpm_jax.system.hosts import appears, barrier, is_primary_host
 from ddpm_jax.system.progress import say
 
 # What a network computes and the shapes of its weights do not show.
@@ -131,8 +132,8 @@ def start_from(init_from: Path, params: Params, ema: Params, *, run: Path, confi
     say(f"starting from the weights of {init_from}{'' if step is None else f', step {step}'}:\n{fitted.table()}")
     if different := _other_meaning(trained_by, config):
         say(
-            f"warning: these weights were trained with {', '.join(different)}: the same numbers mean something else "
-            "here, so the network has to relearn it"
+            f"warning: these weights were trained with {', '.join(different)}: a different setup, to which "
+            "the network must adapt"
         )
     return params, ema
 
@@ -167,14 +168,17 @@ def _other_meaning(trained_by: Mapping[str, Any], config: Config) -> list[str]:
 
 
 def _note(file: Path, found: dict[str, Any]) -> None:
-    # Damaged, it is made again: before the first checkpoint nothing is lost by another beginning.
-    noted = read_or_set_aside(file, read_json) if file.exists() else None
-    if noted is not None:
-        if noted.get("crc32") != found["crc32"]:
-            raise UserError(
-                f"the weights of {found['from']} are not those that {file.parent} started from (step "
-                f"{noted.get('step')} then, {found['step']} now): restore those, or use another --workdir"
-            )
-        return
-    if jax.process_index() == 0:
-        write_json(file, found)
+    noted = None
+    if is_primary_host():
+        # Damaged, it is made again: before the first checkpoint nothing is lost by another beginning.
+        noted = read_or_set_aside(file, read_json) if file.exists() else None
+        if noted is None:
+            write_json(file, found)
+    barrier("the weights are noted")  # the others read no file that is set aside meanwhile
+    if not is_primary_host() and appears(file.exists):
+        noted = read_json(file)
+    if noted is not None and noted.get("crc32") != found["crc32"]:
+        raise UserError(
+            f"the weights of {found['from']} are not those that {file.parent} started from (step "
+            f"{noted.get('step')} then, {found['step']} now): restore those, or use another --workdir"
+        )

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from ddpm_jax.interop.diffusers import is_diffusers_folder, read_folder
+from ddpm_jax.config import Config
+from ddpm_jax.interop.diffusers import is_diffusers_folder, read_folder, read_folder_config
 from ddpm_jax.interop.pretrained import Pretrained
-from ddpm_jax.run.imported import is_imported, load_imported
+from ddpm_jax.run.imported import is_imported, load_imported, load_imported_config
 
 LOOKED_FOR = (
     "config.json of a run; model_index.json, unet/config.json or config.json of a diffusers model; imported.json of a "
@@ -28,3 +29,15 @@ def load_pretrained(folder: Path) -> Pretrained:
       UserError: as `load_imported` and `diffusers.read_folder`.
     """
     return load_imported(folder) if is_imported(folder) else read_folder(folder)
+
+
+def load_pretrained_config(folder: Path) -> Config:
+    """Reads the configuration of another program's trained network, without its weights.
+
+    Args:
+      folder: one that `is_pretrained` accepts.
+
+    Raises:
+      UserError: as `load_imported_config` and `diffusers.read_folder_config`.
+    """
+    return load_imported_config(folder) if is_imported(folder) else read_folder_config(folder)

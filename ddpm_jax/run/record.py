@@ -160,11 +160,12 @@ def _read(path: str | Path) -> tuple[Config, dict[str, str], LearningRates]:
         checksums = loaded.pop("code", {})
         if not isinstance(checksums, dict):
             raise UserError(f"code must be an object in braces, not {checksums!r:.40}")
-        rates = tuple(map(_rate, loaded.pop("learning_rates", [])))
+        try:
+            rates = tuple(map(_rate, loaded.pop("learning_rates", [])))
+        except TypeError as error:
+            raise UserError(f"learning_rates: {error}") from None
         config = _from_json(Config, loaded, "")
         validate(config)
-    except TypeError as error:
-        raise UserError(f"{path}: learning_rates: {error}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return config, checksums, rates

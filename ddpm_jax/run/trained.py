@@ -72,7 +72,7 @@ def load_run(folder: Path, *, step: int | None = None, network: Network | None =
 
 def _load_pretrained(folder: Path, step: int | None) -> TrainedRun:
     if step is not None:
-        raise UserError(f"--step {step} is of a run with checkpoints: {folder} has one set of weights")
+        raise UserError(f"--step needs a run with checkpoints; {folder} has only one set of weights")
     found = load_pretrained(folder)
     try:
         validate(found.config)
@@ -89,8 +89,8 @@ class Images:
     """Options of commands that read a run's images."""
 
     path: str | None = None
-    """Where the run's images are, if they have moved since it was trained; or those to take for a model of another
-    program: a folder, unless --data.config says otherwise."""
+    """Where the run's images are, if they have moved since it was trained; or the images to use with another program's
+    model: a folder, unless --data.config says otherwise."""
     config: str | None = None
     """For a model of another program: the config file, or the run, whose data section describes the images."""
 

@@ -1,5 +1,7 @@
 """Errors that a user can cause and fix."""
 
+from collections.abc import Iterable
+
 _LONGEST = 2000  # characters of a message
 
 
@@ -20,6 +22,17 @@ def printable(name: object) -> str:
         for char in str(name)
     )
     return "".join(shown)
+
+
+def few(names: Iterable[object], most: int) -> str:
+    """Returns the first of some names, as by `printable` and each of at most 200 characters, and how many there are.
+
+    >>> few("abc", 2)
+    'a, b, .. (3)'
+    """
+    names = list(names)
+    shown = ", ".join(printable(name)[:200] for name in names[:most])
+    return f"{shown}, .. ({len(names)})" if len(names) > most else shown
 
 
 class UserError(Exception):

@@ -373,7 +373,7 @@ def read_or_set_aside(path: Path, read: Callable[[Path], Content]) -> Content | 
         return read(path)
     except Damage as damage:
         if is_primary_host():
-            say(f"{path} is damaged ({damage}): kept as {set_aside(path).name}, and made again")
+            say(f"{path} is damaged ({damage}): renamed to {set_aside(path).name} and recreated")
         return None
 
 

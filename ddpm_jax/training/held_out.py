@@ -56,18 +56,18 @@ def check_held_out(config: Config, source: Source, training: Source) -> None:
     Args:
       config: of the run.
       source: the held-out images.
-      training: the training images; those on disk are not decoded for it, as this is at every start.
+      training: the training images; those on disk are not decoded for it.
     """
-    if config.data.holdout:
-        return  # by their pixels, equal images are on the same side
     indices = evaluated(config, source)
     shared = count_shared(source, training, indices, most_read=0)
     if shared is None:
-        say(f"whether held-out images ({source.name}) are among the training images is not known: these are on disk")
+        same = source.image_shape == training.image_shape
+        reason = "they are too many to compare" if same else "they have another shape"
+        say(f"whether held-out images ({source.name}) are among the training images is not known: {reason}")
     elif shared:
         say(
-            f"warning: {shared} of the {len(indices)} held-out images ({source.name}) are also training images, so that"
-            " eval_loss is not only of images that the run never saw"
+            f"warning: {shared} of the {len(indices)} held-out images ({source.name}) are also training images, so"
+            " eval_loss is partly measured on training images"
         )
 
 

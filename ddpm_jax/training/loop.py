@@ -21,7 +21,7 @@ from ddpm_jax.data.sources import load_source
 from ddpm_jax.generation.batches import grid_drawer
 from ddpm_jax.networks import Network, Params, parameter_shapes
 from ddpm_jax.run.build import check_fits, image_shape, matmul_precision
-from ddpm_jax.run.checkpoints import Checkpoints
+from ddpm_jax.run.checkpoints import Checkpoints, has_saved
 from ddpm_jax.run.computed_on import describe, resumed
 from ddpm_jax.run.folder import adopted, check_shared
 from ddpm_jax.run.record import LearningRates, rates_so_far
@@ -108,9 +108,11 @@ def train(
         if not is_primary_host():
             check_same_set(run / "data.json", source, write=False)
         check_classes(config, source)
+        # A holdout shares no image with the training images: equal pixels are on the same side.
+        apart = held_out is None and config.data.holdout > 0
         if config.eval.every and held_out is None:
             held_out = load_test_split(config)
-        if config.eval.every and held_out is not None:
+        if config.eval.every and held_out is not None and not apart and not has_saved(run):
             check_held_out(config, held_out, source)
         number = config.train.grad_accum_steps
         with advice_for_memory(

@@ -129,7 +129,7 @@ def test_a_damaged_note_is_no_leave_to_go_on(sets, folder, tmp_path):
         file.write_text(content)
         with pytest.raises(
             UserError,
-            match=r"data.json, which says .* is damaged \(it has no checksum\): put it back; ",
+            match=r"data.json, the record of the run's images, is damaged \(it has no checksum\): restore it, ",
         ):
             check_same_set(file, loaded(sets, folder))
         assert file.read_text() == content

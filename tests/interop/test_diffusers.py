@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from ddpm_jax.config import TrainConfig
-from ddpm_jax.interop.diffusers import is_diffusers_folder, read_folder, write_folder
+from ddpm_jax.interop.diffusers import is_diffusers_folder, read_folder, read_folder_config, write_folder
 from ddpm_jax.run.command import parse_run
 from ddpm_jax.run.init_from import start_from
 from ddpm_jax.run.trained import Images, load_run, with_images
@@ -237,7 +237,7 @@ def test_a_folder_of_neither_kind_says_what_was_looked_for(tmp_path):
 
 
 def test_it_has_one_checkpoint(folder):
-    with pytest.raises(UserError, match="--step 3 is of a run with checkpoints"):
+    with pytest.raises(UserError, match="--step needs a run with checkpoints"):
         load_run(folder, step=3)
 
 
@@ -277,6 +277,17 @@ def test_train_takes_it_as_a_configuration(written):
     assert read.config.train.init_from == str(folder)
     assert (read.config.train.steps, read.config.data.path) == (9, "images")
     assert read.config.model == config.model
+
+
+def test_its_configuration_is_read_without_the_weights(folder):
+    wanted = read_folder(folder).config
+    weights = folder / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    assert read_folder_config(folder) == wanted
+    damage_arrays(folder)  # as diffusers saves them, without our record
+    assert read_folder_config(folder) == read_folder(folder).config
+    weights.unlink()  # a run that has a checkpoint needs no others
+    assert parse_run(Options, [str(folder)]).config.model == read_folder_config(folder).model
 
 
 def test_sampling_from_it_is_sampling_from_the_run(written, runs, tmp_path, run_script):

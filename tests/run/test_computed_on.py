@@ -25,13 +25,14 @@ def test_another_one_is_named_and_remembered_and_exact_refuses():
     assert there == [ComputedOn(0, HERE), ComputedOn(45, THERE)]
     assert line.startswith("cores 2 before, 1 now; cpu_features without avx512f: the steps from 45 on agree with")
     with pytest.raises(
-        UserError, match=r"--exact: steps 1 to 45 were computed elsewhere \(cores 2 before, 1 now; cpu_f"
+        UserError,
+        match=r"--exact: steps 1 to 45 were computed in a different environment \(cores 2 before, 1 now; cpu_f",
     ):
         resumed(first, 45, THERE, exact=True)
     back, line = resumed(there, 60, HERE)
     assert back == [*there, ComputedOn(60, HERE)]
     assert "cores 1 before, 2 now; cpu_features with avx512f:" in line
-    with pytest.raises(UserError, match="steps 46 to 60 were computed elsewhere"):
+    with pytest.raises(UserError, match="steps 46 to 60 were computed in a different environment"):
         resumed(back, 70, HERE, exact=True)
     assert resumed(there, 45, HERE)[0] == [ComputedOn(0, HERE), ComputedOn(45, HERE)]  # no step was computed there
 

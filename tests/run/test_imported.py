@@ -10,6 +10,7 @@ import pytest
 from ddpm_jax.config import DataConfig, ModelConfig
 from ddpm_jax.interop.pretrained import Pretrained
 from ddpm_jax.run.imported import is_imported, load_imported, save_imported
+from ddpm_jax.run.pretrained import load_pretrained_config
 from ddpm_jax.run.trained import load_run
 from ddpm_jax.run.weights import save_weights
 from ddpm_jax.system.errors import UserError
@@ -44,6 +45,15 @@ def test_a_folder_has_the_network_and_its_origin(found, file, tmp_path):
         "step": 70,
         "averaged": True,
     }
+
+
+def test_its_configuration_is_read_without_the_weights(found, file, tmp_path):
+    save_imported(tmp_path, found, file=file, flags=None)
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    assert load_pretrained_config(tmp_path) == found.config
+    with pytest.raises(UserError, match="is damaged: the checksum"):
+        load_imported(tmp_path)
 
 
 def test_nothing_is_overwritten_unasked(found, file, tmp_path):
@@ -98,7 +108,7 @@ def test_damage_is_one_line(found, file, tmp_path):
     save_imported(tmp_path, found, file=file, flags=None)
     for content in ("", "[1]", "{}"):
         (tmp_path / "imported.json").write_text(content)
-        with pytest.raises(UserError, match="damaged, its configuration cannot be read"):
+        with pytest.raises(UserError, match="damaged, its record cannot be read"):
             load_imported(tmp_path)
 
 

@@ -164,6 +164,9 @@ class TestStart:
         save_weights(file, weights_of(9), config=CONFIG, step=80)
         with pytest.raises(UserError, match=r"not those that .*run started from \(step 70 then, 80 now\)"):
             begin(file, run)
+        (run / "init_from.json").write_text("{")
+        begin(file, run)
+        assert read_json(run / "init_from.json")["step"] == 80
 
     def test_from_nothing_is_one_line(self, tmp_path):
         with pytest.raises(UserError, match=r"train.init_from=.*none: there is no such folder, nor a file"):

@@ -143,6 +143,6 @@ def test_a_damaged_file_is_set_aside_under_a_new_name(tmp_path, capsys):
         assert read_or_set_aside(file, read_json) == {"a": 1}
         file.write_text(file.read_text().replace("1", "2", 1))
         assert read_or_set_aside(file, read_json) is None
-        assert f"{file} is damaged (its checksum differs): kept as {name}, and made again" in capsys.readouterr().err
+        assert f"{file} is damaged (its checksum differs): renamed to {name} and recreated" in capsys.readouterr().err
         assert (tmp_path / name).exists()
         assert not file.exists()

@@ -115,6 +115,15 @@ class TestInARun:
         assert [line for line in lines if "eval_loss" not in line] == lines_of(tmp_path / "off")
         assert (whole / "loss.png").read_bytes() != (tmp_path / "off" / "loss.png").read_bytes()
 
+    def test_images_that_are_given_are_compared_at_the_first_start_alone(self, train, tmp_path, capsys):
+        config, images = (
+            dataclasses.replace(with_train(steps=2), data=DataConfig(holdout=0.1)),
+            load_source(DataConfig()),
+        )
+        for warned in (True, False):
+            train(config, tmp_path, source=images, held_out=images)
+            assert ("are also training images, so eval_loss is partly" in capsys.readouterr().err) == warned
+
     @pytest.mark.parametrize("step", [3, 4])
     def test_interrupted_and_resumed_it_writes_the_same_bytes(self, train, whole, tmp_path, step):
         def interrupt(event):
@@ -170,4 +179,4 @@ def test_held_out_images_that_are_trained_on_are_counted(capsys):
     check_held_out(CONFIG, held_out, load_source(DataConfig(split="all")))
     assert "warning: 100 of the 100 held-out images (digits, test) are also training images" in capsys.readouterr().err
     check_held_out(CONFIG, held_out, dataclasses.replace(training, images=None))
-    assert "are among the training images is not known: these are on disk" in capsys.readouterr().err
+    assert "are among the training images is not known: they are too many to compare" in capsys.readouterr().err

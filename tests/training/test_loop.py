@@ -118,7 +118,8 @@ def test_a_run_goes_on_on_fewer_devices(trained, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "run")
     before = contents(tmp_path / "run")
     with pytest.raises(
-        UserError, match=r"--exact: steps 1 to 6 were computed elsewhere \(devices 8 cpu before, 4 cpu n"
+        UserError,
+        match=r"--exact: steps 1 to 6 were computed in a different environment \(devices 8 cpu before, 4 cpu n",
     ):
         train(with_train(steps=8, devices=4), tmp_path / "run", exact=True)
     assert contents(tmp_path / "run") == before
