@@ -28,7 +28,8 @@ from ddpm_jax.samplers.ancestral import ancestral
 from ddpm_jax.samplers.chain import sample
 from ddpm_jax.schedules import make_schedule
 
-# Under nohup, as some runners start tests, it is ignored, and the tests of stopping by it would wait forever.
+# In the background or under nohup, as some runners start tests, they are ignored, in the scripts that tests start too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

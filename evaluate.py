@@ -212,7 +212,7 @@ class ExportOptions:
     license: str | None = None
     """License of the weights for the model card of diffusers, such as mit or cc-by-4.0 (default: unknown)."""
     overwrite: bool = False
-    """Replace a model of diffusers that was exported to the same folder."""
+    """Replace a diffusers model that was exported to the same folder."""
 
 
 def export(options: ExportOptions) -> None:

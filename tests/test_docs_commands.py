@@ -113,7 +113,7 @@ class Read(Exception):
 
 @pytest.fixture(scope="module")
 def published_model(runs, tmp_path_factory):
-    """Puts a model of diffusers where the documents take the reader to have downloaded one."""
+    """Puts a diffusers model where the documents take the reader to have downloaded one."""
     config, model = (
         runs.make_config(data=DataConfig("folder", height=32, width=32, channels=3)),
         tmp_path_factory.mktemp("model"),
@@ -256,7 +256,7 @@ NOT_RUN = {
     "python docs/make_api.py": "writes into the repository; tests/test_api_page.py compares",
     "python examples/minimal.py": "tests/test_examples.py runs it",
     "python benchmarks/": "measures for minutes",
-    "python tests/faults/program.py": "minutes; tests/faults/test_faults.py runs its kinds of fault",
+    "python tests/faults/": "minutes; tests/faults/test_faults.py and test_power_cut.py run their kinds of fault",
 }
 # What a run keeps of the user's own code.
 COPIES = {"--model.network": "network.py", "--data.source": "source.py"}

@@ -318,7 +318,7 @@ class TestMisuse:
 
     def test_samples_of_no_run(self, call, tmp_path, never_stopped):
         refused(call("sample", tmp_path / "none"), "there is no folder", tmp_path / "none")
-        refused(call("sample", tmp_path), "not the folder of a run")
+        refused(call("sample", tmp_path), "neither a run nor a model", "looked for config.json of a run")
         refused(call("sample", never_stopped, "--step", 5), "no checkpoint of step 5", STEPS)
         shutil.copy(never_stopped / "config.json", tmp_path)
         refused(call("sample", tmp_path), "has not saved yet")

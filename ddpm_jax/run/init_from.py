@@ -94,7 +94,7 @@ def start_from(init_from: Path, params: Params, ema: Params, *, run: Path, confi
     checkpoint), it refuses others.
 
     Args:
-      init_from: a run's folder, whose newest undamaged EMA weights are taken; the folder of a model of diffusers; or a
+      init_from: a run's folder, whose newest undamaged EMA weights are taken; the folder of a diffusers model; or a
         file of weights.
       params: the parameters as initialized, without an axis of devices.
       ema: their EMA, likewise.
