@@ -19,7 +19,7 @@ from ddpm_jax.evaluation.features import Extractor
 from ddpm_jax.evaluation.figures import draw_figures
 from ddpm_jax.evaluation.image_sets import open_npz
 from ddpm_jax.evaluation.quality import check_real, config_of, judge_file, summary
-from ddpm_jax.evaluation.statistics import Form
+from ddpm_jax.evaluation.statistics import Form, check_form
 from ddpm_jax.evaluation.verification import verify_run
 from ddpm_jax.generation.job import default_folder, load_job, run_job
 from ddpm_jax.generation.output import read_out
@@ -300,8 +300,10 @@ def fid(options: FidOptions) -> None:
             job = job._replace(trained=with_images(job.trained, options.data))
         has_images = is_run(given) or options.data != Images()
         config = job.trained.config if has_images else None
-    elif options.alone() != SamplerConfig():
-        raise UserError(f"{options.run} is not a run: options of the sampler do not apply to its images")
+    elif options.alone() != SamplerConfig() or options.step is not None or options.seed:
+        raise UserError(
+            f"{options.run} is not a run: --seed, --step and options of the sampler do not apply to its images"
+        )
     else:
         images = scoring.open_images(options.run, path=options.data.path)
     reference = None
@@ -315,6 +317,11 @@ def fid(options: FidOptions) -> None:
             path=options.data.path,
         )
     extractor = Extractor(features, batch_size=per_host(options.batch_size))
+    statistics = (Path(options.save_statistics), options.statistics_form) if options.save_statistics else None
+    if statistics is not None:  # before anything is drawn
+        shape = images.shape if job is None else image_shape(job.trained.config)
+        has_spatial = "spatial" in extractor(np.zeros((1, *shape), np.uint8))
+        check_form(*statistics, has_spatial=has_spatial, features=features.name)
     if job is not None:
         number = options.num or scoring.NUMBER
         if reference is not None:
@@ -324,6 +331,8 @@ def fid(options: FidOptions) -> None:
     elif options.num is not None and options.num > images.number:
         raise UserError(f"{options.run} contains {images.number} images: use --num {images.number} or less")
     images = images.first(options.num or (scoring.NUMBER if job else images.number))
+    if job is not None:
+        images = images.by_content()  # the file changes as the job is extended
     name = reference.name if reference else "statistics"
     out = out or scoring.folder_of_scores(job, options.run, name, images.number, features)
     result = scoring.score(
@@ -332,7 +341,7 @@ def fid(options: FidOptions) -> None:
         extractor,
         out,
         drawn=scoring.describe_drawn(job) if job else None,
-        statistics=(Path(options.save_statistics), options.statistics_form) if options.save_statistics else None,
+        statistics=statistics,
     )
     if result is not None:
         report(scoring.summary(result))

@@ -13,7 +13,7 @@ from typing import Any
 
 from ddpm_jax.config import Config
 from ddpm_jax.evaluation import scoring
-from ddpm_jax.evaluation.features import INCEPTION, Extractor
+from ddpm_jax.evaluation.features import Extractor
 from ddpm_jax.evaluation.image_sets import open_npz
 from ddpm_jax.evaluation.scores import names_of_scores
 from ddpm_jax.generation.job import SamplingJob, run_job
@@ -51,16 +51,15 @@ def scoring_during_training(config: Config, run: Path, *, network: Network | Non
     """
     evaluation = config.eval
     features = scoring.load_features(evaluation.features)
-    frechet, kernel = names_of_scores(features.name)
-    lower_is_better = {"loss", "eval_loss", frechet, kernel} | ({"sFID"} if features.name == INCEPTION else set())
-    if config.checkpoints.best_by not in lower_is_better:
-        raise UserError(
-            f"checkpoints.best_by={config.checkpoints.best_by!r}: with these features choose "
-            f"{', '.join(sorted(lower_is_better))}"
-        )
     reference = scoring.open_reference(
         evaluation.fid_reference or None, features=features, config=config, evaluated=run
     )
+    choices = {"loss", "eval_loss"} | scoring.lower_is_better(reference, features, evaluation.fid_num)
+    if config.checkpoints.best_by not in choices:
+        raise UserError(
+            f"checkpoints.best_by={config.checkpoints.best_by!r} is not a score of these features, this reference and "
+            f"eval.fid_num={evaluation.fid_num}: choose {', '.join(sorted(choices))}"
+        )
     network = build_network(config) if network is None else network
     steps = min(evaluation.fid_steps, config.diffusion.num_steps) or None
     sampler = SamplerConfig(sampler=evaluation.fid_sampler, steps=steps)
@@ -104,7 +103,7 @@ def scoring_during_training(config: Config, run: Path, *, network: Network | Non
                 shutil.rmtree(folder, ignore_errors=True)
         event.log(scores)
         if is_primary_host():
-            plot_metric(run, frechet)
+            plot_metric(run, names_of_scores(features.name)[0])
 
     return score
 

@@ -1,5 +1,6 @@
 """Sets of images to be scored or compared with: an .npz file, a folder of image files, or a data set of a config."""
 
+import dataclasses
 import json
 import math
 import typing
@@ -19,8 +20,12 @@ from ddpm_jax.system.errors import UserError, printable
 from ddpm_jax.system.files import open_file
 from ddpm_jax.system.npy import headers_of
 
-_MEMBER = "arr_0.npy"
-_DAMAGE = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError)
+ARRAY = "arr_0.npy"
+"""The images in an .npz file."""
+DAMAGE = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError)
+"""What reading a damaged .npz file raises."""
+_READ_AT_ONCE = 256  # images
+_BYTES_AT_ONCE = 2**20
 
 
 class ImageSet(typing.NamedTuple):
@@ -36,12 +41,22 @@ class ImageSet(typing.NamedTuple):
     """For messages and the protocol."""
     identity: str
     """Checksum of the images: the same set in another place has the same."""
+    whole: str
+    """Checksum of the set that they are part of."""
 
     def first(self, number: int) -> "ImageSet":
         """Returns the first images."""
         return (
             self._replace(number=number, identity=f"{self.identity}, first {number}") if number < self.number else self
         )
+
+    def by_content(self) -> "ImageSet":
+        """Returns the same images with a checksum of their pixels alone, whatever set they are part of."""
+        checksum = 0
+        for first in range(0, self.number, _READ_AT_ONCE):
+            indices = np.arange(first, min(first + _READ_AT_ONCE, self.number))
+            checksum = zlib.crc32(self.read(indices).tobytes(), checksum)
+        return self._replace(identity=f"{checksum:08x} {'x'.join(map(str, (self.number, *self.shape)))}")
 
     def spaced(self, number: int) -> "ImageSet":
         """Returns as many images, evenly spaced over the set; all of them if there are no more, or for 0."""
@@ -58,13 +73,8 @@ class ImageSet(typing.NamedTuple):
 
 def of_source(source: Source) -> ImageSet:
     """Returns the images of a data set."""
-    return ImageSet(
-        source.num_examples,
-        source.image_shape,
-        source.read,
-        source.name,
-        f"{zlib.crc32(json.dumps(fingerprint(source), sort_keys=True).encode()):08x}",
-    )
+    identity = f"{zlib.crc32(json.dumps(fingerprint(source), sort_keys=True).encode()):08x}"
+    return ImageSet(source.num_examples, source.image_shape, source.read, source.name, identity, identity)
 
 
 def open_folder(folder: Path) -> ImageSet:
@@ -83,16 +93,16 @@ def open_folder(folder: Path) -> ImageSet:
             "them beforehand, or name a config whose data section does it"
         )
     height, width = next(iter(found))
-    return of_source(load_source(resolve(DataConfig(**{**vars(config), "height": height, "width": width}))))
+    return of_source(load_source(resolve(dataclasses.replace(config, height=height, width=width))))
 
 
-def is_npz_of_images(file: Path) -> bool:
-    """Returns whether an .npz file contains `arr_0`."""
+def members_of(file: Path) -> frozenset[str]:
+    """Returns the names of what is in an .npz file, such as `arr_0.npy`; none if it is not one."""
     try:
         with open_file(file) as opened, zipfile.ZipFile(opened) as archive:
-            return _MEMBER in archive.namelist()
-    except _DAMAGE:
-        return False
+            return frozenset(archive.namelist())
+    except DAMAGE:
+        return frozenset()
 
 
 def open_npz(file: Path) -> ImageSet:
@@ -106,12 +116,15 @@ def open_npz(file: Path) -> ImageSet:
         raise UserError(f"there is no file {shown}")
     try:
         with zipfile.ZipFile(file) as archive:
-            if _MEMBER not in archive.namelist():
+            if ARRAY not in archive.namelist():
                 found = ", ".join(name.removesuffix(".npy") for name in archive.namelist())
                 raise UserError(f"{shown} contains no images: they must be arr_0, and there are {found or 'no arrays'}")
-            checksum = archive.getinfo(_MEMBER).CRC
-            shape, dtype, fortran, start = headers_of(archive)[_MEMBER.removesuffix(".npy")]
-    except _DAMAGE as error:
+            checksum = archive.getinfo(ARRAY).CRC
+            with archive.open(ARRAY) as member:  # which compares the checksum at the end
+                while member.read(_BYTES_AT_ONCE):
+                    pass
+            shape, dtype, fortran, start = headers_of(archive)[ARRAY.removesuffix(".npy")]
+    except DAMAGE as error:
         raise UserError(f"{shown} contains no readable arr_0 ({str(error) or type(error).__name__})") from error
     if len(shape) != 4 or dtype != np.uint8 or not all(shape):
         raise UserError(f"{shown}: arr_0 must be (N, H, W, C) uint8 of the values 0 to 255, not {shape} {dtype}")
@@ -120,9 +133,8 @@ def open_npz(file: Path) -> ImageSet:
     if fortran:
         raise UserError(f"{shown}: arr_0 is in Fortran order: save np.ascontiguousarray(images)")
     read = _Reader(file, start, shape[1:])
-    return ImageSet(
-        shape[0], (shape[1], shape[2], shape[3]), read, shown, f"{checksum:08x} {'x'.join(map(str, shape))}"
-    )
+    identity = f"{checksum:08x} {'x'.join(map(str, shape))}"
+    return ImageSet(shape[0], (shape[1], shape[2], shape[3]), read, shown, identity, identity)
 
 
 class _Reader:
@@ -135,12 +147,11 @@ class _Reader:
     def __call__(self, indices: np.ndarray) -> np.ndarray:
         try:
             if self._member is None:
-                self._member = zipfile.ZipFile(self._file).open(_MEMBER)  # noqa: SIM115
-                self._member.read(self._start)  # not a seek, after which the checksum would not be looked at
+                self._member = zipfile.ZipFile(self._file).open(ARRAY)  # noqa: SIM115
             images = np.empty((len(indices), self._size), np.uint8)
             for i, index in enumerate(indices.tolist()):
                 self._member.seek(self._start + index * self._size)
                 images[i] = np.frombuffer(self._member.read(self._size), np.uint8)
             return images.reshape(-1, *self._shape)
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise UserError(f"{printable(self._file)} is damaged ({str(error) or type(error).__name__})") from error

@@ -15,11 +15,12 @@ from ddpm_jax.data.sources import load_source
 from ddpm_jax.evaluation.efficientnet import load_efficientnet
 from ddpm_jax.evaluation.extraction import extract
 from ddpm_jax.evaluation.features import INCEPTION, Extractor, Features, users_features
-from ddpm_jax.evaluation.image_sets import ImageSet, is_npz_of_images, of_source, open_folder, open_npz
+from ddpm_jax.evaluation.image_sets import ARRAY, ImageSet, members_of, of_source, open_folder, open_npz
 from ddpm_jax.evaluation.inception import load_inception
 from ddpm_jax.evaluation.scores import (
     INCEPTION_SCORE_SPLITS,
     KID_SUBSET,
+    LEAST_SUBSETS,
     MOST_REFERENCES,
     NEIGHBOR,
     Statistics,
@@ -36,7 +37,7 @@ from ddpm_jax.evaluation.statistics import (
     write_statistics,
 )
 from ddpm_jax.generation.job import SamplingJob, default_folder, describe_job
-from ddpm_jax.generation.store import Parts, job_folder
+from ddpm_jax.generation.store import Parts, Range, job_folder
 from ddpm_jax.run.experiments import load_config
 from ddpm_jax.run.pretrained import LOOKED_FOR, is_pretrained
 from ddpm_jax.run.record import is_run, read_run
@@ -179,16 +180,39 @@ def open_reference(
     if is_run(place) or is_pretrained(place):
         raise UserError(f"--reference {printable(given)} is a model: name real images, or an .npz file of its samples")
     if not (place.is_file() and is_statistics(place)):
-        return Reference(f"{place.stem}{part}", open_images(given, path=path).spaced(number))
+        return Reference(f"{_named(place)[1]}{part}", open_images(given, path=path).spaced(number))
+    if number:
+        raise UserError(
+            f"--reference-num does not apply to {printable(given)}, which contains statistics: leave it out"
+        )
     statistics = read_statistics(place, features=features.name)
-    images = open_npz(place) if place.suffix == ".npz" and is_npz_of_images(place) else None
+    images = open_npz(place) if place.suffix == ".npz" and ARRAY in members_of(place) else None
     return Reference(place.stem, images, statistics)
+
+
+def _named(path: Path) -> tuple[Path, str]:
+    """Returns the folder that a file or folder is in, and what is derived from it is called."""
+    if path.name in ("", ".."):
+        path = path.resolve()
+    return path.parent, path.name if path.is_dir() else path.stem
+
+
+def lower_is_better(reference: Reference, features: Features, number: int) -> set[str]:
+    """Returns the names of the scores of so many images of which lower is better."""
+    frechet, kernel = names_of_scores(features.name)
+    images, statistics = reference.images, reference.statistics
+    names = {frechet}
+    if features.name == INCEPTION and (statistics is None or statistics.spatial is not None):
+        names.add("sFID")
+    rows = None if statistics is None else statistics.features
+    known = images.number if images is not None else 0 if rows is None else len(rows)
+    return names | ({kernel} if min(number, known) >= 2 * LEAST_SUBSETS else set())
 
 
 def folder_of_scores(job: SamplingJob | None, given: str, reference: str, number: int, features: Features) -> Path:
     """Returns the default folder of the scores of some images: in the run's folder, or beside the images."""
-    path = Path(given).expanduser()
-    base = path.with_name(f"{path.stem}_fid") if job is None else job.trained.folder / "fid"
+    parent, name = _named(Path(given).expanduser())
+    base = parent / f"{name}_fid" if job is None else job.trained.folder / "fid"
     drawn = "" if job is None else f"{default_folder(job).name}_"
     return base / short_name(f"{drawn}num_{number}_{features.name}_{reference}")
 
@@ -244,8 +268,8 @@ def score(
     if images.number < 2:
         raise UserError(f"{images.name}: scores need at least 2 images, and thousands to be meaningful")
     real = None if reference is None else reference.images
-    if real is not None and real.identity.split(",")[0] == images.identity.split(",")[0]:
-        raise UserError(f"--reference: {real.name} holds the images that are evaluated: name real images")
+    if real is not None and real.whole == images.whole:
+        raise UserError(f"--reference: {real.name} contains the images that are evaluated: name real images")
     if reference is not None:
         check_comparable(images.shape, reference, extractor)
     protocol = _protocol(images, reference, extractor.features, drawn or {})
@@ -258,7 +282,12 @@ def score(
     }
     file, parts = out / "scores.json", Parts(out / "parts", known_by)
     request = (extractor.batch_size, statistics)
-    with job_folder(out, known_by, kind="fid", number=images.number, done=parts.ranges, request=request):
+
+    def done() -> list[Range]:
+        is_finished = statistics is None and _saved(file, known_by) is not None
+        return [(0, images.number)] if is_finished else parts.ranges()
+
+    with job_folder(out, known_by, kind="fid", number=images.number, done=done, request=request):
         is_primary = is_primary_host()
         saved = _saved(file, known_by) if is_primary and statistics is None else None
         if of_primary_host(saved is not None):

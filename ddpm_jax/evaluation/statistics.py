@@ -8,8 +8,6 @@ import hashlib
 import json
 import pickle
 import typing
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import numpy as np
 from ddpm_jax.evaluation.extraction import extract
 from ddpm_jax.evaluation.features import INCEPTION, Extractor, cache_folder
 from ddpm_jax.evaluation.frechet import Moments, moments
-from ddpm_jax.evaluation.image_sets import ImageSet
+from ddpm_jax.evaluation.image_sets import DAMAGE, ImageSet, members_of
 from ddpm_jax.evaluation.scores import MOST_REFERENCES, Statistics, evenly_spaced
 from ddpm_jax.generation.store import Parts
 from ddpm_jax.system.errors import UserError, printable
@@ -31,8 +29,8 @@ Form = typing.Literal["pytorch-fid", "adm", "clean-fid", "edm2"]
 """Whose evaluator reads a file of statistics."""
 
 _DAMAGE = (
-    *(OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, zipfile.BadZipFile, zlib.error),
-    *(pickle.UnpicklingError, ArithmeticError, RecursionError, MemoryError, NotImplementedError),
+    *DAMAGE,
+    *(TypeError, AttributeError, IndexError, pickle.UnpicklingError, ArithmeticError, MemoryError),
 )
 # Features that are kept for KID: 410 MB of Inception's.
 _MOST_FEATURES = 50_000
@@ -70,7 +68,9 @@ def reference_statistics(images: ImageSet, extractor: Extractor, *, cache: Path 
       UserError: an image cannot be read, the cache cannot be written, or another process computes the same.
     """
     if images.number < 2:
-        raise UserError(f"{images.name} has {images.number} image: a reference needs at least 2, and many for a score")
+        raise UserError(
+            f"{images.name} has {images.number} image: a reference needs at least 2, and thousands to be meaningful"
+        )
     folder = (cache_folder() if cache is None else cache) / "statistics"
     what = {"images": images.identity, "number": images.number, "shape": images.shape}
     what |= {"features": extractor.features.name, "identity": extractor.features.identity}
@@ -96,13 +96,7 @@ def reference_statistics(images: ImageSet, extractor: Extractor, *, cache: Path 
 
 def is_statistics(file: Path) -> bool:
     """Returns whether a file contains statistics: a .pkl, or an .npz with `mu` or `feats`."""
-    if file.suffix == ".pkl":
-        return True
-    try:
-        with open_file(file) as opened, zipfile.ZipFile(opened) as archive:
-            return bool({"mu.npy", "feats.npy"} & {*archive.namelist()})
-    except _DAMAGE:
-        return False
+    return file.suffix == ".pkl" or not members_of(file).isdisjoint(("mu.npy", "feats.npy"))
 
 
 def read_statistics(file: Path, *, features: str) -> Statistics:
@@ -183,6 +177,25 @@ def _finite(shown: str, name: str, array: Any) -> np.ndarray:
     return array.astype(np.float64)
 
 
+def check_form(file: Path, form: Form, *, has_spatial: bool, features: str) -> None:
+    """Checks that statistics can be written, before they are computed.
+
+    Args:
+      file: where to.
+      form: whose evaluator is to read it.
+      has_spatial: whether there are spatial features.
+      features: name of the features.
+
+    Raises:
+      UserError: the file has another ending, or the form needs what the features do not have.
+    """
+    ending = ".pkl" if form == "edm2" else ".npz"
+    if file.suffix != ending:
+        raise UserError(f"--save-statistics {file}: the statistics of {form} are a {ending} file")
+    if form == "adm" and not has_spatial:
+        raise UserError(f"--statistics-form adm needs spatial features, which {features} does not have")
+
+
 def write_statistics(file: Path, statistics: Statistics, images: ImageSet, *, form: Form, features: str) -> list[Path]:
     """Writes statistics for another evaluator.
 
@@ -197,12 +210,10 @@ def write_statistics(file: Path, statistics: Statistics, images: ImageSet, *, fo
       the files.
 
     Raises:
-      UserError: the file has another ending or cannot be written, or the form needs what the features do not have.
+      UserError: the file cannot be written, or as `check_form`.
     """
-    ending = ".pkl" if form == "edm2" else ".npz"
-    if file.suffix != ending:
-        raise UserError(f"--save-statistics {file}: the statistics of {form} are a {ending} file")
     pool, spatial = statistics.pool, statistics.spatial
+    check_form(file, form, has_spatial=spatial is not None, features=features)
     both = {"mu": pool.mean, "sigma": pool.covariance}
     match form:
         case "pytorch-fid":
@@ -213,8 +224,7 @@ def write_statistics(file: Path, statistics: Statistics, images: ImageSet, *, fo
             _write_npz(beside, {"feats": statistics.features})
             return [file, beside]
         case "adm":
-            if spatial is None:
-                raise UserError(f"--statistics-form adm holds spatial features, which {features} does not have")
+            spatial = typing.cast(Moments, spatial)
             some = images.spaced(MOST_REFERENCES)
             pixels = some.read(np.arange(some.number))
             more = {"mu_s": spatial.mean, "sigma_s": spatial.covariance}

@@ -95,10 +95,10 @@ def _check_npz(file: Path) -> str:
     first, stop = about["images"]
     name = re.fullmatch(r"(\d+)-(\d+)", file.stem)
     if name is not None and (int(name[1]), int(name[2])) != (first, stop):
-        raise Damage(f"it is of images {first} to {stop - 1}")
+        raise Damage(f"it contains images {first} to {stop - 1}")
     job = (file.parents[1] if part else file.parent) / "job.json"
     if part != _MORE_THAN_THE_JOB and job.exists() and _checksum_of(job) not in (about["job"], None):
-        raise Damage("it is of another job than job.json")
+        raise Damage("it belongs to another job than job.json")
     return f"{stop - first} images"
 
 

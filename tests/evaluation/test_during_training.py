@@ -5,6 +5,7 @@ import functools
 import json
 
 import jax
+import numpy as np
 import pytest
 
 from ddpm_jax.config import CheckpointConfig, Config, DiffusionConfig, EvalConfig, LogConfig, TrainConfig
@@ -138,8 +139,15 @@ def test_what_cannot_be_scored_is_one_line(config, tmp_path):
     with pytest.raises(UserError, match="there is no file"):
         scoring_during_training(with_eval(fid_reference="no/such.npz"), tmp_path / "run")
     rules = dataclasses.replace(config.checkpoints, best_by="FID")
-    with pytest.raises(UserError, match="checkpoints.best_by='FID': with these features choose FD-corners, KD-corners"):
+    with pytest.raises(
+        UserError, match="checkpoints.best_by='FID' is not a score of .*: choose FD-corners, KD-corners"
+    ):
         scoring_during_training(dataclasses.replace(config, checkpoints=rules), tmp_path / "run")
+    np.savez(tmp_path / "moments.npz", mu=np.zeros(9), sigma=np.eye(9))
+    kernel = dataclasses.replace(config.checkpoints, best_by="KD-corners")
+    for choices in ({"fid_num": 19}, {"fid_reference": str(tmp_path / "moments.npz")}):  # of which there is no KD
+        with pytest.raises(UserError, match="best_by='KD-corners' is not .* choose FD-corners, eval_loss, loss"):
+            scoring_during_training(dataclasses.replace(with_eval(**choices), checkpoints=kernel), tmp_path / "run")
     for every in (0, 6):
         with pytest.raises(UserError, match=rf"must be a score of eval.fid_every={every}, a multiple of .*every=4"):
             validate(with_eval(fid_every=every))

@@ -9,7 +9,8 @@ from ddpm_jax.data.sources import load_source
 from ddpm_jax.evaluation.features import Extractor
 from ddpm_jax.evaluation.frechet import moments
 from ddpm_jax.evaluation.scores import Statistics, compute_scores
-from ddpm_jax.evaluation.scoring import load_features, open_images, open_reference, score
+from ddpm_jax.evaluation.scoring import folder_of_scores, load_features, open_images, open_reference, score
+from ddpm_jax.system.files import read_json, write_json
 from ddpm_jax.system.pictures import save_png
 
 CODE = """
@@ -69,6 +70,14 @@ def test_a_run_is_drawn_and_scored_against_its_training_images(run, own, run_scr
     (tmp_path / "out" / "scores.json").write_text("{")
     assert run_script("evaluate.py", "fid", samples, "--features", own, "--out", tmp_path / "out")[:2] == (0, alone)
 
+    # The scores of the first images stay as the job is extended, and those that are only printed as they were computed.
+    other = {**read_json(file.with_name("computed_on.json")), "devices": "1 other"}
+    write_json(file.with_name("computed_on.json"), other)
+    status, _, err = run_script("evaluate.py", *words[:5], 50, *words[6:])
+    assert status == 0, err
+    assert run_script("evaluate.py", *words)[:2] == (0, out)
+    assert read_json(file.with_name("computed_on.json")) == other
+
 
 def test_statistics_that_are_saved_are_a_reference(own, run_script, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 1), np.uint8)
@@ -93,6 +102,17 @@ def test_statistics_that_are_saved_are_a_reference(own, run_script, tmp_path):
     status, _, err = run_script("evaluate.py", *words, "--features", own.replace("thirds", "halves"))
     assert status == 2
     assert "holds another job (features is thirds " in err
+
+
+def test_folders_of_scores_are_beside_the_images(own, tmp_path, monkeypatch):
+    folder = tmp_path / "images.v1"
+    folder.mkdir()
+    features = load_features(own)
+    place = lambda given: folder_of_scores(None, str(given), "real", 9, features)
+    assert place(folder) == tmp_path / "images.v1_fid" / "num_9_thirds_real"
+    assert place(tmp_path / "images.v2.npz").parent == tmp_path / "images.v2_fid"
+    monkeypatch.chdir(folder)
+    assert place(".") == place(folder)
 
 
 def test_the_whole_evaluator_on_real_weights(tmp_path, monkeypatch):
@@ -137,8 +157,8 @@ def test_what_cannot_be_scored_is_one_line(run, own, run_script, tmp_path):
     mine = ("--features", own)
     assert "--reference is missing" in refused(file, *mine)
     assert "is, or lies inside, what is being evaluated" in refused(file, *mine, "--reference", file)
-    assert "holds the images that are evaluated" in refused(file, *mine, "--reference", copy)
-    assert "holds the images that are evaluated" in refused(file, *mine, "--num", 5, "--reference", copy)
+    assert "contains the images that are evaluated" in refused(file, *mine, "--reference", copy)
+    assert "contains the images that are evaluated" in refused(file, *mine, "--num", 5, "--reference", copy)
     assert "are 16x8, and those to be compared 8x8" in refused(file, *mine, "--reference", large)
     assert "statistics of 5-dimensional features, but --features thirds has 22" in refused(
         file, *mine, "--reference", tmp_path / "other.npz"
@@ -148,6 +168,14 @@ def test_what_cannot_be_scored_is_one_line(run, own, run_script, tmp_path):
     assert not (run / "samples").exists()
     (run / "samples").mkdir()
     assert "lies inside" in refused(run, *mine, "--reference", run / "samples")
+    assert "are a .pkl file" in refused(run, *mine, "--save-statistics", "s.npz", "--statistics-form", "edm2")
+    assert "which thirds does not have" in refused(run, *mine, "--save-statistics", "s.npz", "--statistics-form", "adm")
+    assert not [*(run / "samples").iterdir()]
+    assert "which contains statistics: leave it out" in refused(
+        file, *mine, "--reference", tmp_path / "other.npz", "--reference-num", 5
+    )
+    for option in ("--seed", "--step"):
+        assert "not a run: --seed, --step" in refused(file, *mine, option, 1, "--reference", "digits")
     assert "is a model" in refused(file, *mine, "--reference", run)
     assert "looked for config.json of a run; model_index.json" in refused(tmp_path / "empty", *mine)
     assert "images of 2 sizes" in refused(tmp_path / "mixed", *mine, "--reference", "digits")

@@ -76,9 +76,9 @@ def test_what_is_of_another_range_job_or_step_is_named(run, tmp_path):
     names = {verdict.name: verdict.damage for verdict in verify_run(copy) if verdict.damage is not None}
     assert names == {
         "step 9": "it was saved at step 7, and its folder was renamed",
-        "samples/job/parts/00000018-00000020.npz": "it is of images 8 to 9",
-        "samples/other/parts/00000018-00000020.npz": "it is of images 8 to 9",
-        "samples/other/samples.npz": "it is of another job than job.json",
+        "samples/job/parts/00000018-00000020.npz": "it contains images 8 to 9",
+        "samples/other/parts/00000018-00000020.npz": "it contains images 8 to 9",
+        "samples/other/samples.npz": "it belongs to another job than job.json",
     }
     (copy / "config.json").unlink()
     assert next(verdict.damage for verdict in verify_run(copy)).startswith("cannot read ")
