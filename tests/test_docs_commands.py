@@ -242,7 +242,7 @@ NOT_RUN = {
     "tfds ": "downloads",
     **{
         f"python evaluate.py fid {what}": "needs Inception's weights; tests/evaluation/test_scoring.py uses others"
-        for what in ("runs/cifar10", "samples.npz", "my_samples", "cifar10")
+        for what in ("RUN", "runs/cifar10", "samples.npz", "my_samples", "cifar10")
     },
     "python train.py configs/celebahq256.py": "needs a data set of TFDS; tests/data/test_prepared.py reads one",
     "python train.py configs/lsun_": "needs a data set of TFDS",
