@@ -73,6 +73,36 @@ def finish(processes):
     return [process.returncode for process in processes], shown, errors
 
 
+def stored(parts):
+    """The stored batches of a job, with the times of their files."""
+    return {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
+
+
+def kill_one(processes, parts):
+    """Kills the second host once 20 batches are stored; returns the first's status and errors, and the batches."""
+    end = time.monotonic() + 200
+    while len(list(parts.glob("*.npz"))) < 20:
+        assert all(process.poll() is None for process in processes)
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    processes[1].kill()
+    statuses, _, said = finish(processes)
+    assert statuses[1] == -signal.SIGKILL
+    assert statuses[0] in (2, -signal.SIGABRT)  # on a busy machine the library was seen to abort it first
+    return statuses[0], said[0], stored(parts)
+
+
+def watch(processes, parts):
+    """Waits for both, which must succeed; returns the batches that were stored before they were packed."""
+    drawn = {}
+    while any(process.poll() is None for process in processes) and not (parts.parent / "samples.npz").exists():
+        with contextlib.suppress(FileNotFoundError):
+            drawn |= stored(parts)
+        time.sleep(0.002)
+    assert finish(processes)[0] == [0, 0]
+    return drawn
+
+
 def images_of(folder):
     with np.load(folder / "samples.npz") as arrays:
         return arrays["arr_0"]
@@ -101,27 +131,13 @@ def test_a_host_that_is_killed_ends_the_other_and_the_job_resumes(trained, start
     assert finish(start("sample.py", trained.folder, *words, "--out", tmp_path / "whole"))[0] == [0, 0]
 
     out = tmp_path / "killed"
-    processes, end = start("sample.py", trained.folder, *words, "--out", out), time.monotonic() + 120
-    while len(list(out.glob("parts/*.npz"))) < 20:
-        assert all(process.poll() is None for process in processes)
-        assert time.monotonic() < end
-        time.sleep(0.002)
-    processes[1].kill()
-    statuses, _, said = finish(processes)
-    assert statuses[1] == -signal.SIGKILL
-    assert statuses[0] in (2, -signal.SIGABRT)  # on a busy machine the library was seen to abort it first
-    if statuses[0] == 2:
-        (line,) = [line for line in said[0].splitlines() if "error" in line]
+    status, said, kept = kill_one(start("sample.py", trained.folder, *words, "--out", out), out / "parts")
+    if status == 2:
+        (line,) = [line for line in said.splitlines() if "error" in line]
         assert line == "sample.py: error: another host is gone: start all hosts again; they resume from what was saved"
-    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("parts/*.npz")}
     assert 20 <= len(kept) < 150
 
-    processes, drawn = start("sample.py", trained.folder, *words, "--out", out), {}
-    while any(process.poll() is None for process in processes) and not (out / "samples.npz").exists():
-        with contextlib.suppress(FileNotFoundError):
-            drawn |= {path.name: path.stat().st_mtime_ns for path in out.glob("parts/*.npz")}
-        time.sleep(0.002)
-    assert finish(processes)[0] == [0, 0]
+    drawn = watch(start("sample.py", trained.folder, *words, "--out", out), out / "parts")
     assert {name: drawn[name] for name in kept} == kept  # none was drawn again
     assert (out / "samples.npz").read_bytes() == (tmp_path / "whole" / "samples.npz").read_bytes()
 
@@ -211,23 +227,9 @@ def test_scores_of_two_hosts_in_training_resume_in_the_middle(start, features, t
     ]
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert finish(start("train.py", *words, "--workdir", whole))[0] == [0, 0]
-    processes, end = start("train.py", *words, "--workdir", run), time.monotonic() + 200
     parts = run / "fid" / "training" / "step_0000020" / "images" / "parts"
-    while len(list(parts.glob("*.npz"))) < 20:
-        assert all(process.poll() is None for process in processes)
-        assert time.monotonic() < end
-        time.sleep(0.002)
-    processes[1].kill()
-    statuses, _, said = finish(processes)
-    assert statuses[1] == -signal.SIGKILL
-    assert statuses[0] in (2, -signal.SIGABRT)
-    kept = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
-    processes, drawn = start("train.py", *words, "--workdir", run), {}
-    while any(process.poll() is None for process in processes) and not (parts.parent / "samples.npz").exists():
-        with contextlib.suppress(FileNotFoundError):
-            drawn |= {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
-        time.sleep(0.002)
-    assert finish(processes)[0] == [0, 0]
+    _, _, kept = kill_one(start("train.py", *words, "--workdir", run), parts)
+    drawn = watch(start("train.py", *words, "--workdir", run), parts)
     assert {name: drawn[name] for name in kept} == kept  # none was drawn again
     assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert [line["step"] for line in map(json.loads, (run / "metrics.jsonl").open()) if "FD-corners" in line] == [

@@ -19,7 +19,7 @@ from ddpm_jax.data.decode import open_picture, to_array
 from ddpm_jax.editing import ChainStart, between, branch, encode, mix, mix_latents, repaint, unused_keys
 from ddpm_jax.generation.batches import STEPS_PER_CALL, Driver, Program, Watch, cut
 from ddpm_jax.generation.job import SamplingJob
-from ddpm_jax.generation.sampler_config import SamplerConfig, labels_of, make_chain
+from ddpm_jax.generation.sampler_config import SamplerConfig, labels_of, make_chain, spacing_of
 from ddpm_jax.generation.store import missing_ranges
 from ddpm_jax.keys import image_keys, make_key
 from ddpm_jax.networks import Params, predict_with
@@ -28,7 +28,7 @@ from ddpm_jax.run.build import build_betas, image_shape
 from ddpm_jax.samplers.by_name import x0_of_mean
 from ddpm_jax.samplers.chain import Chain, Sampler, Trajectory, initial_noise
 from ddpm_jax.samplers.ddim import ddim_inversion
-from ddpm_jax.samplers.respacing import choose_timesteps, default_spacing, respace
+from ddpm_jax.samplers.respacing import choose_timesteps, respace
 from ddpm_jax.schedules import Schedule
 from ddpm_jax.system.errors import UserError
 
@@ -126,8 +126,7 @@ class Editor:
     def _schedule(self, sampler_config: SamplerConfig, *, extra_timesteps: Sequence[int] = ()) -> Schedule:
         """Makes the tables of the chain of `make_chain`."""
         betas, steps = build_betas(self._config), sampler_config.steps
-        spacing = sampler_config.spacing or self._config.diffusion.spacing
-        spacing = spacing or default_spacing(sampler_config.sampler, steps)
+        spacing = spacing_of(self._config, sampler_config)
         return respace(
             betas, choose_timesteps(betas, num_steps=steps, spacing=spacing, extra_timesteps=extra_timesteps)
         )

@@ -17,6 +17,7 @@ from ddpm_jax.run.fields import nearest
 from ddpm_jax.samplers.by_name import SamplerName, make_sampler
 from ddpm_jax.samplers.chain import Sampler
 from ddpm_jax.samplers.ddim import EpsAfterClipping
+from ddpm_jax.samplers.respacing import default_spacing
 from ddpm_jax.system.errors import UserError
 
 _MOST_COLUMNS = 32
@@ -150,6 +151,12 @@ def check_unlabeled(config: Config, what: str, remedy: str) -> None:
         )
 
 
+def spacing_of(config: Config, sampler_config: SamplerConfig) -> str:
+    """Returns the spacing of a chain's timesteps: as asked for, as the run has it, or what suits the sampler."""
+    default = default_spacing(sampler_config.sampler, sampler_config.steps)
+    return sampler_config.spacing or config.diffusion.spacing or default
+
+
 def make_chain(
     config: Config, network: Network, sampler_config: SamplerConfig, *, extra_timesteps: Sequence[int] = ()
 ) -> MakeChain:
@@ -209,7 +216,7 @@ def make_chain(
                 variance=diffusion.variance,
             ),
             num_steps=sampler_config.steps,
-            spacing=sampler_config.spacing or diffusion.spacing,
+            spacing=spacing_of(config, sampler_config),
             extra_timesteps=extra_timesteps,
             eta=sampler_config.eta,
             eps_after_clipping=sampler_config.eps_after_clipping,
