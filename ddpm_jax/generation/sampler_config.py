@@ -44,7 +44,7 @@ class SamplerConfig:
     """Clip the predicted x0 at every step: to [-1, 1] (on), not at all (off), or by dynamic thresholding, for large
     guidance scales; as in training's configuration if not given."""
     dynamic_quantile: float = 0.995
-    """Quantile of the magnitudes of an image's pixels that dynamic thresholding clips to."""
+    """Quantile of the magnitudes of an image's pixels that --clip dynamic clips to."""
     eps_after_clipping: EpsAfterClipping | None = None
     """How DDIM gets eps after x0 is clipped: recompute (from the clipped x0; default) or network (the network's own
     eps)."""
@@ -194,6 +194,8 @@ def make_chain(
         clip_x0 = DynamicThreshold(sampler_config.dynamic_quantile)
         if not 0 < clip_x0.quantile < 1:
             raise UserError(f"--dynamic-quantile {clip_x0.quantile} must be above 0 and below 1, such as 0.995")
+    elif sampler_config.dynamic_quantile != SamplerConfig.dynamic_quantile:
+        raise UserError(f"--dynamic-quantile {sampler_config.dynamic_quantile} needs --clip dynamic")
     guided_timesteps = None
     if sampler_config.guidance_interval is not None:
         if scale == 1:

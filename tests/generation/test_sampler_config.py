@@ -77,6 +77,7 @@ def test_a_class_is_named_by_its_number_or_its_name():
         (CONFIG, SamplerConfig(labels=(0, 3)), "--labels 3: the run's classes are 0 to 2"),
         (UNDROPPED, SamplerConfig(guidance_scale=2.0), "--guidance-scale 2.0 needs a run trained with label dropout"),
         (CONFIG, SamplerConfig(clip="dynamic", dynamic_quantile=1.5), "--dynamic-quantile 1.5 must be above 0"),
+        (CONFIG, SamplerConfig(clip="on", dynamic_quantile=0.9), "--dynamic-quantile 0.9 needs --clip dynamic"),
         (CONFIG, SamplerConfig(guidance_interval=(0.1, 1)), "--guidance-interval needs --guidance-scale"),
         (CONFIG, SamplerConfig(guidance_scale=2.0, guidance_interval=(3, 2)), "--guidance-interval: no timestep has"),
         (CONFIG, SamplerConfig(guidance_scale=-0.5), "--guidance-scale -0.5 must be at least 0"),
