@@ -10,6 +10,7 @@ import typing
 from dataclasses import field
 from typing import Annotated
 
+from ddpm_jax.averages import WIDEST
 from ddpm_jax.bound import Cdf
 from ddpm_jax.losses import Weighting
 from ddpm_jax.reverse import Prediction, Variance
@@ -41,12 +42,13 @@ class Range:
     at_least: float = -math.inf
     above: float = -math.inf
     below: float = math.inf
+    at_most: float = math.inf
 
     def __contains__(self, value: float) -> bool:
-        return self.at_least <= value and self.above < value < self.below
+        return self.at_least <= value <= self.at_most and self.above < value < self.below
 
     def __str__(self) -> str:
-        bounds = {"at least": self.at_least, "above": self.above, "below": self.below}
+        bounds = {"at least": self.at_least, "above": self.above, "below": self.below, "at most": self.at_most}
         return " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound))
 
 
@@ -236,6 +238,17 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EmaConfig:
+    """Averages of the weights whose width is chosen after training, beside the plain one (train.ema_decay)."""
+
+    snapshots_every: CountOrZero = 0
+    """Steps between snapshots of power-function averages, from which evaluate.py ema makes averages of any width; 0:
+    none. Each takes 4 bytes per parameter and width, and all are kept."""
+    sigma_rels: tuple[Annotated[float, Range(above=0, at_most=WIDEST)], ...] = (0.05, 0.10)
+    """Widths of these averages, as fractions of the training so far."""
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """Which checkpoints are kept."""
 
@@ -308,6 +321,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
+    ema: EmaConfig = EmaConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()

@@ -1,4 +1,6 @@
-"""Whether the files of a run still hold what was written: its record, metrics, checkpoints, jobs and evaluations."""
+"""Whether the files of a run still hold what was written: its record, metrics, checkpoints, averages, jobs and
+evaluations.
+"""
 
 import contextlib
 import re
@@ -7,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ddpm_jax.run import checkpoints
-from ddpm_jax.run.record import read_to_resume
+from ddpm_jax.run.record import read_config, read_to_resume
+from ddpm_jax.run.snapshots import identity, snapshot_file, snapshot_steps
 from ddpm_jax.system.errors import Damage, UserError
 from ddpm_jax.system.files import checksum_of, open_npz, read_json
 from ddpm_jax.training.metrics import check_lines
@@ -56,6 +59,8 @@ def verify_run(run: Path) -> Iterator[Verdict]:
             yield _verdict(name, run, _check_metrics)
     for step, arrays, num_bytes, damage in (first, *found):
         yield Verdict(f"step {step}", f"{arrays} arrays, {num_bytes / 1e6:.1f} MB", damage, step)
+    for step in snapshot_steps(run):
+        yield _verdict(snapshot_file(run, step).relative_to(run).as_posix(), run, _check_snapshot)
     for file in sorted(file for folder in _JOBS for file in (run / folder).rglob("*")):
         name = file.relative_to(run).as_posix()
         if file.suffix == ".json":
@@ -86,6 +91,16 @@ def _check_metrics(file: Path) -> str:
     if lines.damaged:
         raise Damage(f"line {', '.join(map(str, lines.damaged))}; training drops what is damaged")
     return f"{len(lines.intact)} lines"
+
+
+def _check_snapshot(file: Path) -> str:
+    archive, about = open_npz(file, {"step": int(file.stem.removeprefix("step_"))})
+    with archive:
+        arrays = len(archive.infolist())
+    with contextlib.suppress(UserError):  # a damaged record has its own verdict
+        if identity(read_config(file.parents[1] / "config.json")) != about["run"]:
+            raise Damage("it is a snapshot of another run")
+    return f"{arrays} arrays, {file.stat().st_size / 1e6:.1f} MB"
 
 
 def _check_npz(file: Path) -> str:

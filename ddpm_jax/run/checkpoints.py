@@ -1,9 +1,9 @@
 """Checkpoints of a run: Orbax's, plus what Orbax lacks, a CRC-32 of every array.
 
-A run's folder holds `checkpoints/STEP/` with the items `params`, `ema`, `optimizer`, `notes`, and `time_sampling` where
-the timestep sampler has a state; the EMA weights can be read without the others. Without checksums, one flipped bit in
-a file restores silently as wrong weights. A checksum covers a whole array, wherever its shards lie, so a state saved on
-many devices or hosts is checked on any other number of them.
+A run's folder holds `checkpoints/STEP/` with the items `params`, `ema`, `optimizer`, `notes`, and, where the state has
+them, `time_sampling` and `power_averages`; the EMA weights can be read without the others. Without checksums, one
+flipped bit in a file restores silently as wrong weights. A checksum covers a whole array, wherever its shards lie, so a
+state saved on many devices or hosts is checked on any other number of them.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ from ddpm_jax.system.mesh import to_this_host
 _FOLDER = "checkpoints"
 # Old steps are moved here at once and then deleted: a kill leaves no half-deleted step under its number.
 _DELETED = "deleted"
-_ITEMS = ("params", "ema", "optimizer", "time_sampling")
+_ITEMS = ("params", "ema", "optimizer", "time_sampling", "power_averages")
 
 # How long a reader tries to be faster than a run that trains and keeps a single checkpoint.
 _SECONDS_OF_TRIES = 60
@@ -309,7 +309,8 @@ class Checkpoints:
 
         Args:
           step: the number of training steps done.
-          items: "params", "ema", "optimizer" and "time_sampling"; a pytree without arrays is not written.
+          items: "params", "ema", "optimizer", "time_sampling" and "power_averages"; a pytree without arrays is not
+        written.
           notes: what else to remember, JSON.
           loss: what `keep_best` compares; a checkpoint without one is never among the best.
 

@@ -27,7 +27,7 @@ def leaves(kind: Any) -> Mapping[str, Leaf]:
     """Lists the fields of a dataclass, and of the dataclasses in it, in order, by their dotted names.
 
     >>> leaves(Config)["train.batch_size"]
-    Leaf(kind=<class 'int'>, free=False, range=Range(at_least=1, above=-inf, below=2147483648))
+    Leaf(kind=<class 'int'>, free=False, range=Range(at_least=1, above=-inf, below=2147483648, at_most=inf))
     """
     hints, annotated = typing.get_type_hints(kind), typing.get_type_hints(kind, include_extras=True)
     found: dict[str, Leaf] = {}

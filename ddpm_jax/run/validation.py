@@ -57,6 +57,11 @@ def validate(config: Config) -> None:
             f"train.decay_steps={train.decay_steps} must be larger than train.warmup_steps={train.warmup_steps}, after "
             "which the learning rate falls"
         )
+    if len({*config.ema.sigma_rels}) < max(2, len(config.ema.sigma_rels)):
+        raise UserError(
+            f"ema.sigma_rels={config.ema.sigma_rels} must be two or more different widths, such as 0.05 0.1: other "
+            "widths are reconstructed from averages of several"
+        )
     every, evaluated = config.checkpoints.every, config.eval.every
     if config.checkpoints.best_by == "eval_loss" and (not evaluated or every % evaluated):
         raise UserError(

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_jax.config import CheckpointConfig
+from ddpm_jax.config import CheckpointConfig, Config
 from ddpm_jax.run.checkpoints import Checkpoints
 from ddpm_jax.run.computed_on import ComputedOn
+from ddpm_jax.run.snapshots import save_snapshot
 from ddpm_jax.system import pictures
 from ddpm_jax.system.hosts import is_primary_host
+from ddpm_jax.system.mesh import to_this_host
 from ddpm_jax.training import plots
 from ddpm_jax.training.metric_writers import MetricWriters
 from ddpm_jax.training.metrics import FINAL, Diagnostics, append_line, summarize
@@ -130,6 +132,17 @@ def drawing(run: Path, draw: Callable[[Params], np.ndarray], writers: MetricWrit
             plots.plot_run(run)
 
     return draw_grid
+
+
+def snapshotting(run: Path, config: Config) -> Callable[[Event], None]:
+    """Returns the hook's function that saves a snapshot of the power-function averages of a run."""
+
+    def save(event: Event) -> None:
+        averages = to_this_host(event.state.power_averages)
+        if is_primary_host():
+            save_snapshot(run, event.step, averages, config=config)
+
+    return save
 
 
 class Saving:

@@ -25,6 +25,7 @@ from ddpm_jax.run.checkpoints import Checkpoints, has_saved
 from ddpm_jax.run.computed_on import describe, resumed
 from ddpm_jax.run.folder import adopted, check_shared
 from ddpm_jax.run.record import LearningRates, rates_so_far
+from ddpm_jax.run.snapshots import rewind_snapshots
 from ddpm_jax.run.validation import validate
 from ddpm_jax.system import environment, pictures
 from ddpm_jax.system.errors import Stopped, UserError
@@ -34,7 +35,7 @@ from ddpm_jax.system.progress import Progress, say
 from ddpm_jax.system.signals import stop_signals
 from ddpm_jax.training import plots
 from ddpm_jax.training.held_out import check_held_out, evaluating, load_test_split
-from ddpm_jax.training.hooks import Event, Periodic, Saving, append_metrics, drawing, logging
+from ddpm_jax.training.hooks import Event, Periodic, Saving, append_metrics, drawing, logging, snapshotting
 from ddpm_jax.training.input_pipeline import make_input_pipeline, with_inputs
 from ddpm_jax.training.metric_writers import check_packages, open_metric_writers
 from ddpm_jax.training.metrics import Diagnostics, StepNumbers, read_lines, rewind
@@ -172,7 +173,7 @@ def _train(
         if first >= num_steps:
             if first == num_steps:
                 begun(parts.rates)  # its images may have moved
-            _rewind(run, first, ends=True)
+            _rewind(run, first, config, ends=True)
             say(f"{run} has done its {first} steps; --train.steps {2 * first} would train it further")
             return
         computed_on, warning = resumed(notes.get("computed_on", []), first, describe(config), exact=exact)
@@ -197,7 +198,7 @@ def _train(
             Progress(num_steps, initial=first, unit="step", description=config.name) as progress,
         ):
             begun(parts.rates)
-            _rewind(run, first, ends=False)
+            _rewind(run, first, config, ends=False)
             say("compiling the training step")
             meter = _make_meter(parts, first, lambda: batches.seconds_waited)
             log = functools.partial(append_metrics, run, writers)
@@ -209,6 +210,7 @@ def _train(
                 *evaluation,
                 *(Periodic(config.log.samples_every, drawing(run, draw, writers)) for draw in grids),
                 *hooks,
+                Periodic(config.ema.snapshots_every, snapshotting(run, config)),
                 Periodic(rules.every, saving),
             ]
             for number, data in batches:
@@ -247,9 +249,11 @@ def _train(
         say(f"{run}: {num_steps} steps done{loss}{evaluated}")
 
 
-def _rewind(run: Path, step: int, *, ends: bool) -> None:
-    for name in ("metrics.jsonl", "timing.jsonl") if is_primary_host() else ():
-        rewind(run / name, step, ends=ends, warn=say)
+def _rewind(run: Path, step: int, config: Config, *, ends: bool) -> None:
+    if is_primary_host():
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            rewind(run / name, step, ends=ends, warn=say)
+        rewind_snapshots(run, step, every=config.ema.snapshots_every, ends=ends)
 
 
 def _check_finite(run: Path, checkpoints: Checkpoints, step: int, numbers: StepNumbers) -> None:

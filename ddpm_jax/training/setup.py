@@ -6,6 +6,7 @@ import jax
 import optax
 from jax import Array
 
+from ddpm_jax.averages import gamma_of
 from ddpm_jax.config import Config
 from ddpm_jax.keys import make_key
 from ddpm_jax.networks import Network
@@ -59,9 +60,20 @@ class Setup(typing.NamedTuple):
         rates = rates_from(so_far, self.config, step)
         return self._replace(rates=rates, optimizer=make_optimizer(self.config.train, rates))
 
+    @property
+    def gammas(self) -> tuple[float, ...]:
+        """Exponents of the power-function averages; () if no snapshots of them are saved."""
+        return tuple(map(gamma_of, self.config.ema.sigma_rels)) if self.config.ema.snapshots_every else ()
+
     def init(self, key: Array) -> TrainState:
         """Makes the first state."""
-        return init_state(key, self.network, self.optimizer, time_sampler=self.time_sampler)
+        return init_state(
+            key,
+            self.network,
+            self.optimizer,
+            time_sampler=self.time_sampler,
+            power_averages=len(self.gammas),
+        )
 
     def make_step(self, **over_devices: typing.Any) -> TrainingStep:
         """Makes the pure step; `Layout.lift` says over which devices."""
@@ -72,6 +84,7 @@ class Setup(typing.NamedTuple):
             self.time_sampler,
             num_steps=self.schedule.num_steps,
             ema_decay=self.config.train.ema_decay,
+            gammas=self.gammas,
             random_flip=self.config.data.flip,
             label_dropout=self.config.train.label_dropout,
             **over_devices,

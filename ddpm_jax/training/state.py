@@ -32,6 +32,8 @@ class TrainState:
     """The optimizer's moments and counts."""
     time_sampling: Any = ()
     """State of the timestep sampler: `time_sampling.LossHistory` for "loss_aware", empty for the others."""
+    power_averages: tuple[Params, ...] = ()
+    """Averages by power functions of time, one for each of `ema.sigma_rels`, if snapshots of them are saved."""
 
 
 def to_items(state: TrainState) -> dict[str, Any]:
@@ -41,6 +43,7 @@ def to_items(state: TrainState) -> dict[str, Any]:
         "ema": state.ema,
         "optimizer": state.opt_state,
         "time_sampling": state.time_sampling,
+        "power_averages": state.power_averages,
     }
 
 
@@ -53,7 +56,9 @@ def from_items(step: int, items: Mapping[str, Any], sharding: jax.sharding.Shard
       sharding: where the step counter lies.
     """
     count = jax.device_put(np.int32(step), sharding)
-    return TrainState(count, items["params"], items["ema"], items["optimizer"], items["time_sampling"])
+    return TrainState(
+        count, items["params"], items["ema"], items["optimizer"], items["time_sampling"], items["power_averages"]
+    )
 
 
 def learning_rate(config: TrainConfig, rates: LearningRates = ()) -> optax.Schedule:
@@ -142,6 +147,7 @@ def init_state(
     optimizer: optax.GradientTransformation,
     *,
     time_sampler: TimeSampler | None = None,
+    power_averages: int = 0,
 ) -> TrainState:
     """Makes the state of a run that has not trained a step.
 
@@ -150,16 +156,19 @@ def init_state(
       network: the network.
       optimizer: the optimizer.
       time_sampler: the sampler of timesteps, whose memory is part of the state; None for one that remembers nothing.
+      power_averages: number of averages by power functions of time.
 
     Returns:
-      the state at step 0; its average is the parameters themselves.
+      the state at step 0; its averages are the parameters themselves.
     """
     params = network.init(key)
+    copy = lambda: jax.tree.map(jnp.copy, params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         # Copies, so that the state can be donated: a buffer may be given away only once.
-        ema=jax.tree.map(jnp.copy, params),
+        ema=copy(),
         opt_state=optimizer.init(params),
         time_sampling=() if time_sampler is None else time_sampler.init(),
+        power_averages=tuple(copy() for _ in range(power_averages)),
     )

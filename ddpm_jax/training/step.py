@@ -11,6 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ddpm_jax import keys as per_image_keys
+from ddpm_jax.averages import update_power_average
 from ddpm_jax.networks import Network
 from ddpm_jax.pixels import flip, to_float
 from ddpm_jax.time_sampling import TimeSampler
@@ -145,6 +146,7 @@ def make_training_step(
     *,
     num_steps: int,
     ema_decay: float,
+    gammas: tuple[float, ...] = (),
     random_flip: bool = False,
     label_dropout: float = 0.0,
     parts: int = 1,
@@ -162,6 +164,7 @@ def make_training_step(
       time_sampler: the sampler of timesteps.
       num_steps: T, for the losses by quarter of the chain.
       ema_decay: decay of the average of the parameters, a step.
+      gammas: exponents of the averages by power functions of time, as many as the state has.
       random_flip: whether each image is mirrored left to right with probability 0.5.
       label_dropout: the probability that the label of an image is hidden from a class-conditional network.
       parts: in how many parts the gradient is computed; it changes no more than the rounding of sums.
@@ -209,10 +212,14 @@ def make_training_step(
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = update_ema(state.ema, params, state.step, decay=ema_decay)
+        power_averages = tuple(
+            update_power_average(average, params, state.step, gamma=gamma)
+            for average, gamma in zip(state.power_averages, gammas, strict=True)
+        )
         t, losses = whole_batch(t), whole_batch(losses)
         memory = time_sampler.update(state.time_sampling, t, losses)
         quartiles = quartile_losses(t, losses, num_steps=num_steps)
         info = StepInfo(loss, optax.tree.norm(gradient), optax.tree.norm(params), *quartiles)
-        return TrainState(state.step + 1, params, ema, opt_state, memory), info
+        return TrainState(state.step + 1, params, ema, opt_state, memory, power_averages), info
 
     return training_step

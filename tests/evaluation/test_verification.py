@@ -1,19 +1,24 @@
 """The files of a run: each that a command reads back is verified, and damage is named where it is."""
 
+import dataclasses
 import shutil
 
 import numpy as np
 import pytest
 
+from ddpm_jax.config import TrainConfig
 from ddpm_jax.evaluation.verification import verify_run
 from ddpm_jax.generation.job import describe_job, run_job
 from ddpm_jax.generation.store import Parts
+from ddpm_jax.run.record import read_config
+from ddpm_jax.run.snapshots import save_snapshot
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import write_json
 from ddpm_jax.training.metrics import append_line, rewind
 
 FILES = [
-    *("config.json", "data.json", "metrics.jsonl", "step 7", "samples/job/computed_on.json"),
+    *("config.json", "data.json", "metrics.jsonl", "step 7", "averages/step_0000006.npz"),
+    "samples/job/computed_on.json",
     *(
         "samples/job/frames/00000000-00000002.npz",
         "samples/job/job.json",
@@ -32,6 +37,7 @@ def run(runs, tmp_path_factory):
     write_json(folder / "data.json", {"images": 3, "class_names": []})
     for step in (5, 7):
         append_line(folder / "metrics.jsonl", {"step": step, "loss": 0.5})
+    save_snapshot(folder, 6, [{"w": np.ones(3)}, {"w": np.zeros(3)}], config=job.trained.config)
     out = folder / "samples" / "job"
     run_job(job, out, number=4, batch_size=8, format="npz")
     drawn = np.load(out / "samples.npz")["arr_0"]
@@ -72,9 +78,16 @@ def test_what_is_of_another_range_job_or_step_is_named(run, tmp_path):
     (parts / "00000008-00000010.npz").rename(parts / "00000018-00000020.npz")
     (copy / "checkpoints" / "7").rename(copy / "checkpoints" / "9")
     shutil.copytree(copy / "samples" / "job", copy / "samples" / "other")
+    save_snapshot(
+        copy,
+        5,
+        [{"w": np.ones(3)}],
+        config=dataclasses.replace(read_config(copy / "config.json"), train=TrainConfig(seed=9)),
+    )
     write_json(copy / "samples" / "other" / "job.json", {"seed": 5})
     names = {verdict.name: verdict.damage for verdict in verify_run(copy) if verdict.damage is not None}
     assert names == {
+        "averages/step_0000005.npz": "it is a snapshot of another run",
         "step 9": "it was saved at step 7, and its folder was renamed",
         "samples/job/parts/00000018-00000020.npz": "it contains images 8 to 9",
         "samples/other/parts/00000018-00000020.npz": "it contains images 8 to 9",

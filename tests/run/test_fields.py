@@ -23,6 +23,7 @@ def test_every_default_is_of_its_type_and_in_its_range():
     [
         (Range(at_least=1), (1, 10**9), (0, -1, float("inf"), float("nan")), "at least 1"),
         (Range(above=0), (1e-300, 5.0), (0.0, -1.0, float("inf"), float("nan")), "above 0"),
+        (Range(above=0, at_most=0.28), (1e-9, 0.28), (0, 0.29, float("nan")), "above 0 and at most 0.28"),
         (Range(at_least=0, below=1), (0, 0.999), (1, -0.1, float("nan")), "at least 0 and below 1"),
     ],
 )

@@ -28,10 +28,14 @@ def test_every_field_is_held_to_its_range(small, with_value):
     for name, leaf in leaves(Config).items():
         if leaf.range is None:
             continue
-        for bound, step in ((leaf.range.at_least, -1), (leaf.range.above, 0), (leaf.range.below, 0)):
+        for bound, step in (
+            *((leaf.range.at_least, -1), (leaf.range.above, 0)),
+            *((leaf.range.below, 0), (leaf.range.at_most, 1)),
+        ):
             if abs(bound) == float("inf"):
                 continue
             value = float(bound + step) if leaf.kind is float else int(bound + step)
+            value = (0.1, float(bound + step)) if leaf.kind == tuple[float, ...] else value
             value = (1, value) if leaf.kind == tuple[int, ...] else value
             line = refused(with_value(small, name, value), f"must be {leaf.range}")
             assert line.startswith(f"{name}={value}")
@@ -54,6 +58,8 @@ def test_every_field_is_held_to_its_range(small, with_value):
         ({"diffusion.variance": "learned_range"}, "is not trained by L_simple"),
         ({"loss.kind": "hybrid"}, "trains a learned variance, and diffusion.variance=fixed_large is fixed"),
         ({"loss.kind": "vlb", "loss.weighting": "min_snr"}, "applies to L_simple, not to loss.kind=vlb"),
+        ({"ema.sigma_rels": (0.1,)}, r"ema.sigma_rels=\(0.1,\) must be two or more different widths"),
+        ({"ema.sigma_rels": (0.1, 0.1)}, "must be two or more different widths"),
         ({"train.weight_decay": 0.1}, "weight_decay=0.1 needs --train.optimizer adamw or muon"),
         ({"train.lr_decay": "cosine"}, "decay_steps=0 does not fit train.lr_decay=cosine"),
         ({"train.decay_steps": 5}, "decay_steps=5 does not fit train.lr_decay=constant"),

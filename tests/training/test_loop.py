@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddpm_jax.averages import gamma_of
 from ddpm_jax.config import (
     FROM_PYTHON,
     CheckpointConfig,
     Config,
     DataConfig,
     DiffusionConfig,
+    EmaConfig,
     EvalConfig,
     LogConfig,
     ModelConfig,
@@ -32,6 +34,7 @@ from ddpm_jax.networks import Network
 from ddpm_jax.run.build import image_shape
 from ddpm_jax.run.checkpoints import load_ema
 from ddpm_jax.run.record import read_config
+from ddpm_jax.run.snapshots import read_snapshot, snapshot_file, snapshot_steps
 from ddpm_jax.run.trained import load_run
 from ddpm_jax.run.validation import validate
 from ddpm_jax.system.errors import Stopped, UserError
@@ -306,6 +309,40 @@ def test_ends_on_the_way_leave_no_trace(tmp_path):
     assert {"17"} < set(notes[0]) <= {"4", "8", "12", "16", "17"}
     run_to(17, whole)  # the end stays where it is, and so do its lines
     assert read_lines(whole / "metrics.jsonl")[-1]["final"]
+
+
+def test_power_averages_are_kept_in_snapshots_and_exact_however_the_run_went(trained, tmp_path):
+    def run_to(steps, run, **given):
+        config = dataclasses.replace(
+            with_train(steps=steps),
+            ema=EmaConfig(snapshots_every=3, sigma_rels=(0.05, 0.2)),
+            checkpoints=CheckpointConfig(every=4, keep=10),
+        )
+        train(config, run, **given)
+        return read_config(run / "config.json")
+
+    params = []
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    config = run_to(11, whole, hooks=[Periodic(1, lambda event: params.append(jax.device_get(event.state.params)))])
+    run_to(5, parts)
+    assert snapshot_steps(parts) == [3, 5]
+    with pytest.raises(Stopped):
+        run_to(11, parts, hooks=[signal_at(9, signal.SIGTERM)])
+    assert snapshot_steps(parts) == [3, 6, 9]
+    for step in (8, 10):
+        shutil.rmtree(parts / "checkpoints" / str(step))
+    run_to(11, parts)
+    assert snapshot_steps(parts) == snapshot_steps(whole) == [3, 6, 9, 11]
+    for step in snapshot_steps(whole):
+        assert snapshot_file(parts, step).read_bytes() == snapshot_file(whole, step).read_bytes()
+        for average, width in zip(read_snapshot(whole, step, config=config), (0.05, 0.2), strict=True):
+            weights = np.diff((np.arange(step + 1) / step) ** (gamma_of(width) + 1))
+            for name, array in average.items():
+                np.testing.assert_allclose(array, weights @ [each[name] for each in params[:step]], rtol=1e-5)
+    (_, ema), (_, plain) = load_ema(whole, step=4, warn=pytest.fail), load_ema(trained, step=4, warn=pytest.fail)
+    chex.assert_trees_all_equal(ema, plain)  # beside the plain average, which stays as it was
+    assert {path.name for path in (trained / "checkpoints" / "4").iterdir()} >= {"params", "ema", "optimizer"}
+    assert not (trained / "checkpoints" / "4" / "power_averages").exists()
 
 
 def test_a_learning_rate_that_changes_on_resume_is_part_of_the_run(trained, tmp_path):

@@ -210,10 +210,10 @@ def test_a_shared_state_lies_in_parts_and_stays_so(training):
     [("8 devices, pmap", "8 devices, jit"), ("8 devices, jit", "8 devices, pmap"), ("8 devices, fsdp 4", "1 device")],
 )
 def test_a_state_saved_by_one_way_goes_on_by_the_other(training, tmp_path, saved_by, restored_by):
-    network, optimizer = training.Linear(), training.adam()
-    init = lambda key: training.state_of(key, network, optimizer)
+    network, optimizer, gammas = training.Linear(), training.adam(), {"gammas": (16.97, 6.94)}
+    init = lambda key: training.state_of(key, network, optimizer, power_averages=2)
     first, second = layout_of(saved_by), layout_of(restored_by)
-    _, _, state = advance(training, first, network, optimizer, jax.jit(init)(jax.random.key(0)), 2)
+    _, _, state = advance(training, first, network, optimizer, jax.jit(init)(jax.random.key(0)), 2, **gammas)
     with Checkpoints(tmp_path, keep=1, warn=pytest.fail) as checkpoints:
         checkpoints.save(2, to_items(first.saved_state(first.place_state(state))), notes={})
         checkpoints.wait()
@@ -221,8 +221,8 @@ def test_a_state_saved_by_one_way_goes_on_by_the_other(training, tmp_path, saved
         read = checkpoints.restore(to_items(abstract))
     restored = from_items(read.step, read.items, abstract.step.sharding)
     chex.assert_trees_all_equal(jax.device_get(restored), state)
-    _, _, never_stopped = advance(training, first, network, optimizer, state, 2)
-    _, _, went_on = advance(training, second, network, optimizer, restored, 2)
+    _, _, never_stopped = advance(training, first, network, optimizer, state, 2, **gammas)
+    _, _, went_on = advance(training, second, network, optimizer, restored, 2, **gammas)
     chex.assert_trees_all_close(went_on, never_stopped, rtol=1e-5, atol=1e-6)
     assert went_on.step == 4
 

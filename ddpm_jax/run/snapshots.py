@@ -1,0 +1,106 @@
+"""Snapshots of a run's power-function averages: small files, all of them kept, in the folder `averages` of the run.
+
+A snapshot is saved before the checkpoint of its step, so a run that is resumed from a checkpoint has every snapshot up
+to it, and writes the later ones again with the same bytes.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpm_jax.config import Config
+from ddpm_jax.networks import Params
+from ddpm_jax.run.fields import leaves, value_of
+from ddpm_jax.run.weights import SEPARATOR, flat
+from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import checksum_of, read_arrays, write_arrays
+
+FOLDER = "averages"
+"""In the folder of the run."""
+# They name files, which may be copied elsewhere.
+_PLACES = ("model.network", "data.source")
+
+
+def identity(config: Config) -> str:
+    """Returns a checksum of the configuration: of what never changes in a run, and is not the default."""
+    default = Config()
+    names = [name for name, leaf in leaves(Config).items() if not leaf.free and name not in _PLACES]
+    values = {name: value_of(config, name) for name in names}
+    return checksum_of({name: value for name, value in values.items() if value != value_of(default, name)})
+
+
+def snapshot_file(run: Path, step: int) -> Path:
+    """Returns the file of a snapshot."""
+    return run / FOLDER / f"step_{step:07d}.npz"
+
+
+def snapshot_steps(run: Path) -> list[int]:
+    """Returns the steps of a run's snapshots in ascending order."""
+    names = (re.fullmatch(r"step_(\d+)\.npz", path.name) for path in (run / FOLDER).glob("*.npz"))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def save_snapshot(run: Path, step: int, averages: Sequence[Params], *, config: Config) -> None:
+    """Writes a snapshot, atomically: the same averages give the same bytes.
+
+    Args:
+      run: the run's folder.
+      step: number of training steps done.
+      averages: one for each of `ema.sigma_rels`, on this host.
+      config: of the run.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    trees = {str(number): average for number, average in enumerate(averages)}
+    arrays = {name: np.asarray(array, np.float32) for name, array in flat(trees).items()}
+    write_arrays(snapshot_file(run, step), arrays, _about(step, config))
+
+
+def read_snapshot(run: Path, step: int, *, config: Config) -> list[dict[str, np.ndarray]]:
+    """Reads a snapshot.
+
+    Args:
+      run: the run's folder.
+      step: of the snapshot.
+      config: of the run.
+
+    Returns:
+      for each of `ema.sigma_rels` the arrays by name, float32.
+
+    Raises:
+      Damage: the file does not hold what was written, or is a snapshot of another step or of another run.
+      UserError: it cannot be read now.
+    """
+    found: list[dict[str, np.ndarray]] = [{} for _ in config.ema.sigma_rels]
+    for name, array in read_arrays(snapshot_file(run, step), _about(step, config)).items():
+        number, _, name = name.partition(SEPARATOR)
+        found[int(number)][name] = array
+    return found
+
+
+def rewind_snapshots(run: Path, step: int, *, every: int, ends: bool = False) -> None:
+    """Deletes the snapshots that a run resumed from a step writes again, or that a longer run would not have.
+
+    Args:
+      run: the run's folder.
+      step: the last step to keep.
+      every: `ema.snapshots_every`; a snapshot of another step was saved because the run ended there.
+      ends: whether the run ends at `step` still.
+
+    Raises:
+      UserError: a file cannot be deleted.
+    """
+    for each in snapshot_steps(run):
+        if each > step or not (ends or (every and each % every == 0)):
+            try:
+                snapshot_file(run, each).unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot delete {snapshot_file(run, each)}: {error.strerror}") from error
+
+
+def _about(step: int, config: Config) -> dict[str, Any]:
+    return {"step": step, "sigma_rels": config.ema.sigma_rels, "run": identity(config)}
