@@ -14,10 +14,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from ddpm_jax import keys as per_image_keys
+from ddpm_jax.convolution import convolve
 from ddpm_jax.forward import as_floats
 from ddpm_jax.guidance import check_labels
 
@@ -169,13 +170,8 @@ def _norm(block: "ResnetBlock | AttentionBlock | UNet", name: str) -> nn.GroupNo
     return nn.GroupNorm(block.num_groups, epsilon=block.norm_eps, use_fast_variance=False, dtype=block.dtype, name=name)
 
 
-def _convolve(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
-    # JAX cannot differentiate a convolution on a mesh with explicit axes: they are automatic inside.
-    convolve = lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, *args, **options)
-    sharding = jax.typeof(x).sharding
-    if AxisType.Explicit in sharding.mesh.axis_types:
-        convolve = jax.sharding.auto_axes(convolve, out_sharding=sharding)
-    return convolve(x, kernel)
+def _convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any, **options: Any) -> Array:
+    return convolve(x, kernel, strides=strides, padding=padding)  # whose layout, and no dilation, are Flax's defaults
 
 
 def _conv(

@@ -12,14 +12,14 @@ MATHEMATICS = {
     *("keys", "schedules", "forward", "reverse", "bound", "losses", "time_sampling", "likelihood", "pixels"),
     *("guidance", "editing", "averages", "samplers"),
 }
-NETWORKS = MATHEMATICS | {"unet", "networks"}
+NETWORKS = MATHEMATICS | {"convolution", "unet", "networks"}
 GENERAL = NETWORKS | {"system", "config", "run", "data"}
 
 # The rooms that each room may import, beside itself.
 ALLOWED = {
     "system": set(),
     **dict.fromkeys(MATHEMATICS, MATHEMATICS),
-    **dict.fromkeys(("unet", "networks"), NETWORKS),
+    **dict.fromkeys(("convolution", "unet", "networks"), NETWORKS),
     "interop": NETWORKS | {"config", "system"},
     "run": GENERAL | {"interop"},
     **dict.fromkeys(("config", "data"), GENERAL),
