@@ -4,6 +4,7 @@ import os
 import signal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # the scripts would use the user's
 # Read when jax starts, so set before it is imported. Compiling is most of what the tests do: without LLVM's
 # optimizations it takes half the time, and the numbers are as right.
 os.environ["XLA_FLAGS"] = " ".join(

@@ -35,6 +35,8 @@ from ddpm_jax.run.pretrained import is_pretrained
 from ddpm_jax.run.record import is_run
 from ddpm_jax.run.trained import Images, load_run, with_images
 from ddpm_jax.run.weights import save_weights
+from ddpm_jax.system.compilation_cache import use_compilation_cache
+from ddpm_jax.system.cpu import set_devices, set_flags
 from ddpm_jax.system.environment import fix_options
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.exits import run_script
@@ -82,7 +84,8 @@ def likelihood(options: LikelihoodOptions) -> None:
     Run the same command again to resume. Pixels are bins of 1/255 as for any 8-bit image, even if a data set has fewer
     levels (the digits have 17): its numbers compare only with others of the same data set.
     """
-    join(options.hosts)
+    if not join(options.hosts):
+        set_devices("sampling", options.batch_size)
     folder = read_out(options.out).folder
     trained = with_images(load_run(Path(options.run), step=options.step), options.data)
     request = bits_per_dim.Request(
@@ -116,6 +119,7 @@ class QualityOptions(SamplerConfig):
 
 def quality(options: QualityOptions) -> None:
     """Compares samples with a small labeled data set, by a classifier trained on it; writes quality.json."""
+    set_devices("sampling", options.batch_size)
     given = Path(options.run)
     if options.num < 2:
         raise UserError(f"--num must be at least 2 to compare with real images, not {options.num}")
@@ -160,6 +164,7 @@ class FiguresOptions:
 
 def figures(options: FiguresOptions) -> None:
     """Draws the paper's figures for a run into one folder, with a description of each in figures.md."""
+    set_devices("sampling", options.batch_size)
     run, folder = Path(options.run), read_out(options.out).folder
     job = load_job(run, seed=options.seed, step=options.step, sampler=SamplerConfig(steps=options.steps))
     job = job._replace(trained=with_images(job.trained, options.data))
@@ -284,7 +289,8 @@ def fid(options: FidOptions) -> None:
 
     Run the same command again to resume.
     """
-    join(options.hosts)
+    if not join(options.hosts):
+        set_devices("sampling", options.batch_size)
     out, given = read_out(options.out).folder, Path(options.run).expanduser()
     if options.num is not None and options.num < 2:
         raise UserError(f"--num must be at least 2, not {options.num}")
@@ -392,6 +398,8 @@ def main() -> None:
     """Runs the command that the first word names."""
     fix_options()
     checkpoints.silence_orbax()
+    set_flags("sampling")
+    use_compilation_cache()
     run_command(COMMANDS)
 
 

@@ -19,6 +19,8 @@ from ddpm_jax.generation.sampler_config import SamplerConfig, cycle_of, list_cla
 from ddpm_jax.run.checkpoints import silence_orbax
 from ddpm_jax.run.command import Command, run_command
 from ddpm_jax.run.trained import Images, load_run, with_images
+from ddpm_jax.system.compilation_cache import use_compilation_cache
+from ddpm_jax.system.cpu import set_devices, set_flags
 from ddpm_jax.system.environment import fix_options
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.exits import run_script
@@ -61,7 +63,8 @@ class Options(SamplerConfig):
 def draw(options: Options) -> None:
     """Samples images from a trained run. Run the same command again to resume."""
     print_classes(options.run, options.labels)
-    join(options.hosts)
+    if not join(options.hosts):
+        set_devices("sampling", min(options.num, options.batch_size))
     out = read_out(options.out, files=[*_FORMATS], overwrite=options.overwrite)
     format = _FORMATS[out.file.suffix.lower()] if out.file else options.format or "grid"
     if options.format not in (None, format):
@@ -118,10 +121,11 @@ class ModeOptions:
     data: Images = Images()
     hosts: Hosts = Hosts()
 
-    def load(self, sampler: SamplerConfig) -> tuple[SamplingJob, Output]:
-        """Loads the run, and checks where results go."""
+    def load(self, sampler: SamplerConfig, *, images: int) -> tuple[SamplingJob, Output]:
+        """Loads the run to draw so many images at once, and checks where results go."""
         print_classes(self.run, sampler.labels)
-        join(self.hosts)
+        if not join(self.hosts):
+            set_devices("sampling", images)
         out = read_out(self.out, files=[".png"], overwrite=self.overwrite)
         sampler = dataclasses.replace(sampler, guidance_scale=self.guidance_scale)
         job = load_job(Path(self.run), seed=self.seed, step=self.step, sampler=sampler)
@@ -160,10 +164,10 @@ class LabelOptions(ModeOptions):
     """Class by number or name, for class-conditional runs; if omitted, images are generated unconditionally. "help"
     prints the classes."""
 
-    def load(self, sampler: SamplerConfig) -> tuple[SamplingJob, Output]:
-        """Loads the run, and checks where results go."""
+    def load(self, sampler: SamplerConfig, *, images: int) -> tuple[SamplingJob, Output]:
+        """Loads the run to draw so many images at once, and checks where results go."""
         print_classes(self.run, [self.label])
-        return super().load(sampler)
+        return super().load(sampler, images=images)
 
     def number(self, job: SamplingJob) -> int | None:
         """Returns the number of the class, if one is given."""
@@ -188,7 +192,7 @@ class ProgressiveOptions(ChainOptions):
 
 def progressive(options: ProgressiveOptions) -> None:
     """Draws the chain over time: x_t and the x_0 predicted from it, one sample per row (Fig. 6)."""
-    job, out = options.load(dataclasses.replace(options.chain(), labels=options.labels))
+    job, out = options.load(dataclasses.replace(options.chain(), labels=options.labels), images=options.num)
     draw = lambda: edits.draw_progressive(
         job, out.folder, num=options.num, columns=options.columns, overwrite=options.overwrite
     )
@@ -207,7 +211,7 @@ class ShareOptions(ChainOptions, LabelOptions):
 
 def share(options: ShareOptions) -> None:
     """Draws images that share the latent x_t of one chain and differ from there on (Fig. 7)."""
-    job, out = options.load(options.chain())
+    job, out = options.load(options.chain(), images=options.draws)
     draw = lambda: edits.share_latents(
         job,
         out.folder,
@@ -234,7 +238,7 @@ class ReconstructOptions(ChainOptions, LabelOptions):
 
 def reconstruct(options: ReconstructOptions) -> None:
     """Adds noise to an image up to t, and denoises it."""
-    job, out = options.load(options.chain())
+    job, out = options.load(options.chain(), images=options.draws)
     draw = lambda: edits.reconstruct_picture(
         job,
         options.image,
@@ -268,7 +272,7 @@ class InterpolateOptions(LabelOptions):
 def interpolate(options: InterpolateOptions) -> None:
     """Interpolates between two images, at a timestep t or between their DDIM latents (Fig. 8)."""
     sampler = edits.interpolation_sampler(options.t, options.sampler)
-    job, out = options.load(SamplerConfig(sampler=sampler, steps=options.steps))
+    job, out = options.load(SamplerConfig(sampler=sampler, steps=options.steps), images=options.num)
     draw = lambda: edits.interpolate_pictures(
         job,
         options.images,
@@ -297,7 +301,7 @@ class InpaintOptions(LabelOptions):
 
 def inpaint(options: InpaintOptions) -> None:
     """Repaints the black part of a mask in an image (RePaint)."""
-    job, out = options.load(SamplerConfig(steps=options.steps))
+    job, out = options.load(SamplerConfig(steps=options.steps), images=options.draws)
     draw = lambda: edits.inpaint_picture(
         job,
         options.image,
@@ -323,6 +327,8 @@ def main() -> None:
     """Runs the command that the first word names, or draws samples."""
     fix_options()
     silence_orbax()
+    set_flags("sampling")
+    use_compilation_cache()
     run_command(COMMANDS, default=draw)
 
 

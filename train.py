@@ -18,6 +18,8 @@ from ddpm_jax.run.build import build_network, image_shape
 from ddpm_jax.run.checkpoints import silence_orbax
 from ddpm_jax.run.command import parse_run
 from ddpm_jax.run.validation import validate, warnings_of
+from ddpm_jax.system.compilation_cache import use_compilation_cache
+from ddpm_jax.system.cpu import set_devices, set_flags
 from ddpm_jax.system.environment import fix_options
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.exits import exit_at_once, run_script
@@ -64,7 +66,11 @@ def main() -> None:
         for line in check_data(config, run / "data.png"):
             report(line)
         return
-    join(options.hosts)
+    set_flags("training")
+    use_compilation_cache()
+    if not join(options.hosts):
+        images = config.train.batch_size // config.train.grad_accum_steps
+        set_devices("training", images, asked=config.train.devices)
     for warning in warnings_of(config):
         say(f"warning: {warning}")
     if options.debug_nans:

@@ -1,6 +1,7 @@
 """Fixtures shared by several rooms: small trained runs that were never trained, and scripts run in this process."""
 
 import functools
+import os
 import runpy
 import sys
 import types
@@ -108,7 +109,18 @@ def default_precision():
 
 
 @pytest.fixture
-def run_script(monkeypatch, capsys, default_precision):
+def own_process(monkeypatch):
+    """Sets back what a script chooses for its process."""
+    names = ("jax_enable_compilation_cache", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys, default_precision, own_process):
     """Runs a script in this process; returns its status, and what it wrote."""
 
     def run(script, *words):

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -134,19 +133,6 @@ def users_features(name: str) -> Features:
 
     identity = user_code.checksum("--features", name)
     return Features(label, apply, None, identity, f"by {label}", on_host=True)
-
-
-def cache_folder() -> Path:
-    """Returns the folder of downloaded weights and computed statistics.
-
-    `DDPM_JAX_CACHE`, or else `ddpm_jax` in `XDG_CACHE_HOME` or in `~/.cache`.
-    """
-    own = os.environ.get("DDPM_JAX_CACHE")
-    return (
-        Path(own).expanduser()
-        if own
-        else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ddpm_jax"
-    )
 
 
 def check_sha256(file: Path, expected: str, *, what: str, remedy: str) -> None:

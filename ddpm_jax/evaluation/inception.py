@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ddpm_jax.evaluation.features import INCEPTION, Features, Tree, cache_folder, check_sha256, folded
+from ddpm_jax.evaluation.features import INCEPTION, Features, Tree, check_sha256, folded
 from ddpm_jax.interop.torch_files import read_torch
 from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import cache_folder
 
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 """Of the file of weights."""

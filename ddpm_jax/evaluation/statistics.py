@@ -14,13 +14,21 @@ from typing import Any
 import numpy as np
 
 from ddpm_jax.evaluation.extraction import extract
-from ddpm_jax.evaluation.features import INCEPTION, Extractor, cache_folder
+from ddpm_jax.evaluation.features import INCEPTION, Extractor
 from ddpm_jax.evaluation.frechet import Moments, moments
 from ddpm_jax.evaluation.image_sets import DAMAGE, ImageSet, members_of
 from ddpm_jax.evaluation.scores import MOST_REFERENCES, Statistics, evenly_spaced
 from ddpm_jax.generation.store import Parts
 from ddpm_jax.system.errors import UserError, printable
-from ddpm_jax.system.files import claimed, open_file, read_arrays, read_or_set_aside, write_arrays, write_whole
+from ddpm_jax.system.files import (
+    cache_folder,
+    claimed,
+    open_file,
+    read_arrays,
+    read_or_set_aside,
+    write_arrays,
+    write_whole,
+)
 from ddpm_jax.system.npy import read_npz
 from ddpm_jax.system.plain_pickle import read_dictionary
 from ddpm_jax.system.progress import say

@@ -123,7 +123,7 @@ def rounding() -> dict[str, str]:
     backend = jax.default_backend()
     found = {"backend": backend, **_versions()}
     if backend == "cpu":
-        found |= {"cores": str(_cores()), **_cpu()}
+        found |= machine()
     else:
         found["runtime"] = " ".join(jax.devices()[0].client.platform_version.split())
     flags = {flag.partition("=")[0]: flag for flag in os.environ.get("XLA_FLAGS", "").split()}  # the last one counts
@@ -143,7 +143,12 @@ def _versions() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def _cores() -> int:
+def machine() -> dict[str, str]:
+    """Returns what programs are compiled for on a CPU: the cores that XLA uses, the model and the instruction set."""
+    return {"cores": str(cores()), **_cpu()}
+
+
+def cores() -> int:
     """Returns the number of threads among which XLA divides its work on the CPU."""
     for name in ("PJRT_NPROC", "NPROC"):
         if (asked := os.environ.get(name, "")).isdecimal() and int(asked):

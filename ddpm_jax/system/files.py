@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import typing
 import zipfile
 import zlib
@@ -405,3 +406,14 @@ def job_differences(there: dict[str, Any], here: dict[str, Any]) -> str:
         for name in dict.fromkeys([*here, *there])
         if there.get(name) != here.get(name)
     )
+
+
+def cache_folder() -> Path:
+    """Returns the user's folder of downloaded weights, computed statistics and compiled programs.
+
+    `DDPM_JAX_CACHE`, or else `ddpm_jax` in `XDG_CACHE_HOME` or in `~/.cache` (on macOS in `~/Library/Caches`).
+    """
+    if own := os.environ.get("DDPM_JAX_CACHE"):
+        return Path(own).expanduser()
+    usual = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or usual).expanduser() / "ddpm_jax"

@@ -90,7 +90,7 @@ def launcher() -> str:
     return "tpu" if wanted and chips and importlib.util.find_spec("libtpu") else ""
 
 
-def join(hosts: Hosts) -> None:
+def join(hosts: Hosts) -> bool:
     """Joins the hosts, before anything touches a device; from then on only the primary host prints.
 
     The process exits with status 2 if not all hosts join in time.
@@ -98,13 +98,16 @@ def join(hosts: Hosts) -> None:
     Args:
       hosts: as given on the command line.
 
+    Returns:
+      whether there are hosts to join; if not, no device was touched.
+
     Raises:
       UserError: the options are inconsistent, or the hosts cannot be joined.
     """
     check(hosts)
     found = "" if hosts.count else launcher()
     if not hosts.coordinator and not found:
-        return
+        return False
     where = hosts.coordinator or f"the coordinator that {found} names"
     number = hosts.count or "all"
 
@@ -137,6 +140,7 @@ def join(hosts: Hosts) -> None:
         if not is_primary_host():
             be_silent()
         _connect(hosts)
+    return True
 
 
 def are_joined() -> bool:
