@@ -256,6 +256,7 @@ NOT_RUN = {
     "python docs/make_api.py": "writes into the repository; tests/test_api_page.py compares",
     "python examples/minimal.py": "tests/test_examples.py runs it",
     "python benchmarks/": "measures for minutes",
+    "python examples/emoji/": "needs a font, or hours; tests/test_emoji.py draws a few",
     "python tests/faults/": "minutes; tests/faults/test_faults.py and test_power_cut.py run their kinds of fault",
 }
 # What a run keeps of the user's own code.
@@ -351,7 +352,10 @@ def clone(tmp_path, monkeypatch, published_model):
             head = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
             Path("fashion", f"{part}-{kind}-ubyte").write_bytes(head + array.tobytes())
     published_model(tmp_path)
-    Path("data").mkdir()
+    for i in range(36):
+        file = Path("data/emoji", ["train", "test"][i % 2], f"class_{i // 4}", f"{i}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels(40, 40, 3)).save(file)
     with tarfile.open("data/cifar-10-python.tar.gz", "w:gz") as archive:
         batches = {
             f"{name}_batch{end}": {b"data": pixels(8, 3072), b"labels": [*range(8)]}
