@@ -40,7 +40,7 @@ def call(*words: Any) -> None:
     subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
 
 
-def score(run: Path, out: Path, *options: Any) -> dict[str, float]:
+def score(run: Path, out: Path, *options: Any) -> dict[str, Any]:
     """Scores samples of a run in EfficientNet's features."""
     features = ("--features", "efficientnet-lite0", "--num", IMAGES)
     call("evaluate.py", "fid", run, *features, "--out", out, *options)
