@@ -19,10 +19,12 @@ from ddpm_jax.evaluation.features import Extractor
 from ddpm_jax.evaluation.figures import draw_figures
 from ddpm_jax.evaluation.image_sets import open_npz
 from ddpm_jax.evaluation.quality import check_real, config_of, judge_file, summary
+from ddpm_jax.evaluation.report.page import write_report
+from ddpm_jax.evaluation.report.reverse_process import Drawing
 from ddpm_jax.evaluation.statistics import Form, check_form
 from ddpm_jax.evaluation.verification import verify_run
 from ddpm_jax.generation.job import default_folder, load_job, run_job
-from ddpm_jax.generation.output import read_out
+from ddpm_jax.generation.output import Output, read_out
 from ddpm_jax.generation.sampler_config import SamplerConfig
 from ddpm_jax.generation.store import per_host
 from ddpm_jax.interop import diffusers, original
@@ -170,6 +172,34 @@ def figures(options: FiguresOptions) -> None:
     job = job._replace(trained=with_images(job.trained, options.data))
     out = folder or run / "figures"
     report(draw_figures(job, out, num=options.num, batch_size=options.batch_size, overwrite=options.overwrite))
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportOptions:
+    """What to show."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Folders of one or more runs, as written by train.py; several are compared."""
+    out: str | None = None
+    """File to write, .html (default: RUN/report.html, which is replaced; of several runs ./report.html)."""
+    overwrite: bool = False
+    """Replace the file that --out names, or ./report.html, if it exists."""
+    reverse: Drawing = "auto"
+    """Draw the reverse process from the newest EMA weights: auto (if it takes at most about two minutes), always, or
+    never. If it is not drawn, the newest GIF in the run's folder is shown."""
+    seed: int = 0
+    """Random seed of its images."""
+
+
+def report_page(options: ReportOptions) -> None:
+    """Writes one HTML file about one or more runs: configuration, curves, samples, reverse process, scores, files."""
+    runs = [Path(run) for run in options.runs]
+    out = read_out(options.out, files=[".html"], overwrite=options.overwrite)
+    in_run = out == Output(None, None) and len(runs) == 1
+    file = out.file or (out.folder or (runs[0] if in_run else Path())) / "report.html"
+    if file.exists() and not in_run and not options.overwrite:
+        raise UserError(f"{file} exists: name another file with --out, or replace it with --overwrite")
+    report(write_report(runs, file, seed=options.seed, drawing=options.reverse))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -388,6 +418,7 @@ COMMANDS: dict[str, Command] = {
     "quality": quality,
     "fid": fid,
     "figures": figures,
+    "report": report_page,
     "verify": verify,
     "export": export,
     "import": import_checkpoint,

@@ -8,7 +8,7 @@ from ddpm_jax.system.errors import UserError
 
 # Endings of files that one may expect to be written; other names with a dot are folders (`runs/v1.5`).
 _PICTURES = (".png", ".gif", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".pdf", ".svg")
-_FILES = (*_PICTURES, ".mp4", ".npz", ".npy", ".zip", ".json", ".csv", ".md", ".txt")
+_FILES = (*_PICTURES, ".mp4", ".npz", ".npy", ".zip", ".json", ".csv", ".md", ".txt", ".html")
 
 
 class Output(typing.NamedTuple):

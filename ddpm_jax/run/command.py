@@ -56,7 +56,8 @@ def parse_options(
       SystemExit: `--help` was given and has been printed.
     """
     hints = typing.get_type_hints(kind, include_extras=True)
-    known = {name: leaf for name, leaf in leaves(kind).items() if hints.get(name) != tyro.conf.Positional[str]}
+    positional = (tyro.conf.Positional[str], tyro.conf.Positional[tuple[str, ...]])
+    known = {name: leaf for name, leaf in leaves(kind).items() if hints.get(name) not in positional}
     read: Options = _parse(kind, _words(arguments), known, description=description, program=program)
     return read
 

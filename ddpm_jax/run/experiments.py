@@ -13,11 +13,11 @@ from ddpm_jax.system.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # The wheel has the experiments inside the package; the repository has them beside it.
-_CONFIGS = (_PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent) / "configs"
+CONFIGS = (_PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent) / "configs"
 
 
 def _candidates(path: str) -> Iterator[Path]:
-    for base in (Path(), Path("configs"), _CONFIGS, _CONFIGS.parent):
+    for base in (Path(), Path("configs"), CONFIGS, CONFIGS.parent):
         yield base / path
         yield base / f"{path}.py"
 
@@ -40,7 +40,7 @@ def load_config(path: str | Path) -> Config:
             f"{path} is not the folder of a run: it has no config.json; give such a folder, or a config file"
         )
     if found is None:
-        folders = (Path("configs"), _CONFIGS)
+        folders = (Path("configs"), CONFIGS)
         known = dict.fromkeys(file.stem for folder in folders for file in sorted(folder.glob("*.py")))
         near = difflib.get_close_matches(Path(path).stem, known, n=1, cutoff=0.5)
         hint = f"did you mean configs/{near[0]}.py?" if near else f"choose one of {', '.join(known)}, or give a file"

@@ -1,0 +1,122 @@
+"""The reverse process of a run for its page: x_t and the predicted x_0 over time, from its newest EMA weights."""
+
+import typing
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ddpm_jax.evaluation.report.embedded import Picture, embed, read_frames
+from ddpm_jax.generation import edits
+from ddpm_jax.generation.editor import Editor
+from ddpm_jax.generation.job import SamplingJob
+from ddpm_jax.generation.sampler_config import SamplerConfig
+from ddpm_jax.pixels import to_uint8
+from ddpm_jax.run.build import image_shape
+from ddpm_jax.run.trained import TrainedRun
+from ddpm_jax.system import pictures
+from ddpm_jax.system.errors import Damage, UserError
+from ddpm_jax.training.speed import forward_flops
+
+Drawing = typing.Literal["auto", "always", "never"]
+"""Whether the reverse process is drawn: if it takes at most about two minutes, in any case, or not at all."""
+
+_STEPS, _FRAMES = 50, 25
+_MOST_SECONDS = 120
+# What a convolutional network gets of a laptop's CPU, and of an accelerator; rather too little than too much.
+_FLOPS_OF_CPU, _FLOPS_OF_ACCELERATOR = 2e10, 5e12
+
+
+class Frame(typing.NamedTuple):
+    """One moment of the reverse process."""
+
+    caption: str
+    """Which moment."""
+    pictures: tuple[Picture, ...]
+    """A picture for each of the names."""
+
+
+class ReverseProcess(typing.NamedTuple):
+    """The reverse process over time."""
+
+    names: tuple[str, ...]
+    """What the pictures of a frame show."""
+    frames: list[Frame]
+    """From noise to images."""
+    caption: str
+    """How it was drawn."""
+
+
+def draw_reverse(trained: TrainedRun, *, seed: int, drawing: Drawing) -> ReverseProcess:
+    """Draws the first images of a sampling job, with x_t and the predicted x_0 on the way to them.
+
+    It takes 16 images (4 if they are larger than 64 pixels) and 50 steps of DDIM, T at most.
+
+    Args:
+      trained: the run.
+      seed: of the job.
+      drawing: whether to draw at all.
+
+    Returns:
+      the reverse process at 25 timesteps and at its end.
+
+    Raises:
+      UserError: it is not drawn; the message gives the reason, and what to do.
+    """
+    if drawing == "never":
+        raise UserError("--reverse never: it was left out")
+    height, width, channels = image_shape(trained.config)
+    pictures.check_channels(channels)
+    number = 16 if max(height, width) <= 64 else 4
+    steps = min(_STEPS, trained.config.diffusion.num_steps)
+    if drawing == "auto":
+        seconds = _seconds(trained, passes=number * (steps + min(_FRAMES, steps)))
+        if seconds > _MOST_SECONDS:
+            raise UserError(
+                f"it would take about {seconds / 60:.0f} minutes on this machine ({number} images, {steps} steps): "
+                "draw it with --reverse always"
+            )
+    job = SamplingJob(trained, seed, SamplerConfig(sampler="ddim", steps=steps))
+    editor = Editor(job, batch_size=number)
+    labels, levels = editor.job_labels(number), editor.levels(_FRAMES)
+    drawn, over_time = editor.trajectory(number, labels, levels=levels)
+    columns = number if number < 16 else 4
+    picture = lambda images: embed(pictures.grid(np.asarray(to_uint8(images)), columns=min(columns, 4)))
+    frames = [
+        Frame(f"t = {editor.paper_t(level)}", (picture(x_t), picture(x0)))
+        for level, x_t, x0 in zip(levels, over_time.x_t, over_time.x0, strict=True)
+    ]
+    final = picture(drawn)
+    frames.append(Frame("t = 0", (final, final)))
+    classes = ", classes in turn" if labels else ""
+    return ReverseProcess(
+        ("x_t", "predicted x_0"),
+        frames,
+        f"{number} images{classes}: {edits.describe_chain(job, editor.num_steps)}, EMA weights, seed {seed}",
+    )
+
+
+def read_reverse(run: Path) -> ReverseProcess | None:
+    """Reads the newest reverse process that `sample.py --format gif` or `evaluate.py figures` drew for a run.
+
+    Returns:
+      it; None if there is none that can be read.
+    """
+    files = [*run.glob("samples/*/reverse.gif"), *run.glob("figures/reverse.gif")]
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        try:
+            read = read_frames(file, most=_FRAMES + 1)
+        except Damage:
+            continue
+        number = len(read)
+        frames = [Frame(f"frame {i} of {number}", (embed(pixels),)) for i, pixels in enumerate(read, 1)]
+        name = file.relative_to(run).as_posix()
+        return ReverseProcess(("x_t",), frames, f"From t = T to 0, as {name} shows it")
+    return None
+
+
+def _seconds(trained: TrainedRun, *, passes: int) -> float:
+    """Returns about how long so many forward passes take, 0 if that is not known."""
+    flops = forward_flops(trained.network, image_shape(trained.config)) or 0.0
+    speed = _FLOPS_OF_CPU if jax.default_backend() == "cpu" else _FLOPS_OF_ACCELERATOR
+    return passes * flops / speed
