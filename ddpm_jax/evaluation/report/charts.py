@@ -86,9 +86,10 @@ def _loss(runs: Sequence[Contents]) -> Chart:
                 style="points",
             ),
         ]
-    note = "Training loss" + (", raw and smoothed" if any(curve["style"] == "faint" for curve in curves) else "")
-    has_eval = any(curve["style"] == "points" and curve["x"] for curve in curves)
-    return Chart("Loss", f"{note}, and the loss of the EMA weights on held-out images." if has_eval else f"{note}.", "loss", True, curves)
+    has = {curve["style"] for curve in curves if curve["x"]}
+    raw = ", raw and smoothed" if "faint" in has else ""
+    held_out = ", and the loss of the EMA weights on held-out images" if "points" in has else ""
+    return Chart("Loss", f"Training loss{raw}{held_out}.", "loss", True, curves)
 
 
 def _quarters(run: Contents) -> Chart:

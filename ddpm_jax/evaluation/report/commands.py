@@ -36,11 +36,7 @@ def train_command(config: Config, folder: Path) -> str | None:
     found = []
     for file in sorted(CONFIGS.glob("*.py")):
         base = load_config(file)
-        changed = [
-            name
-            for name in leaves(Config)
-            if name != "name" and value_of(config, name) != value_of(base, name)
-        ]
+        changed = [name for name in leaves(Config) if name != "name" and value_of(config, name) != value_of(base, name)]
         found.append((file.stem != config.name, len(changed), file.stem, changed))
     if not found:
         return None

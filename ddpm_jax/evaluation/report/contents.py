@@ -110,7 +110,9 @@ def read_contents(folder: Path, *, name: str) -> Contents:
     if not folder.is_dir():
         raise UserError(f"there is no folder {shown}: give the folder of a run, such as runs/digits")
     if is_pretrained(folder):
-        raise UserError(f"{shown} is a model of another program, which has no training to report: give runs of train.py")
+        raise UserError(
+            f"{shown} is a model of another program, which has no training to report: give runs of train.py"
+        )
     if not is_run(folder):
         raise UserError(f"{shown} is not the folder of a run: it has no config.json")
     config = read_config(folder / "config.json")

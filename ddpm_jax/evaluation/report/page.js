@@ -44,7 +44,7 @@
     const axis = { gridcolor: color("line"), linecolor: color("line"), zeroline: false, automargin: true, fixedrange: touch };
     return {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: font, size: 12, color: color("muted") },
-      margin: { l: 8, r: 8, t: 8, b: 8 }, hovermode: "x unified", dragmode: touch ? false : "zoom",
+      margin: { l: 8, r: 8, t: 8, b: 8 }, hovermode: "x unified", hoverdistance: -1, dragmode: touch ? false : "zoom",
       showlegend: chart.curves.length > 1, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 12 } },
       xaxis: { ...axis, title: { text: "step", standoff: 6 }, tickformat: ",d", hoverformat: ",d", nticks: 7, rangemode: "tozero" },
       yaxis: {

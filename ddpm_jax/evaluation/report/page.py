@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 import ddpm_jax
-from ddpm_jax.evaluation.report import commands, reverse_process
+from ddpm_jax.evaluation.report import commands
 from ddpm_jax.evaluation.report.charts import MOST_POINTS, make_charts
 from ddpm_jax.evaluation.report.contents import Contents, Score, fields_of, read_contents, series
 from ddpm_jax.evaluation.report.embedded import MOST_PIXELS
-from ddpm_jax.evaluation.report.reverse_process import Drawing, ReverseProcess
+from ddpm_jax.evaluation.report.reverse_process import Drawing, ReverseProcess, draw_reverse, read_reverse
 from ddpm_jax.networks import parameter_shapes
 from ddpm_jax.run.build import build_network
 from ddpm_jax.run.record import read_run
@@ -66,9 +68,7 @@ def write_report(folders: Sequence[Path], out: Path, *, seed: int = 0, drawing: 
     twice = [folder for folder, number in Counter(map(Path.resolve, folders)).items() if number > 1]
     if twice:
         raise UserError(f"{twice[0]} is named twice: name each run once")
-    contents = [
-        read_contents(folder, name=name) for folder, name in zip(folders, _names(folders), strict=True)
-    ]
+    contents = [read_contents(folder, name=name) for folder, name in zip(folders, _names(folders), strict=True)]
     for each in contents:
         for notice in each.notices:
             say(f"{each.folder}: {notice}")
@@ -90,25 +90,19 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _described(contents: Contents, *, seed: int, drawing: Drawing) -> _Run:
     try:
-        parameters = f"{_size(parameter_shapes(build_network(read_run(contents.folder)))):,}"
+        shapes = parameter_shapes(build_network(read_run(contents.folder)))
+        parameters = f"{sum(leaf.size for leaf in jax.tree.leaves(shapes)):,}"
     except UserError:  # the user's own file is missing
         parameters = "unknown"
-    reverse, why_not = None, ""
-    try:
-        if not contents.checkpoints and drawing != "never":
-            raise UserError("the run has no checkpoint yet: train it, then write this page again")
-        trained = load_run(contents.folder) if drawing != "never" else None
-        reverse = reverse_process.draw_reverse(trained, seed=seed, drawing=drawing)
-    except UserError as error:
-        why_not = str(error)
-        reverse = reverse_process.read_reverse(contents.folder)
+    reverse, why_not = None, "--reverse never leaves it out"
+    if drawing != "never":
+        try:
+            reverse, why_not = draw_reverse(load_run(contents.folder), seed=seed, drawing=drawing), ""
+        except UserError as error:
+            why_not = str(error)
+    if reverse is None:
+        reverse = read_reverse(contents.folder)
     return _Run(contents, _tiles(contents), _facts(contents, parameters), reverse, why_not)
-
-
-def _size(shapes: Any) -> int:
-    import jax
-
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def _tiles(run: Contents) -> list[tuple[str, str, str]]:
@@ -138,14 +132,15 @@ def _facts(run: Contents, parameters: str) -> list[tuple[str, str]]:
     data, model, diffusion, train = config.data, config.model, config.diffusion, config.train
     shape = "×".join(str(size) for size in (data.height, data.width, data.channels) if size is not None)
     images = f"{run.data['images']:,} images, " if isinstance(run.data.get("images"), int) else ""
-    mult = "".join(f"·{each}" for each in model.channel_mult)
-    network = printable(model.network) if model.network else f"the paper's U-Net, width {model.width}, levels {mult[1:]}"
+    mult = "·".join(map(str, model.channel_mult))
+    network = printable(model.network) or f"the paper's U-Net, width {model.width}, levels {mult}"
     done = max([0, *(line["step"] for line in run.metrics)])
     _, seconds = series(run.timing, "seconds")
     _, memory = series(run.timing, "peak_memory_gib")
     environment = run.record.get("environment")
     known = environment if isinstance(environment, dict) else {}
-    computed = ", ".join(f"{name} {known[name]}" for name in ("devices", "cpu", "cores", "jax", "jaxlib") if name in known)
+    names = [name for name in ("devices", "cpu", "cores", "jax", "jaxlib") if name in known]
+    computed = ", ".join(f"{name} {known[name]}" for name in names)
     facts = [
         ("Data", f"{printable(data.source)}, {images}{shape}"),
         ("Network", f"{network}; {parameters} parameters"),

@@ -19,7 +19,7 @@ from ddpm_jax.system.errors import Damage, UserError
 from ddpm_jax.training.speed import forward_flops
 
 Drawing = typing.Literal["auto", "always", "never"]
-"""Whether the reverse process is drawn: if it takes at most about two minutes, in any case, or not at all."""
+"""Whether a page draws the reverse process: if it takes at most about two minutes, in any case, or not at all."""
 
 _STEPS, _FRAMES = 50, 25
 _MOST_SECONDS = 120
@@ -47,7 +47,7 @@ class ReverseProcess(typing.NamedTuple):
     """How it was drawn."""
 
 
-def draw_reverse(trained: TrainedRun, *, seed: int, drawing: Drawing) -> ReverseProcess:
+def draw_reverse(trained: TrainedRun, *, seed: int, drawing: Drawing = "auto") -> ReverseProcess:
     """Draws the first images of a sampling job, with x_t and the predicted x_0 on the way to them.
 
     It takes 16 images (4 if they are larger than 64 pixels) and 50 steps of DDIM, T at most.
@@ -55,16 +55,14 @@ def draw_reverse(trained: TrainedRun, *, seed: int, drawing: Drawing) -> Reverse
     Args:
       trained: the run.
       seed: of the job.
-      drawing: whether to draw at all.
+      drawing: "auto" refuses what takes too long.
 
     Returns:
       the reverse process at 25 timesteps and at its end.
 
     Raises:
-      UserError: it is not drawn; the message gives the reason, and what to do.
+      UserError: it would take too long, the images cannot be shown, or the run cannot be sampled by DDIM.
     """
-    if drawing == "never":
-        raise UserError("--reverse never: it was left out")
     height, width, channels = image_shape(trained.config)
     pictures.check_channels(channels)
     number = 16 if max(height, width) <= 64 else 4
@@ -80,8 +78,7 @@ def draw_reverse(trained: TrainedRun, *, seed: int, drawing: Drawing) -> Reverse
     editor = Editor(job, batch_size=number)
     labels, levels = editor.job_labels(number), editor.levels(_FRAMES)
     drawn, over_time = editor.trajectory(number, labels, levels=levels)
-    columns = number if number < 16 else 4
-    picture = lambda images: embed(pictures.grid(np.asarray(to_uint8(images)), columns=min(columns, 4)))
+    picture = lambda images: embed(pictures.grid(np.asarray(to_uint8(images))))
     frames = [
         Frame(f"t = {editor.paper_t(level)}", (picture(x_t), picture(x0)))
         for level, x_t, x0 in zip(levels, over_time.x_t, over_time.x0, strict=True)
