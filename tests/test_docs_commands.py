@@ -98,7 +98,7 @@ WHOLE = [
     ("train.py",),
     ("sample.py", "RUN"),
     *(("sample.py", mode, "RUN") for mode in ("progressive", "share", "reconstruct", "interpolate", "inpaint")),
-    *(("evaluate.py", name, "RUN") for name in ("likelihood", "quality", "fid", "figures", "verify")),
+    *(("evaluate.py", name, "RUN") for name in ("likelihood", "quality", "fid", "figures", "verify", "report")),
     *(("evaluate.py", name, "RUN") for name in ("export", "import")),
 ]
 # Of other programs: `tfds build`.
@@ -433,6 +433,13 @@ def check_figures(words, out, err):
     assert all((page.parent / name).is_file() for name in named)
 
 
+def check_report(words, out, err):
+    page = Path(out.strip()).read_text()
+    assert "x_t" in page
+    assert "predicted x_0" in page
+    assert page.count('class="tiles"') == len(words) - 1
+
+
 def check_verify(words, out, err):
     assert re.match(r"config.json: ok\n", out)
     assert re.search(r"^step \d+: \d+ arrays, .* MB, ok$", out, re.MULTILINE)
@@ -451,6 +458,7 @@ MODES = {
     "quality": check_quality,
     "fid": check_fid,
     "figures": check_figures,
+    "report": check_report,
     "verify": check_verify,
     "export": check_export,
 }
