@@ -9,42 +9,18 @@ import dataclasses
 import typing
 from pathlib import Path
 
-import numpy as np
 import tyro
 
-from ddpm_jax.bound import Cdf
-from ddpm_jax.data.sources import load_source
-from ddpm_jax.evaluation import bits_per_dim, scoring
-from ddpm_jax.evaluation.features import Extractor
-from ddpm_jax.evaluation.figures import draw_figures
-from ddpm_jax.evaluation.image_sets import open_npz
-from ddpm_jax.evaluation.quality import check_real, config_of, judge_file, summary
-from ddpm_jax.evaluation.report.page import write_report
-from ddpm_jax.evaluation.report.reverse_process import Drawing
-from ddpm_jax.evaluation.statistics import Form, check_form
-from ddpm_jax.evaluation.verification import verify_run
-from ddpm_jax.generation.job import default_folder, load_job, run_job
-from ddpm_jax.generation.output import Output, read_out
 from ddpm_jax.generation.sampler_config import SamplerConfig
-from ddpm_jax.generation.store import per_host
-from ddpm_jax.interop import diffusers, original
-from ddpm_jax.interop.checkpoints import Program, read_checkpoint
-from ddpm_jax.run import checkpoints
-from ddpm_jax.run.build import image_shape
+from ddpm_jax.names import Cdf, DrawReverse, Form, Program, Sigma
 from ddpm_jax.run.command import Command, run_command
-from ddpm_jax.run.imported import imported_summary, save_imported
-from ddpm_jax.run.pretrained import is_pretrained
-from ddpm_jax.run.record import is_run
-from ddpm_jax.run.trained import Images, load_run, with_images
-from ddpm_jax.run.weights import save_weights
-from ddpm_jax.system.compilation_cache import use_compilation_cache
-from ddpm_jax.system.cpu import set_devices, set_flags
-from ddpm_jax.system.environment import fix_options
+from ddpm_jax.run.image_options import Images
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.exits import run_script
-from ddpm_jax.system.files import write_whole
-from ddpm_jax.system.hosts import Hosts, join
+from ddpm_jax.system.host_options import Hosts
 from ddpm_jax.system.progress import report
+
+# What a command needs is imported once its options are parsed: it takes a second, and --help needs none of it.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +39,7 @@ class LikelihoodOptions:
     """Random seed. The noise of an image depends only on the seed, its index and the timestep."""
     step: int | None = None
     """Training step of the checkpoint (default: the newest)."""
-    sigma: bits_per_dim.Sigma = "model"
+    sigma: Sigma = "model"
     """Variance of the reverse steps: the run's own, fixed_small, fixed_large, or the optimal one, which minimizes the
     bound; it is estimated from 512 training images, which are then left out."""
     cdf: Cdf = "tanh"
@@ -86,8 +62,12 @@ def likelihood(options: LikelihoodOptions) -> None:
     Run the same command again to resume. Pixels are bins of 1/255 as for any 8-bit image, even if a data set has fewer
     levels (the digits have 17): its numbers compare only with others of the same data set.
     """
-    if not join(options.hosts):
-        set_devices("sampling", options.batch_size)
+    from ddpm_jax.evaluation import bits_per_dim
+    from ddpm_jax.generation.output import read_out
+    from ddpm_jax.run.process import choose_devices
+    from ddpm_jax.run.trained import load_run, with_images
+
+    choose_devices(options.hosts, "sampling", options.batch_size)
     folder = read_out(options.out).folder
     trained = with_images(load_run(Path(options.run), step=options.step), options.data)
     request = bits_per_dim.Request(
@@ -121,7 +101,13 @@ class QualityOptions(SamplerConfig):
 
 def quality(options: QualityOptions) -> None:
     """Compares samples with a small labeled data set, by a classifier trained on it; writes quality.json."""
-    set_devices("sampling", options.batch_size)
+    from ddpm_jax.data.sources import load_source
+    from ddpm_jax.evaluation.quality import check_real, config_of, judge_file, summary
+    from ddpm_jax.generation.job import default_folder, load_job, run_job
+    from ddpm_jax.run.process import choose_devices
+    from ddpm_jax.run.trained import with_images
+
+    choose_devices(Hosts(count=1), "sampling", options.batch_size)
     given = Path(options.run)
     if options.num < 2:
         raise UserError(f"--num must be at least 2 to compare with real images, not {options.num}")
@@ -166,7 +152,13 @@ class FiguresOptions:
 
 def figures(options: FiguresOptions) -> None:
     """Draws the paper's figures for a run into one folder, with a description of each in figures.md."""
-    set_devices("sampling", options.batch_size)
+    from ddpm_jax.evaluation.figures import draw_figures
+    from ddpm_jax.generation.job import load_job
+    from ddpm_jax.generation.output import read_out
+    from ddpm_jax.run.process import choose_devices
+    from ddpm_jax.run.trained import with_images
+
+    choose_devices(Hosts(count=1), "sampling", options.batch_size)
     run, folder = Path(options.run), read_out(options.out).folder
     job = load_job(run, seed=options.seed, step=options.step, sampler=SamplerConfig(steps=options.steps))
     job = job._replace(trained=with_images(job.trained, options.data))
@@ -184,7 +176,7 @@ class ReportOptions:
     """File to write, .html (default: RUN/report.html, which is replaced; of several runs ./report.html)."""
     overwrite: bool = False
     """Replace the file that --out names, or ./report.html, if it exists."""
-    reverse: Drawing = "auto"
+    reverse: DrawReverse = "auto"
     """Draw the reverse process from the newest EMA weights: auto (if it takes at most about two minutes), always, or
     never. If it is not drawn, the newest GIF in the run's folder is shown."""
     seed: int = 0
@@ -193,6 +185,9 @@ class ReportOptions:
 
 def report_page(options: ReportOptions) -> None:
     """Writes one HTML file about one or more runs: configuration, curves, samples, reverse process, scores, files."""
+    from ddpm_jax.evaluation.report.page import write_report
+    from ddpm_jax.generation.output import Output, read_out
+
     runs = [Path(run) for run in options.runs]
     out = read_out(options.out, files=[".html"], overwrite=options.overwrite)
     in_run = out == Output(None, None) and len(runs) == 1
@@ -216,6 +211,8 @@ def verify(options: VerifyOptions) -> None:
     Prints a line per file and per checkpoint, and exits with status 2 if one is damaged. It changes nothing, and can
     run during training.
     """
+    from ddpm_jax.evaluation.verification import verify_run
+
     found = []
     for verdict in verify_run(Path(options.run)):
         state = "ok" if verdict.damage is None else f"damaged: {verdict.damage}"
@@ -252,6 +249,14 @@ class ExportOptions:
 
 def export(options: ExportOptions) -> None:
     """Exports the EMA weights, for other programs or --train.init-from."""
+    import numpy as np
+
+    from ddpm_jax.interop import diffusers, original
+    from ddpm_jax.run.pretrained import is_pretrained
+    from ddpm_jax.run.trained import load_run
+    from ddpm_jax.run.weights import save_weights
+    from ddpm_jax.system.files import write_whole
+
     if options.format != "diffusers" and (options.license or options.overwrite):
         raise UserError(f"--{'license' if options.license else 'overwrite'} applies only to --format diffusers")
     trained = load_run(Path(options.run), step=options.step)
@@ -319,8 +324,22 @@ def fid(options: FidOptions) -> None:
 
     Run the same command again to resume.
     """
-    if not join(options.hosts):
-        set_devices("sampling", options.batch_size)
+    import numpy as np
+
+    from ddpm_jax.evaluation import scoring
+    from ddpm_jax.evaluation.features import Extractor
+    from ddpm_jax.evaluation.image_sets import open_npz
+    from ddpm_jax.evaluation.statistics import check_form
+    from ddpm_jax.generation.job import default_folder, load_job, run_job
+    from ddpm_jax.generation.output import read_out
+    from ddpm_jax.generation.store import per_host
+    from ddpm_jax.run.build import image_shape
+    from ddpm_jax.run.pretrained import is_pretrained
+    from ddpm_jax.run.process import choose_devices
+    from ddpm_jax.run.record import is_run
+    from ddpm_jax.run.trained import with_images
+
+    choose_devices(options.hosts, "sampling", options.batch_size)
     out, given = read_out(options.out).folder, Path(options.run).expanduser()
     if options.num is not None and options.num < 2:
         raise UserError(f"--num must be at least 2, not {options.num}")
@@ -405,6 +424,9 @@ class ImportOptions:
 
 def import_checkpoint(options: ImportOptions) -> None:
     """Imports another program's checkpoint into a folder that sample.py and the other commands take like a run's."""
+    from ddpm_jax.interop.checkpoints import read_checkpoint
+    from ddpm_jax.run.imported import imported_summary, save_imported
+
     file = Path(options.file)
     found = read_checkpoint(file, flags=options.flags, program=options.program)
     out = Path("runs", found.config.name) if options.out is None else Path(options.out)
@@ -425,13 +447,15 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+def prepare_to_evaluate() -> None:
+    from ddpm_jax.run.process import prepare
+
+    prepare("sampling")
+
+
 def main() -> None:
     """Runs the command that the first word names."""
-    fix_options()
-    checkpoints.silence_orbax()
-    set_flags("sampling")
-    use_compilation_cache()
-    run_command(COMMANDS)
+    run_command(COMMANDS, before=prepare_to_evaluate)
 
 
 if __name__ == "__main__":

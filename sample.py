@@ -7,26 +7,25 @@ if __name__ == "__main__":
 
 import dataclasses
 import textwrap
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tyro
 
-from ddpm_jax.generation import edits
-from ddpm_jax.generation.job import Format, SamplingJob, default_folder, load_job, run_job
-from ddpm_jax.generation.output import Output, read_out
 from ddpm_jax.generation.sampler_config import SamplerConfig, cycle_of, list_classes, number_of_class
-from ddpm_jax.run.checkpoints import silence_orbax
+from ddpm_jax.names import Format, SingleStepSampler
 from ddpm_jax.run.command import Command, run_command
-from ddpm_jax.run.trained import Images, load_run, with_images
-from ddpm_jax.system.compilation_cache import use_compilation_cache
-from ddpm_jax.system.cpu import set_devices, set_flags
-from ddpm_jax.system.environment import fix_options
+from ddpm_jax.run.image_options import Images
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.exits import run_script
-from ddpm_jax.system.files import copy_file
-from ddpm_jax.system.hosts import Hosts, is_primary_host, join, wait_for_all
+from ddpm_jax.system.host_options import Hosts
 from ddpm_jax.system.progress import report, say
+
+# What a command needs is imported once its options are parsed: it takes a second, and --help needs none of it.
+if typing.TYPE_CHECKING:
+    from ddpm_jax.generation.job import SamplingJob
+    from ddpm_jax.generation.output import Output
 
 _FORMATS: dict[str, Format] = {".png": "grid", ".gif": "gif", ".npz": "npz"}
 
@@ -62,9 +61,12 @@ class Options(SamplerConfig):
 
 def draw(options: Options) -> None:
     """Samples images from a trained run. Run the same command again to resume."""
+    from ddpm_jax.generation.job import default_folder, load_job, run_job
+    from ddpm_jax.generation.output import read_out
+    from ddpm_jax.run.process import choose_devices
+
     print_classes(options.run, options.labels)
-    if not join(options.hosts):
-        set_devices("sampling", min(options.num, options.batch_size))
+    choose_devices(options.hosts, "sampling", min(options.num, options.batch_size))
     out = read_out(options.out, files=[*_FORMATS], overwrite=options.overwrite)
     format = _FORMATS[out.file.suffix.lower()] if out.file else options.format or "grid"
     if options.format not in (None, format):
@@ -90,6 +92,8 @@ def print_classes(run: str, given: Sequence[str | int | None]) -> None:
     """Prints the classes of a run, one a line, and exits, if "help" is given instead of a class."""
     if "help" not in given:
         return
+    from ddpm_jax.run.trained import load_run
+
     trained = load_run(Path(run))
     classes, names = trained.config.model.num_classes, trained.class_names
     if "help" in names:
@@ -121,22 +125,29 @@ class ModeOptions:
     data: Images = Images()
     hosts: Hosts = Hosts()
 
-    def load(self, sampler: SamplerConfig, *, images: int) -> tuple[SamplingJob, Output]:
+    def load(self, sampler: SamplerConfig, *, images: int) -> "tuple[SamplingJob, Output]":
         """Loads the run to draw so many images at once, and checks where results go."""
+        from ddpm_jax.generation.job import load_job
+        from ddpm_jax.generation.output import read_out
+        from ddpm_jax.run.process import choose_devices
+        from ddpm_jax.run.trained import with_images
+
         print_classes(self.run, sampler.labels)
-        if not join(self.hosts):
-            set_devices("sampling", images)
+        choose_devices(self.hosts, "sampling", images)
         out = read_out(self.out, files=[".png"], overwrite=self.overwrite)
         sampler = dataclasses.replace(sampler, guidance_scale=self.guidance_scale)
         job = load_job(Path(self.run), seed=self.seed, step=self.step, sampler=sampler)
         return job._replace(trained=with_images(job.trained, self.data)), out
 
 
-def _show(draw: Callable[[], Path], out: Output) -> None:
+def _show(draw: Callable[[], Path], out: "Output") -> None:
     """Draws the main picture of a command, copies it if a file is asked for, and prints where it is.
 
     Of several hosts, host 0 draws alone.
     """
+    from ddpm_jax.system.files import copy_file
+    from ddpm_jax.system.hosts import is_primary_host, wait_for_all
+
     if is_primary_host():
         picture = draw()
         report(picture if out.file is None else copy_file(picture, out.file))
@@ -147,7 +158,7 @@ def _show(draw: Callable[[], Path], out: Output) -> None:
 class ChainOptions(ModeOptions):
     """Options of the commands that run the chain of any sampler."""
 
-    sampler: edits.SamplerName = "ancestral"
+    sampler: SingleStepSampler = "ancestral"
     """Algorithm 2 of the paper, or DDIM (eta = 0)."""
     steps: int | None = None
     """Number of steps (default: all T). A requested t that the schedule skips is added as one extra step."""
@@ -164,12 +175,12 @@ class LabelOptions(ModeOptions):
     """Class by number or name, for class-conditional runs; if omitted, images are generated unconditionally. "help"
     prints the classes."""
 
-    def load(self, sampler: SamplerConfig, *, images: int) -> tuple[SamplingJob, Output]:
+    def load(self, sampler: SamplerConfig, *, images: int) -> "tuple[SamplingJob, Output]":
         """Loads the run to draw so many images at once, and checks where results go."""
         print_classes(self.run, [self.label])
         return super().load(sampler, images=images)
 
-    def number(self, job: SamplingJob) -> int | None:
+    def number(self, job: "SamplingJob") -> int | None:
         """Returns the number of the class, if one is given."""
         trained = job.trained
         classes = trained.config.model.num_classes
@@ -192,8 +203,10 @@ class ProgressiveOptions(ChainOptions):
 
 def progressive(options: ProgressiveOptions) -> None:
     """Draws the chain over time: x_t and the x_0 predicted from it, one sample per row (Fig. 6)."""
+    from ddpm_jax.generation.edits import draw_progressive
+
     job, out = options.load(dataclasses.replace(options.chain(), labels=options.labels), images=options.num)
-    draw = lambda: edits.draw_progressive(
+    draw = lambda: draw_progressive(
         job, out.folder, num=options.num, columns=options.columns, overwrite=options.overwrite
     )
     _show(draw, out)
@@ -211,8 +224,10 @@ class ShareOptions(ChainOptions, LabelOptions):
 
 def share(options: ShareOptions) -> None:
     """Draws images that share the latent x_t of one chain and differ from there on (Fig. 7)."""
+    from ddpm_jax.generation.edits import share_latents
+
     job, out = options.load(options.chain(), images=options.draws)
-    draw = lambda: edits.share_latents(
+    draw = lambda: share_latents(
         job,
         out.folder,
         t=options.t,
@@ -238,8 +253,10 @@ class ReconstructOptions(ChainOptions, LabelOptions):
 
 def reconstruct(options: ReconstructOptions) -> None:
     """Adds noise to an image up to t, and denoises it."""
+    from ddpm_jax.generation.edits import reconstruct_picture
+
     job, out = options.load(options.chain(), images=options.draws)
-    draw = lambda: edits.reconstruct_picture(
+    draw = lambda: reconstruct_picture(
         job,
         options.image,
         out.folder,
@@ -262,7 +279,7 @@ class InterpolateOptions(LabelOptions):
     sphere)."""
     num: int = 11
     """Number of images, both ends included."""
-    sampler: edits.SamplerName | None = None
+    sampler: SingleStepSampler | None = None
     """Algorithm 2 of the paper (only with --t), or DDIM with eta = 0 (default: ancestral with --t, ddim without)."""
     steps: int | None = None
     """Number of steps (default: with --t all T, without it 250 each way). A t that the schedule skips is added as one
@@ -271,9 +288,11 @@ class InterpolateOptions(LabelOptions):
 
 def interpolate(options: InterpolateOptions) -> None:
     """Interpolates between two images, at a timestep t or between their DDIM latents (Fig. 8)."""
-    sampler = edits.interpolation_sampler(options.t, options.sampler)
+    from ddpm_jax.generation.edits import interpolate_pictures, interpolation_sampler
+
+    sampler = interpolation_sampler(options.t, options.sampler)
     job, out = options.load(SamplerConfig(sampler=sampler, steps=options.steps), images=options.num)
-    draw = lambda: edits.interpolate_pictures(
+    draw = lambda: interpolate_pictures(
         job,
         options.images,
         out.folder,
@@ -301,8 +320,10 @@ class InpaintOptions(LabelOptions):
 
 def inpaint(options: InpaintOptions) -> None:
     """Repaints the black part of a mask in an image (RePaint)."""
+    from ddpm_jax.generation.edits import inpaint_picture
+
     job, out = options.load(SamplerConfig(steps=options.steps), images=options.draws)
-    draw = lambda: edits.inpaint_picture(
+    draw = lambda: inpaint_picture(
         job,
         options.image,
         options.mask,
@@ -323,13 +344,15 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+def prepare_to_sample() -> None:
+    from ddpm_jax.run.process import prepare
+
+    prepare("sampling")
+
+
 def main() -> None:
     """Runs the command that the first word names, or draws samples."""
-    fix_options()
-    silence_orbax()
-    set_flags("sampling")
-    use_compilation_cache()
-    run_command(COMMANDS, default=draw)
+    run_command(COMMANDS, default=draw, before=prepare_to_sample)
 
 
 if __name__ == "__main__":

@@ -11,23 +11,13 @@ if __name__ == "__main__":
 import dataclasses
 from pathlib import Path
 
-from ddpm_jax.data.check import check_data
-from ddpm_jax.data.sources import resolve
-from ddpm_jax.evaluation.during_training import scoring_during_training
-from ddpm_jax.run.build import build_network, image_shape
-from ddpm_jax.run.checkpoints import silence_orbax
 from ddpm_jax.run.command import parse_run
-from ddpm_jax.run.validation import validate, warnings_of
-from ddpm_jax.system.compilation_cache import use_compilation_cache
-from ddpm_jax.system.cpu import set_devices, set_flags
-from ddpm_jax.system.environment import fix_options
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.exits import exit_at_once, run_script
-from ddpm_jax.system.hosts import Hosts, join
+from ddpm_jax.system.host_options import Hosts
 from ddpm_jax.system.progress import report, say
-from ddpm_jax.training.diagnosis import find_not_finite
-from ddpm_jax.training.loop import train
-from ddpm_jax.training.summary import summary
+
+# What training needs is imported once the options are parsed: it takes a second, and --help needs none of it.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +39,17 @@ class Options:
 
 def main() -> None:
     options, config, folder = parse_run(Options, description=__doc__)
-    fix_options()
-    silence_orbax()
+    from ddpm_jax.data.check import check_data
+    from ddpm_jax.data.sources import resolve
+    from ddpm_jax.evaluation.during_training import scoring_during_training
+    from ddpm_jax.run.build import build_network, image_shape
+    from ddpm_jax.run.process import choose_devices, prepare
+    from ddpm_jax.run.validation import validate, warnings_of
+    from ddpm_jax.training.diagnosis import find_not_finite
+    from ddpm_jax.training.loop import train
+    from ddpm_jax.training.summary import summary
+
+    prepare("training")
     validate(config)
     config = dataclasses.replace(config, data=resolve(config.data))
     if options.summary:
@@ -66,11 +65,8 @@ def main() -> None:
         for line in check_data(config, run / "data.png"):
             report(line)
         return
-    set_flags("training")
-    use_compilation_cache()
-    if not join(options.hosts):
-        images = config.train.batch_size // config.train.grad_accum_steps
-        set_devices("training", images, asked=config.train.devices)
+    images = config.train.batch_size // config.train.grad_accum_steps
+    choose_devices(options.hosts, "training", images, asked=config.train.devices)
     for warning in warnings_of(config):
         say(f"warning: {warning}")
     if options.debug_nans:

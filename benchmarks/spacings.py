@@ -41,6 +41,7 @@ from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source
 from ddpm_jax.evaluation.quality import Classifier, own_frechet_distances
 from ddpm_jax.keys import image_keys
+from ddpm_jax.names import ScheduleName, Spacing
 from ddpm_jax.networks import predict_with
 from ddpm_jax.pixels import to_uint8
 from ddpm_jax.run.build import build_betas, image_shape
@@ -48,9 +49,9 @@ from ddpm_jax.run.trained import load_run
 from ddpm_jax.samplers import ancestral, ddim, multistep
 from ddpm_jax.samplers.chain import Sampler, initial_noise
 from ddpm_jax.samplers.dpm_solver import dpm_solver_pp_2m, dpm_solver_pp_2m_sde
-from ddpm_jax.samplers.respacing import Spacing, choose_timesteps, default_spacing, respace
+from ddpm_jax.samplers.respacing import choose_timesteps, default_spacing, respace
 from ddpm_jax.samplers.unipc import default_order, unipc
-from ddpm_jax.schedules import Schedule, ScheduleName, make_betas
+from ddpm_jax.schedules import Schedule, make_betas
 from ddpm_jax.system.errors import UserError
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"

@@ -16,11 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ddpm_jax.names import WIDEST
+
 Params = typing.Any
 """Arrays in nested dictionaries, by name."""
-
-WIDEST = 0.28
-"""Largest sigma_rel: beyond 0.289 no gamma >= 0 has it, and weights of the first steps would count most."""
 
 
 def gamma_of(sigma_rel: float) -> float:

@@ -10,11 +10,9 @@ import jax.scipy.special
 from jax import Array
 
 from ddpm_jax.forward import Gaussian, as_floats, at, per_image, q_marginal, q_posterior
-from ddpm_jax.reverse import Prediction, Reverse, Variance, p_mean_variance
+from ddpm_jax.names import Cdf, Prediction, Variance
+from ddpm_jax.reverse import Reverse, p_mean_variance
 from ddpm_jax.schedules import Schedule
-
-Cdf = typing.Literal["tanh", "erf"]
-"""The CDF of the normal distribution: the original code's tanh approximation, or the exact one."""
 
 
 def gaussian_kl(p: Gaussian, q: Gaussian) -> Array:

@@ -10,14 +10,17 @@ import typing
 from dataclasses import field
 from typing import Annotated
 
-from ddpm_jax.averages import WIDEST
-from ddpm_jax.bound import Cdf
-from ddpm_jax.losses import Weighting
-from ddpm_jax.reverse import Prediction, Variance
-from ddpm_jax.samplers.by_name import SamplerName
-from ddpm_jax.samplers.respacing import Spacing
-from ddpm_jax.schedules import ScheduleName
-from ddpm_jax.time_sampling import TimeSamplingName
+from ddpm_jax.names import (
+    WIDEST,
+    Cdf,
+    Prediction,
+    SamplerName,
+    ScheduleName,
+    Spacing,
+    TimeSamplingName,
+    Variance,
+    Weighting,
+)
 
 LossKind = typing.Literal["simple", "vlb", "hybrid"]
 Optimizer = typing.Literal["adam", "adamw", "muon"]

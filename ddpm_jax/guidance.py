@@ -9,7 +9,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ddpm_jax.forward import per_image
-from ddpm_jax.reverse import Predict, Variance, split_output
+from ddpm_jax.names import Variance
+from ddpm_jax.reverse import Predict, split_output
 from ddpm_jax.schedules import concrete, numbers
 
 PredictLabeled = Callable[[Array, Array, Array], Array]

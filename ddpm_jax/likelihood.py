@@ -16,10 +16,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ddpm_jax import keys as per_image_keys
-from ddpm_jax.bound import Cdf, prior_bits, reverse_bits
+from ddpm_jax.bound import prior_bits, reverse_bits
 from ddpm_jax.forward import as_floats, at, check_t, q_posterior, q_sample
 from ddpm_jax.losses import mean_squared_error
-from ddpm_jax.reverse import Predict, Prediction, Variance, p_mean_variance, predict_eps, split_output
+from ddpm_jax.names import Cdf, Prediction, Variance
+from ddpm_jax.reverse import Predict, p_mean_variance, predict_eps, split_output
 from ddpm_jax.schedules import Schedule, numbers
 
 

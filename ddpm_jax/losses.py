@@ -8,13 +8,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from ddpm_jax import keys as per_image_keys
-from ddpm_jax.bound import Cdf, bound_term
+from ddpm_jax.bound import bound_term
 from ddpm_jax.forward import as_floats, at, check_t, q_posterior, q_sample
-from ddpm_jax.reverse import Predict, Prediction, Variance, check_end, split_output
+from ddpm_jax.names import Cdf, Prediction, Variance, Weighting
+from ddpm_jax.reverse import Predict, check_end, split_output
 from ddpm_jax.schedules import Schedule
-
-Weighting = typing.Literal["none", "min_snr", "truncated_snr"]
-"""How the losses at different timesteps are weighted."""
 
 
 class LossInfo(typing.NamedTuple):

@@ -13,7 +13,8 @@ from jax import Array
 
 from ddpm_jax.guidance import guided
 from ddpm_jax.keys import make_key
-from ddpm_jax.reverse import Predict, Variance
+from ddpm_jax.names import Variance
+from ddpm_jax.reverse import Predict
 
 if typing.TYPE_CHECKING:
     from flax import nnx

@@ -9,16 +9,11 @@ import numpy as np
 from jax import Array
 
 from ddpm_jax.forward import as_floats, at, check_t, per_image, q_posterior
+from ddpm_jax.names import Prediction, Variance
 from ddpm_jax.schedules import Schedule, concrete
 
 Predict = Callable[[Array, Array], Array]
 """A network as the mathematics sees it: `predict(x_t, timesteps)`, (B, H, W, C) and (B,) to (B, H, W, C or 2C)."""
-
-Prediction = typing.Literal["eps", "x0", "v", "mean"]
-"""What the network predicts: the noise, the clean image, v, or the mean of x_{t-1}."""
-
-Variance = typing.Literal["fixed_small", "fixed_large", "learned", "learned_range"]
-r"""The variance of p(x_{t-1} | x_t): :math:`\tilde\beta_t`, :math:`\beta_t`, or predicted by the network."""
 
 LEARNED_VARIANCES = ("learned", "learned_range")
 

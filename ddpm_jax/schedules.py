@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import ArrayLike
 
-ScheduleName = typing.Literal["linear", "quad", "const", "warmup10", "warmup50", "jsd", "sigmoid", "cosine"]
+from ddpm_jax.names import ScheduleName
 
 
 def concrete(values: typing.Any) -> np.ndarray | None:

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ddpm_jax import keys as per_image_keys
-
-TimeSamplingName = typing.Literal["uniform", "antithetic", "loss_aware"]
+from ddpm_jax.names import TimeSamplingName
 
 
 class LossHistory(typing.NamedTuple):

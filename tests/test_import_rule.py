@@ -10,7 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 MATHEMATICS = {
     *("keys", "schedules", "forward", "reverse", "bound", "losses", "time_sampling", "likelihood", "pixels"),
-    *("guidance", "editing", "averages", "samplers"),
+    *("guidance", "editing", "averages", "samplers", "names"),
 }
 NETWORKS = MATHEMATICS | {"convolution", "unet", "networks"}
 GENERAL = NETWORKS | {"system", "config", "run", "data"}

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.generation.sampler_config import SamplerConfig, make_chain
+from ddpm_jax.generation.chains import make_chain
+from ddpm_jax.generation.sampler_config import SamplerConfig
 from ddpm_jax.interop.diffusers import read_folder, write_folder
 from ddpm_jax.run.trained import load_run
 from ddpm_jax.run.weights import checksum

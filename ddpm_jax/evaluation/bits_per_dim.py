@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ddpm_jax.bound import Cdf
 from ddpm_jax.config import Config
 from ddpm_jax.data.check import check_classes
 from ddpm_jax.data.fingerprint import fingerprint
@@ -47,6 +46,7 @@ from ddpm_jax.likelihood import (
     rate_distortion,
     strata,
 )
+from ddpm_jax.names import Cdf, Sigma
 from ddpm_jax.networks import Network, Params, predict_with
 from ddpm_jax.pixels import to_float
 from ddpm_jax.reverse import LEARNED_VARIANCES
@@ -56,9 +56,6 @@ from ddpm_jax.schedules import Schedule
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import short_name, write_json, write_whole
 from ddpm_jax.system.hosts import is_primary_host, wait_for_all
-
-Sigma = typing.Literal["model", "fixed_small", "fixed_large", "optimal"]
-"""Variance of the reverse steps: the model's own, a fixed one, or the one that minimizes the bound."""
 
 ESTIMATED_FROM = 512
 """Number of training images that optimal variances are estimated from; half of them if there are fewer than twice."""

@@ -16,8 +16,9 @@ from ddpm_jax.evaluation import scoring
 from ddpm_jax.evaluation.features import Extractor
 from ddpm_jax.evaluation.image_sets import open_npz
 from ddpm_jax.evaluation.scores import names_of_scores
+from ddpm_jax.generation.chains import make_chain
 from ddpm_jax.generation.job import SamplingJob, run_job
-from ddpm_jax.generation.sampler_config import SamplerConfig, make_chain
+from ddpm_jax.generation.sampler_config import SamplerConfig
 from ddpm_jax.generation.store import per_host
 from ddpm_jax.networks import Network
 from ddpm_jax.run.build import build_network, image_shape

@@ -19,6 +19,7 @@ from ddpm_jax.evaluation.frechet import Moments, moments
 from ddpm_jax.evaluation.image_sets import DAMAGE, ImageSet, members_of
 from ddpm_jax.evaluation.scores import MOST_REFERENCES, Statistics, evenly_spaced
 from ddpm_jax.generation.store import Parts
+from ddpm_jax.names import Form
 from ddpm_jax.system.errors import UserError, printable
 from ddpm_jax.system.files import (
     cache_folder,
@@ -32,9 +33,6 @@ from ddpm_jax.system.files import (
 from ddpm_jax.system.npy import read_npz
 from ddpm_jax.system.plain_pickle import read_dictionary
 from ddpm_jax.system.progress import say
-
-Form = typing.Literal["pytorch-fid", "adm", "clean-fid", "edm2"]
-"""Whose evaluator reads a file of statistics."""
 
 _DAMAGE = (
     *DAMAGE,

@@ -17,7 +17,8 @@ from jax import Array
 from jax.sharding import Mesh
 
 from ddpm_jax.config import Config
-from ddpm_jax.generation.sampler_config import SamplerConfig, labels_of, make_chain
+from ddpm_jax.generation.chains import labels_of, make_chain
+from ddpm_jax.generation.sampler_config import SamplerConfig
 from ddpm_jax.networks import Network, Params
 from ddpm_jax.pixels import to_uint8
 from ddpm_jax.run.build import image_shape, matmul_precision

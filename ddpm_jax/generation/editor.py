@@ -18,8 +18,9 @@ from ddpm_jax.config import DataConfig
 from ddpm_jax.data.decode import open_picture, to_array
 from ddpm_jax.editing import ChainStart, between, branch, encode, mix, mix_latents, repaint, unused_keys
 from ddpm_jax.generation.batches import STEPS_PER_CALL, Driver, Program, Watch, cut
+from ddpm_jax.generation.chains import labels_of, make_chain, spacing_of
 from ddpm_jax.generation.job import SamplingJob
-from ddpm_jax.generation.sampler_config import SamplerConfig, labels_of, make_chain, spacing_of
+from ddpm_jax.generation.sampler_config import SamplerConfig
 from ddpm_jax.generation.store import missing_ranges
 from ddpm_jax.keys import image_keys, make_key
 from ddpm_jax.networks import Params, predict_with

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import math
 import re
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,13 @@ from ddpm_jax.generation.editor import Editor, read_mask
 from ddpm_jax.generation.job import SamplingJob
 from ddpm_jax.generation.sampler_config import check_unlabeled, number_of_class
 from ddpm_jax.keys import make_key
+from ddpm_jax.names import SingleStepSampler
 from ddpm_jax.pixels import to_uint8
 from ddpm_jax.run.build import image_shape
 from ddpm_jax.run.weights import checksum
 from ddpm_jax.system import pictures
 from ddpm_jax.system.errors import Damage, UserError
 from ddpm_jax.system.files import claimed, crc32, job_differences, read_json, short_name, write_json
-
-SamplerName = typing.Literal["ancestral", "ddim"]
-"""The samplers whose chains can start in the middle: those of single steps."""
 
 _MOST = 64  # rows or columns of one picture
 _SIDE = 1024  # pixels that a small picture is enlarged to
@@ -201,7 +198,7 @@ def reconstruct_picture(
     return folder / "row.png"
 
 
-def interpolation_sampler(t: int | None, sampler: SamplerName | None) -> SamplerName:
+def interpolation_sampler(t: int | None, sampler: SingleStepSampler | None) -> SingleStepSampler:
     """Returns the sampler of `interpolate_pictures`: the requested one, or the default for t.
 
     Args:

@@ -21,14 +21,8 @@ from PIL import Image
 
 from ddpm_jax.config import Config
 from ddpm_jax.generation.batches import STEPS_PER_CALL, Driver, Program, Watch, cut
-from ddpm_jax.generation.sampler_config import (
-    SamplerConfig,
-    cycle_of,
-    default_columns,
-    labels_of,
-    make_chain,
-    number_of_class,
-)
+from ddpm_jax.generation.chains import labels_of, make_chain
+from ddpm_jax.generation.sampler_config import SamplerConfig, cycle_of, default_columns, number_of_class
 from ddpm_jax.generation.store import (
     Parts,
     StoredImages,
@@ -39,6 +33,7 @@ from ddpm_jax.generation.store import (
     wait_for_hosts,
 )
 from ddpm_jax.keys import image_keys, make_key
+from ddpm_jax.names import Format
 from ddpm_jax.networks import Network
 from ddpm_jax.pixels import to_uint8
 from ddpm_jax.run.build import image_shape
@@ -58,9 +53,6 @@ from ddpm_jax.system.files import (
 )
 from ddpm_jax.system.hosts import is_primary_host, of_primary_host
 from ddpm_jax.system.progress import Progress, say
-
-Format = typing.Literal["grid", "png", "npz", "gif"]
-"""How images are shown: one picture of all, one picture each, not at all, or the reverse process of all."""
 
 _GIF_FRAMES = 50
 _GIF_SECONDS, _GIF_PAUSE = 0.06, 2.0

@@ -9,10 +9,8 @@ from ddpm_jax.interop import openai, original
 from ddpm_jax.interop.files import Arrays, read_arrays, read_npz
 from ddpm_jax.interop.flags import parse_flags
 from ddpm_jax.interop.pretrained import Pretrained
+from ddpm_jax.names import Program
 from ddpm_jax.system.errors import UserError, printable
-
-Program = typing.Literal["improved-diffusion", "guided-diffusion"]
-"""Programs whose checkpoints have the same names, and different defaults."""
 
 
 class Released(typing.NamedTuple):

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, LossConfig, ModelConfig, TrainConfig
-from ddpm_jax.reverse import LEARNED_VARIANCES, Prediction, Variance
-from ddpm_jax.samplers.respacing import Spacing
-from ddpm_jax.schedules import ScheduleName, make_betas
+from ddpm_jax.names import Prediction, ScheduleName, Spacing, Variance
+from ddpm_jax.reverse import LEARNED_VARIANCES
+from ddpm_jax.schedules import make_betas
 from ddpm_jax.system.errors import UserError
 
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}

@@ -16,9 +16,8 @@ from ddpm_jax.interop.files import Arrays
 from ddpm_jax.interop.flags import Flags, merge_flags
 from ddpm_jax.interop.layouts import Converter
 from ddpm_jax.interop.pretrained import Pretrained
+from ddpm_jax.names import Prediction, ScheduleName, Variance
 from ddpm_jax.networks import Params
-from ddpm_jax.reverse import Prediction, Variance
-from ddpm_jax.schedules import ScheduleName
 from ddpm_jax.system.errors import UserError
 
 FLAGS: Flags = {

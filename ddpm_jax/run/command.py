@@ -18,8 +18,6 @@ import tyro
 from ddpm_jax.config import Config
 from ddpm_jax.run.experiments import load_config
 from ddpm_jax.run.fields import Leaf, describe, leaves, nearest
-from ddpm_jax.run.pretrained import is_pretrained, load_pretrained_config
-from ddpm_jax.run.record import is_run, read_to_resume
 from ddpm_jax.system.errors import UserError
 
 Options = typing.TypeVar("Options")
@@ -118,18 +116,24 @@ def parse_run(
         if words == given:
             raise
     _refuse_value_of_flag(file)
-    folder = None
-    if is_pretrained(Path(file)):
-        found = load_pretrained_config(Path(file))
-        config = dataclasses.replace(found, train=dataclasses.replace(found.train, init_from=file))
-    elif is_run(Path(file)):
-        folder = Path(file)
-        config = read_to_resume(folder)
-    else:
-        config = load_config(file)
+    config, folder = _load(file) if Path(file).is_dir() else (load_config(file), None)
     defaults = run(config_or_run=file, config=config)
     read = _parse(run, given, known, description=description, default=defaults)
     return RunCommand(read.options, read.config, folder)
+
+
+def _load(folder: str) -> tuple[Config, Path | None]:
+    """Returns the configuration that a folder stands for, and the folder if it is that of a run."""
+    # They need JAX: --help and most mistakes come before it is imported.
+    from ddpm_jax.run.pretrained import is_pretrained, load_pretrained_config
+    from ddpm_jax.run.record import is_run, read_to_resume
+
+    if is_pretrained(Path(folder)):
+        found = load_pretrained_config(Path(folder))
+        return dataclasses.replace(found, train=dataclasses.replace(found.train, init_from=folder)), None
+    if is_run(Path(folder)):
+        return read_to_resume(Path(folder)), Path(folder)
+    return load_config(folder), None
 
 
 _CONFIG_OR_RUN = (
@@ -142,7 +146,11 @@ Command = Callable[[Any], None]
 
 
 def run_command(
-    commands: Mapping[str, Command], arguments: Sequence[str] | None = None, *, default: Command | None = None
+    commands: Mapping[str, Command],
+    arguments: Sequence[str] | None = None,
+    *,
+    default: Command | None = None,
+    before: Callable[[], None] = lambda: None,
 ) -> None:
     """Runs the command that the first word names; prints the list of commands for `--help`.
 
@@ -150,6 +158,7 @@ def run_command(
       commands: by name.
       arguments: the words after the script's name; those of this process if None.
       default: runs if the first word names no command; if None, there must be a command.
+      before: runs before the command, once its options are parsed.
 
     Raises:
       UserError: as `parse_options`; or there is no such command, and the message names the nearest.
@@ -160,7 +169,7 @@ def run_command(
         words = ["--help"]
     name, second = [*words, "", ""][:2]
     if name in commands:
-        _run(commands[name], words[1:], program=f"{program} {name}")
+        _run(commands[name], words[1:], before, program=f"{program} {name}")
         return
     if name in ("-h", "--help"):
         print(f"usage: {program} COMMAND RUN [options]      ({program} COMMAND --help lists them)\n")
@@ -174,12 +183,14 @@ def run_command(
     elif default is None or (second and not name.startswith("-") and not second.startswith("-")):
         hint = nearest(name, commands) or f": choose {', '.join(commands)}"
         raise UserError(f"there is no command {name!r}{hint}")
-    _run(default, words, program=program)
+    _run(default, words, before, program=program)
 
 
-def _run(command: Command, words: Sequence[str], *, program: str) -> None:
+def _run(command: Command, words: Sequence[str], before: Callable[[], None], *, program: str) -> None:
     kind = typing.get_type_hints(command)["options"]
-    command(parse_options(kind, words, description=inspect.getdoc(command) or "", program=program))
+    options = parse_options(kind, words, description=inspect.getdoc(command) or "", program=program)
+    before()
+    command(options)
 
 
 def _words(arguments: Sequence[str] | None) -> list[str]:

@@ -14,6 +14,7 @@ from ddpm_jax.networks import Network, Params
 from ddpm_jax.run.build import build_network, check_params
 from ddpm_jax.run.checkpoints import load_ema
 from ddpm_jax.run.experiments import load_config
+from ddpm_jax.run.image_options import Images
 from ddpm_jax.run.pretrained import LOOKED_FOR, is_pretrained, load_pretrained
 from ddpm_jax.run.record import is_run, read_config, read_run
 from ddpm_jax.run.validation import validate
@@ -82,17 +83,6 @@ def _load_pretrained(folder: Path, step: int | None) -> TrainedRun:
     check_params(network, found.params, "the weights", f"the configuration of {folder}", "get both from one source")
     params = jax.device_put(found.params, jax.local_devices()[0])  # as those of a run
     return TrainedRun(found.config, network, params, found.step, folder, found.class_names)
-
-
-@dataclasses.dataclass(frozen=True)
-class Images:
-    """Options of commands that read a run's images."""
-
-    path: str | None = None
-    """Where the run's images are, if they have moved since it was trained; or the images to use with another program's
-    model: a folder, unless --data.config says otherwise."""
-    config: str | None = None
-    """For a model of another program: the config file, or the run, whose data section describes the images."""
 
 
 def with_images(trained: TrainedRun, images: Images) -> TrainedRun:

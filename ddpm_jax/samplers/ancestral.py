@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ddpm_jax.reverse import Clip, Predict, Prediction, Reverse, Variance, p_mean_variance, p_sample
+from ddpm_jax.names import Prediction, Variance
+from ddpm_jax.reverse import Clip, Predict, Reverse, p_mean_variance, p_sample
 from ddpm_jax.samplers.chain import Chain, ChainInfo, Sampler, step_noise
 from ddpm_jax.samplers.respacing import check_prediction, shorten, skips_timesteps
 from ddpm_jax.schedules import Schedule

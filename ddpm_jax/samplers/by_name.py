@@ -1,17 +1,17 @@
 """Samplers by name and number of steps, as the scripts make them."""
 
 import difflib
-import typing
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import Array
 from numpy.typing import ArrayLike
 
-from ddpm_jax.reverse import Clip, Predict, Prediction, Variance, predict_x0, split_output
+from ddpm_jax.names import EpsAfterClipping, Prediction, Variance
+from ddpm_jax.reverse import Clip, Predict, predict_x0, split_output
 from ddpm_jax.samplers.ancestral import ancestral
 from ddpm_jax.samplers.chain import Sampler
-from ddpm_jax.samplers.ddim import EpsAfterClipping, ddim
+from ddpm_jax.samplers.ddim import ddim
 from ddpm_jax.samplers.dpm_solver import dpm_solver_pp_2m, dpm_solver_pp_2m_sde
 from ddpm_jax.samplers.respacing import check_prediction, choose_timesteps, default_spacing, respace, skips_timesteps
 from ddpm_jax.samplers.unipc import unipc
@@ -26,8 +26,6 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
 }
 """Functions from (schedule, predict, *, prediction, variance, clip_x0) to a `Sampler`; "ddim" also takes `eta` and
 `eps_after_clipping`."""
-
-SamplerName = typing.Literal["ancestral", "ddim", "dpm++2m", "dpm++2m_sde", "unipc"]
 
 
 def make_sampler(

@@ -9,21 +9,17 @@ that can be run in both directions.
 (2, 4, 4, 1)
 """
 
-import typing
-
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from ddpm_jax.forward import as_floats, at, per_image, where_positive
-from ddpm_jax.reverse import Clip, Predict, Prediction, Variance, clip, from_x0, predict_eps, predict_x0, split_output
+from ddpm_jax.names import EpsAfterClipping, Prediction, Variance
+from ddpm_jax.reverse import Clip, Predict, clip, from_x0, predict_eps, predict_x0, split_output
 from ddpm_jax.samplers.chain import Chain, ChainInfo, Sampler, step_noise
 from ddpm_jax.samplers.respacing import check_prediction, shorten
 from ddpm_jax.schedules import Schedule, concrete
-
-EpsAfterClipping = typing.Literal["recompute", "network"]
-"""How DDIM gets eps after x0 is clipped: recomputed from the clipped x0, or the network's own."""
 
 
 def ddim(

@@ -18,7 +18,8 @@ computed in float64 when the sampler is made; a step is a weighted sum of a few 
 
 import numpy as np
 
-from ddpm_jax.reverse import Clip, Predict, Prediction, Variance
+from ddpm_jax.names import Prediction, Variance
+from ddpm_jax.reverse import Clip, Predict
 from ddpm_jax.samplers.chain import Sampler
 from ddpm_jax.samplers.multistep import Combination, multistep, path
 from ddpm_jax.samplers.respacing import shorten

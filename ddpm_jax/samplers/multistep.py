@@ -8,7 +8,8 @@ import numpy as np
 from jax import Array
 
 from ddpm_jax.forward import as_floats
-from ddpm_jax.reverse import Clip, Predict, Prediction, Variance, clip, predict_x0, split_output
+from ddpm_jax.names import Prediction, Variance
+from ddpm_jax.reverse import Clip, Predict, clip, predict_x0, split_output
 from ddpm_jax.samplers.chain import Chain, ChainInfo, Sampler, step_noise
 from ddpm_jax.samplers.respacing import check_prediction
 from ddpm_jax.schedules import Schedule, exact_log_alphas

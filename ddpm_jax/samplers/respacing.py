@@ -18,11 +18,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ddpm_jax.reverse import Prediction, check_end
+from ddpm_jax.names import Prediction, Spacing
+from ddpm_jax.reverse import check_end
 from ddpm_jax.schedules import Schedule, concrete, exact_log_alphas, numbers, schedule_from_log_alphas
-
-Spacing = typing.Literal["linspace", "leading", "trailing", "quadratic", "cubic", "log_snr", "karras"]
-"""How the timesteps of a shorter chain are chosen."""
 
 # Below it there is almost no signal, and the last timesteps of the cosine schedule would crowd there.
 _LEAST_LOG_SNR = 2 * -5.1

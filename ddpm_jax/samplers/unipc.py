@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-from ddpm_jax.reverse import Clip, Predict, Prediction, Variance
+from ddpm_jax.names import Prediction, Variance
+from ddpm_jax.reverse import Clip, Predict
 from ddpm_jax.samplers.chain import Sampler
 from ddpm_jax.samplers.multistep import Combination, Correction, Path, multistep, path
 from ddpm_jax.samplers.respacing import shorten

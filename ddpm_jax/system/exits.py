@@ -7,13 +7,13 @@ import os
 import re
 import sys
 import traceback
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ddpm_jax.system import interrupts
 from ddpm_jax.system.errors import Stopped, UserError, printable
-from ddpm_jax.system.hosts import LOST, are_joined, end_all, is_loss_of_a_host
 
 
 def exit_at_once(status: int) -> NoReturn:
@@ -86,7 +86,8 @@ def run_script(main: Callable[[], int | None], *, give_up: Callable[[int], NoRet
             status = ending.code
         sys.stdout.flush()
     except UserError as error:
-        line = LOST if are_joined() and is_loss_of_a_host(error) else _one_line(error)
+        hosts = _joined()
+        line = hosts.LOST if hosts and hosts.is_loss_of_a_host(error) else _one_line(error)
         print(f"{program}: error: {line}", file=sys.stderr)
         status = 2
     except Stopped as stop:
@@ -100,8 +101,9 @@ def run_script(main: Callable[[], int | None], *, give_up: Callable[[int], NoRet
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except Exception as error:
-        line = LOST if are_joined() and is_loss_of_a_host(error) else _line_of(error)
-        if not line and not are_joined():
+        hosts = _joined()
+        line = hosts.LOST if hosts and hosts.is_loss_of_a_host(error) else _line_of(error)
+        if not line and not hosts:
             raise
         if line:
             status = 2
@@ -109,11 +111,17 @@ def run_script(main: Callable[[], int | None], *, give_up: Callable[[int], NoRet
         else:
             traceback.print_exc()
             line, status = f"{type(error).__name__}: {_one_line(error)}", 1
-    if (line or status in (1, 2)) and are_joined():
-        end_all(line, status)
+    if (line or status in (1, 2)) and (hosts := _joined()):
+        hosts.end_all(line, status)
     if status == 2:
         give_up(status)
     sys.exit(status)
+
+
+def _joined() -> types.ModuleType | None:
+    """Returns `system.hosts`, if this process has joined others; it needs JAX, so it is not imported for that."""
+    hosts = sys.modules.get("ddpm_jax.system.hosts")
+    return hosts if hosts is not None and hosts.are_joined() else None
 
 
 def _prepare_streams() -> None:

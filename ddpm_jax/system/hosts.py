@@ -6,7 +6,6 @@ Built on `jax.distributed`. Every host runs the same program; the primary one, h
 import atexit
 import collections
 import contextlib
-import dataclasses
 import functools
 import importlib.util
 import os
@@ -28,28 +27,13 @@ from jax.experimental import multihost_utils
 from numpy.typing import ArrayLike
 
 from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.host_options import Hosts
 from ddpm_jax.system.mesh import batch_sharding, make_mesh, replicated
 from ddpm_jax.system.progress import be_silent
 
 _LONGEST_LINE = 1000
 _MOST_AXES = 4
 _SECONDS_TO_APPEAR = 60
-
-
-@dataclasses.dataclass(frozen=True)
-class Hosts:
-    """Many hosts; on TPU pods, under srun and under mpirun these are detected automatically."""
-
-    coordinator: str = ""
-    """HOST:PORT of host 0, the same on every host; any free port."""
-    count: int = 0
-    """Number of hosts; 1: this host alone, even where more are detected."""
-    index: int | None = None
-    """Index of this host, 0 to count - 1."""
-    timeout: int = 300
-    """Seconds to wait until all hosts have joined."""
-    silence: int = 60
-    """If a host is silent for this many seconds, the others exit with an error."""
 
 
 def check(hosts: Hosts) -> None:

@@ -6,7 +6,8 @@ from jax import Array
 
 from ddpm_jax.config import LossConfig
 from ddpm_jax.losses import l_hybrid, l_simple, l_vlb, snr_weights
-from ddpm_jax.reverse import Predict, Prediction, Variance
+from ddpm_jax.names import Prediction, Variance
+from ddpm_jax.reverse import Predict
 from ddpm_jax.schedules import Schedule
 
 Objective = Callable[[Array, Predict, Array, Array], Array]

@@ -10,9 +10,10 @@ import pytest
 from ddpm_jax import editing
 from ddpm_jax.data.sources import load_held_out
 from ddpm_jax.evaluation.figures import real_images
+from ddpm_jax.generation.chains import make_chain
 from ddpm_jax.generation.editor import Editor
 from ddpm_jax.generation.job import SamplingJob, run_job
-from ddpm_jax.generation.sampler_config import SamplerConfig, make_chain
+from ddpm_jax.generation.sampler_config import SamplerConfig
 from ddpm_jax.pixels import to_float, to_uint8
 from ddpm_jax.run.build import build_betas, build_schedule
 from ddpm_jax.samplers.ancestral import ancestral

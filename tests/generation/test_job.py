@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from ddpm_jax.config import DataConfig
+from ddpm_jax.generation.chains import make_chain
 from ddpm_jax.generation.job import SamplingJob, default_folder, describe_job, load_job, run_job
-from ddpm_jax.generation.sampler_config import SamplerConfig, make_chain
+from ddpm_jax.generation.sampler_config import SamplerConfig
 from ddpm_jax.generation.store import StoredImages
 from ddpm_jax.pixels import to_uint8
 from ddpm_jax.run.record import save_config

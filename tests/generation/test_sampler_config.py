@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from ddpm_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig
-from ddpm_jax.generation.sampler_config import SamplerConfig, default_columns, labels_of, make_chain, number_of_class
+from ddpm_jax.generation.chains import labels_of, make_chain
+from ddpm_jax.generation.sampler_config import SamplerConfig, default_columns, number_of_class
 from ddpm_jax.networks import Network
 from ddpm_jax.run.build import build_network
 from ddpm_jax.samplers.chain import sample

@@ -4,7 +4,10 @@ import dataclasses
 import io
 import itertools
 import re
+import subprocess
+import sys
 import typing
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -313,3 +316,16 @@ def test_help_lists_the_commands(capsys):
     run_command({"draw": draw}, ["--help"])
     assert re.search(r"draw +Draws samples\.", capsys.readouterr().out)
     assert "RUN" in help_of(capsys, lambda *words: run_command({}, words, default=draw), "--help")
+
+
+@pytest.mark.parametrize(
+    "words", ["train.py --help", "sample.py --help", "evaluate.py fid --help", "sample.py runs/none --stepz 3"]
+)
+def test_help_and_mistakes_need_no_jax(words):
+    """It takes half a second to import, and the rest as long again."""
+    program = f"import runpy, sys; sys.argv = {words.split()}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    watched = f"import atexit, sys; atexit.register(lambda: print({{'jax', 'numpy'}} & {{*sys.modules}})); {program}"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", watched], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == (0 if "--help" in words else 2)
+    assert done.stdout.splitlines()[-1] == "set()"

@@ -41,21 +41,27 @@ def test_an_interrupt_is_not_dropped(interrupted):
     assert (done.returncode, done.stderr) == (130, "-c: interrupted\n")
 
 
-# Interrupts itself when the script begins to import NumPy.
+# Interrupts itself when the script begins to import a module.
 IMPORTING = """
 import builtins, os, runpy, signal, sys
 real = builtins.__import__
 def watched(name, *rest):
-    if name == "numpy":
+    if name == {module!r}:
         os.kill(os.getpid(), signal.SIGINT)
     return real(name, *rest)
 builtins.__import__ = watched
-runpy.run_path({script!r}, run_name="__main__")
+sys.argv = {words!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py"])
-def test_an_interrupt_while_a_script_imports_ends_it_without_a_traceback(script):
-    program = IMPORTING.format(script=str(SCRIPTS / script))
+@pytest.mark.parametrize(
+    ("module", "ending"), [("tyro", (-signal.SIGINT, "")), ("numpy", (130, "SCRIPT: interrupted\n"))]
+)
+@pytest.mark.parametrize("words", ["train.py", "sample.py runs/none", "evaluate.py likelihood runs/none"])
+def test_an_interrupt_while_a_script_imports_ends_it_without_a_traceback(words, module, ending):
+    """Before its options are parsed, and after."""
+    script, *rest = words.split()
+    program = IMPORTING.format(module=module, words=[str(SCRIPTS / script), *rest])
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
-    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+    assert (done.returncode, done.stderr.replace(script, "SCRIPT")) == ending
