@@ -448,8 +448,8 @@ COMMANDS: dict[str, Command] = {
 
 
 def prepare_to_evaluate() -> None:
-    from ddpm_jax.run.process import prepare
-
+    with interrupts.ending_at_once():
+        from ddpm_jax.run.process import prepare
     prepare("sampling")
 
 

@@ -345,8 +345,8 @@ COMMANDS: dict[str, Command] = {
 
 
 def prepare_to_sample() -> None:
-    from ddpm_jax.run.process import prepare
-
+    with interrupts.ending_at_once():
+        from ddpm_jax.run.process import prepare
     prepare("sampling")
 
 

@@ -39,16 +39,16 @@ class Options:
 
 def main() -> None:
     options, config, folder = parse_run(Options, description=__doc__)
-    from ddpm_jax.data.check import check_data
-    from ddpm_jax.data.sources import resolve
-    from ddpm_jax.evaluation.during_training import scoring_during_training
-    from ddpm_jax.run.build import build_network, image_shape
-    from ddpm_jax.run.process import choose_devices, prepare
-    from ddpm_jax.run.validation import validate, warnings_of
-    from ddpm_jax.training.diagnosis import find_not_finite
-    from ddpm_jax.training.loop import train
-    from ddpm_jax.training.summary import summary
-
+    with interrupts.ending_at_once():
+        from ddpm_jax.data.check import check_data
+        from ddpm_jax.data.sources import resolve
+        from ddpm_jax.evaluation.during_training import scoring_during_training
+        from ddpm_jax.run.build import build_network, image_shape
+        from ddpm_jax.run.process import choose_devices, prepare
+        from ddpm_jax.run.validation import validate, warnings_of
+        from ddpm_jax.training.diagnosis import find_not_finite
+        from ddpm_jax.training.loop import train
+        from ddpm_jax.training.summary import summary
     prepare("training")
     validate(config)
     config = dataclasses.replace(config, data=resolve(config.data))

@@ -55,13 +55,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(
-    ("module", "ending"), [("tyro", (-signal.SIGINT, "")), ("numpy", (130, "SCRIPT: interrupted\n"))]
-)
+@pytest.mark.parametrize("module", ["tyro", "numpy"])
 @pytest.mark.parametrize("words", ["train.py", "sample.py runs/none", "evaluate.py likelihood runs/none"])
-def test_an_interrupt_while_a_script_imports_ends_it_without_a_traceback(words, module, ending):
+def test_an_interrupt_while_a_script_imports_ends_it_without_a_traceback(words, module):
     """Before its options are parsed, and after."""
     script, *rest = words.split()
     program = IMPORTING.format(module=module, words=[str(SCRIPTS / script), *rest])
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
-    assert (done.returncode, done.stderr.replace(script, "SCRIPT")) == ending
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
