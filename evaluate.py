@@ -187,7 +187,9 @@ def report_page(options: ReportOptions) -> None:
     """Writes one HTML file about one or more runs: configuration, curves, samples, reverse process, scores, files."""
     from ddpm_jax.evaluation.report.page import write_report
     from ddpm_jax.generation.output import Output, read_out
+    from ddpm_jax.run.process import choose_devices
 
+    choose_devices(Hosts(count=1), "sampling", 16)  # it draws up to 16 images at once
     runs = [Path(run) for run in options.runs]
     out = read_out(options.out, files=[".html"], overwrite=options.overwrite)
     in_run = out == Output(None, None) and len(runs) == 1

@@ -44,5 +44,8 @@ Form = typing.Literal["pytorch-fid", "adm", "clean-fid", "edm2"]
 Program = typing.Literal["improved-diffusion", "guided-diffusion"]
 """Programs whose checkpoints have the same names, and different defaults."""
 
+DrawReverse = typing.Literal["auto", "always", "never"]
+"""Whether a report draws the reverse process: if it takes at most about two minutes, in any case, or not at all."""
+
 WIDEST = 0.28
 """Largest sigma_rel of `averages`: beyond 0.289 no gamma >= 0 has it, and the first steps would count most."""

@@ -17,7 +17,8 @@ from ddpm_jax.evaluation.report import commands
 from ddpm_jax.evaluation.report.charts import MOST_POINTS, make_charts
 from ddpm_jax.evaluation.report.contents import Contents, Score, fields_of, read_contents, series
 from ddpm_jax.evaluation.report.embedded import MOST_PIXELS
-from ddpm_jax.evaluation.report.reverse_process import Drawing, ReverseProcess, draw_reverse, read_reverse
+from ddpm_jax.evaluation.report.reverse_process import ReverseProcess, draw_reverse, read_reverse
+from ddpm_jax.names import DrawReverse
 from ddpm_jax.networks import parameter_shapes
 from ddpm_jax.run.build import build_network
 from ddpm_jax.run.record import read_run
@@ -41,7 +42,7 @@ class _Run(typing.NamedTuple):
     """Why the reverse process is not as it was asked for; empty if it is."""
 
 
-def write_report(folders: Sequence[Path], out: Path, *, seed: int = 0, drawing: Drawing = "auto") -> Path:
+def write_report(folders: Sequence[Path], out: Path, *, seed: int = 0, drawing: DrawReverse = "auto") -> Path:
     """Writes the page of one or more runs.
 
     It shows their configurations, curves, grids over training, reverse processes, scores, files and commands; what a
@@ -88,7 +89,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [printable(name) for name in names]
 
 
-def _described(contents: Contents, *, seed: int, drawing: Drawing) -> _Run:
+def _described(contents: Contents, *, seed: int, drawing: DrawReverse) -> _Run:
     try:
         shapes = parameter_shapes(build_network(read_run(contents.folder)))
         parameters = f"{sum(leaf.size for leaf in jax.tree.leaves(shapes)):,}"

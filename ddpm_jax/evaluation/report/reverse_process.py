@@ -11,15 +11,13 @@ from ddpm_jax.generation import edits
 from ddpm_jax.generation.editor import Editor
 from ddpm_jax.generation.job import SamplingJob
 from ddpm_jax.generation.sampler_config import SamplerConfig
+from ddpm_jax.names import DrawReverse
 from ddpm_jax.pixels import to_uint8
 from ddpm_jax.run.build import image_shape
 from ddpm_jax.run.trained import TrainedRun
 from ddpm_jax.system import pictures
 from ddpm_jax.system.errors import Damage, UserError
 from ddpm_jax.training.speed import forward_flops
-
-Drawing = typing.Literal["auto", "always", "never"]
-"""Whether a page draws the reverse process: if it takes at most about two minutes, in any case, or not at all."""
 
 _STEPS, _FRAMES = 50, 25
 _MOST_SECONDS = 120
@@ -47,7 +45,7 @@ class ReverseProcess(typing.NamedTuple):
     """How it was drawn."""
 
 
-def draw_reverse(trained: TrainedRun, *, seed: int, drawing: Drawing = "auto") -> ReverseProcess:
+def draw_reverse(trained: TrainedRun, *, seed: int, drawing: DrawReverse = "auto") -> ReverseProcess:
     """Draws the first images of a sampling job, with x_t and the predicted x_0 on the way to them.
 
     It takes 16 images (4 if they are larger than 64 pixels) and 50 steps of DDIM, T at most.
