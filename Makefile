@@ -2,8 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Compiled programs, kept from one start to the next; it may be empty.
-export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-short test-slow faults lint types clean
@@ -21,12 +19,12 @@ $(VENV)/installed-test: $(VENV)/installed requirements-test.txt
 	$(PIP) -r requirements-test.txt
 	touch $@
 
-# XLA runs small convolutions on one core: as two devices, two cores share each batch.
-demo: export XLA_FLAGS := --xla_force_host_platform_device_count=2 $(XLA_FLAGS)
 demo: $(VENV)/installed           ## train on scikit-learn's digits, then sample: minutes on two CPU cores
 	$(BIN)/python train.py configs/digits.py
 	$(BIN)/python sample.py runs/digits --num 64
 
+# Compiled programs, kept from one run of the tests to the next; it may be empty.
+test test-short test-slow faults: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 test: $(VENV)/installed-test      ## all tests and doctests
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 

@@ -1,6 +1,6 @@
 """The tables of docs/results/digits.md: bits/dim of the digits by loss and variance, and quality by sampler and steps.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=2 python benchmarks/digits_tables.py
+    python benchmarks/digits_tables.py
 
 Trains one run per loss (three, minutes each), then evaluates them: about two hours on two CPU cores. Run it again to
 resume: every command that it calls resumes. Writes docs/results/digits_bits.csv, digits_quality.csv and its plot.

@@ -1,7 +1,7 @@
 """Fashion-MNIST, 28x28, grayscale, on two CPU cores in about two hours: 60,000 real images from a Debian package.
 
     apt-get install dataset-fashion-mnist
-    XLA_FLAGS=--xla_force_host_platform_device_count=2 python train.py configs/fashion_mnist_cpu.py
+    python train.py configs/fashion_mnist_cpu.py
 
 Not from the paper: a U-Net with 1.1M parameters, the paper's diffusion, and a higher learning rate. The final loss is
 0.040; docs/results/fashion_mnist.md has bits/dim, samples and the loss curve. No flips: the shoes in this set all point
