@@ -179,7 +179,7 @@ def test_the_reverse_process_ends_in_the_samples_of_the_job(runs, run):
 
 
 def test_what_would_take_long_is_not_drawn_unasked(runs, run, tmp_path):
-    config = runs.make_config(data=DataConfig("folder", str(tmp_path), height=2048, width=2048, channels=3))
+    config = runs.make_config(data=DataConfig("folder", str(tmp_path), height=16384, width=16384, channels=3))
     with pytest.raises(UserError, match=r"about \d+ minutes on this machine \(4 images, 12 steps\).*--reverse always$"):
         draw_reverse(runs.make_trained(config), seed=0)
     assert read_reverse(run) is None

@@ -37,6 +37,8 @@ class Score(typing.NamedTuple):
 
     kind: str
     """What was evaluated, the heading of a table."""
+    step: int
+    """Training step of the weights; 0 if it is not known."""
     values: dict[str, str]
     """The results by their names."""
     protocol: dict[str, str]
@@ -87,8 +89,8 @@ class Contents(typing.NamedTuple):
     """All that is in the folder."""
     num_bytes: int
     """Size of the folder."""
-    commands: list[tuple[str, str]]
-    """What made it: (what for, command)."""
+    commands: dict[str, list[str]]
+    """What made it: commands by what they are for."""
     notices: list[str]
     """What could not be read."""
 
@@ -138,12 +140,12 @@ def read_contents(folder: Path, *, name: str) -> Contents:
         scores=sorted(scores, key=lambda score: score.kind),
         files=files,
         num_bytes=num_bytes,
-        commands=[
-            *([("train", train)] if train else []),
-            ("resume", f"python train.py {commands.quoted(folder)}"),
-            *(("sample", command) for command in dict.fromkeys(reader.commands)),
-            *(("evaluate", score.command) for score in scores if score.command),
-        ],
+        commands={
+            "train": [train] if train else [],
+            "resume": [f"python train.py {commands.quoted(folder)}"],
+            "sample": reader.commands,
+            "evaluate": [score.command for score in scores if score.command],
+        },
         notices=reader.notices,
     )
 
@@ -243,16 +245,17 @@ class _Reader:
         of = f" ({reference['number']:,} images)" if reference["number"] else ""
         return Score(
             f"Frechet distance ({features['name']})",
-            {"step": f"{drawn['checkpoint']:,}", "images": f"{images['number']:,}", **values},
+            int(drawn.get("checkpoint", 0)),
+            {"images": f"{images['number']:,}", **values},
             {
-                "samples": commands.describe_drawn(drawn),
+                "samples": commands.describe_drawn(drawn) if drawn else str(images["name"]),
                 "reference": f"{reference.get('statistics') or reference['images']}{of}",
                 "features": f"{features['name']}, SHA-256 {features['sha256'][:8]}, {features['resize']}",
                 **{name: str(value) for name, value in found["settings"].items()},
                 "versions": ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
             },
             self._name(file),
-            commands.fid_command(found, self._run, file) if file.name == "scores.json" else None,
+            commands.fid_command(found, self._run, file) if drawn and file.name == "scores.json" else None,
         )
 
     def _likelihood(self, file: Path, found: dict[str, Any]) -> Score:
@@ -261,8 +264,8 @@ class _Reader:
         shared = found["trained_on"]
         return Score(
             "Bits/dim (variational bound)",
+            int(job["checkpoint"]),
             {
-                "step": f"{job['checkpoint']:,}",
                 "images": f"{found['images']:,}",
                 "bits/dim": bits,
                 "rate": f"{found['rate_bits']:.4f}",
@@ -290,8 +293,8 @@ class _Reader:
         }
         return Score(
             "Quality (a small classifier of the real images)",
+            int(job["checkpoint"]),
             {
-                "step": f"{job['checkpoint']:,}",
                 "images": f"{found['images']:,}",
                 "confidence": _percent(found["confidence"]),
                 "FD-own": f"{found['fd_own']:.3f}",
@@ -319,10 +322,11 @@ def _files(folder: Path) -> tuple[list[FileEntry], int]:
     """Lists the files of a run, folders two levels deep as a whole."""
     sizes: dict[str, list[int]] = {}
     for file in sorted(folder.rglob("*")):
-        if file.is_file() and not file.is_symlink() and not file.name.startswith("."):
-            parts = file.relative_to(folder).parts
-            name = "/".join(parts) if len(parts) < 3 else f"{'/'.join(parts[:2])}/"
-            sizes.setdefault(name, []).append(file.stat().st_size)
+        parts = file.relative_to(folder).parts
+        name = "/".join(parts) if len(parts) < 3 else f"{'/'.join(parts[:2])}/"
+        with contextlib.suppress(OSError):  # a run in training deletes checkpoints
+            if file.is_file() and not file.is_symlink() and not file.name.startswith("."):
+                sizes.setdefault(name, []).append(file.stat().st_size)
     entries = [
         FileEntry(printable(name), sum(each), len(each) if name.endswith("/") else None) for name, each in sizes.items()
     ]

@@ -1,5 +1,6 @@
 """The reverse process of a run for its page: x_t and the predicted x_0 over time, from its newest EMA weights."""
 
+import os
 import typing
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from ddpm_jax.training.speed import forward_flops
 
 _STEPS, _FRAMES = 50, 25
 _MOST_SECONDS = 120
-# What a convolutional network gets of a laptop's CPU, and of an accelerator; rather too little than too much.
-_FLOPS_OF_CPU, _FLOPS_OF_ACCELERATOR = 2e10, 5e12
+_LARGE = 64  # pixels of a side
+# What a convolutional network gets of a core, and of an accelerator; rather too little than too much.
+_FLOPS_OF_CORE, _FLOPS_OF_ACCELERATOR = 1e10, 5e12
 
 
 class Frame(typing.NamedTuple):
@@ -48,7 +50,7 @@ class ReverseProcess(typing.NamedTuple):
 def draw_reverse(trained: TrainedRun, *, seed: int, drawing: DrawReverse = "auto") -> ReverseProcess:
     """Draws the first images of a sampling job, with x_t and the predicted x_0 on the way to them.
 
-    It takes 16 images (4 if they are larger than 64 pixels) and 50 steps of DDIM, T at most.
+    It takes 16 images (4 if they are larger than 64 pixels, or 16 take too long) and 50 steps of DDIM, T at most.
 
     Args:
       trained: the run.
@@ -63,15 +65,18 @@ def draw_reverse(trained: TrainedRun, *, seed: int, drawing: DrawReverse = "auto
     """
     height, width, channels = image_shape(trained.config)
     pictures.check_channels(channels)
-    number = 16 if max(height, width) <= 64 else 4
     steps = min(_STEPS, trained.config.diffusion.num_steps)
+    numbers = [4] if max(height, width) > _LARGE else [16, 4]
     if drawing == "auto":
-        seconds = _seconds(trained, passes=number * (steps + min(_FRAMES, steps)))
-        if seconds > _MOST_SECONDS:
+        each = _seconds(trained, passes=steps + min(_FRAMES, steps))
+        fast = [number for number in numbers if number * each <= _MOST_SECONDS]
+        if not fast:
             raise UserError(
-                f"it would take about {seconds / 60:.0f} minutes on this machine ({number} images, {steps} steps): "
-                "draw it with --reverse always"
+                f"it would take about {numbers[-1] * each / 60:.0f} minutes on this machine ({numbers[-1]} images, "
+                f"{steps} steps): draw it with --reverse always"
             )
+        numbers = fast
+    number = numbers[0]
     job = SamplingJob(trained, seed, SamplerConfig(sampler="ddim", steps=steps))
     editor = Editor(job, batch_size=number)
     labels, levels = editor.job_labels(number), editor.levels(_FRAMES)
@@ -111,7 +116,7 @@ def read_reverse(run: Path) -> ReverseProcess | None:
 
 
 def _seconds(trained: TrainedRun, *, passes: int) -> float:
-    """Returns about how long so many forward passes take, 0 if that is not known."""
+    """Returns about how long so many forward passes of an image take, 0 if that is not known."""
     flops = forward_flops(trained.network, image_shape(trained.config)) or 0.0
-    speed = _FLOPS_OF_CPU if jax.default_backend() == "cpu" else _FLOPS_OF_ACCELERATOR
+    speed = _FLOPS_OF_CORE * (os.cpu_count() or 1) if jax.default_backend() == "cpu" else _FLOPS_OF_ACCELERATOR
     return passes * flops / speed
