@@ -61,14 +61,30 @@ def cut(num_steps: int, *, longest: int = STEPS_PER_CALL, stops: Sequence[int] =
     return ranges
 
 
+class Compiled(typing.NamedTuple):
+    """A function that is compiled in the precision of a run."""
+
+    function: jax.stages.Wrapped
+    config: Config
+
+    def __call__(self, *arguments: Tree, **static: Any) -> Tree:
+        with matmul_precision(self.config):
+            return self.function(*arguments, **static)
+
+    def lower(self, *arguments: Tree, **static: Any) -> jax.stages.Lowered:
+        """Lowers it for the shapes and shardings of its arguments."""
+        with matmul_precision(self.config):
+            return self.function.lower(*arguments, **static)
+
+
 class Program(typing.NamedTuple):
     """A loop of steps on a batch of images: two compiled functions of `Driver.program`."""
 
     num_steps: int
     """Steps of the whole loop."""
-    start: Callable[..., Tree]
+    start: Compiled
     """(params, shared, batch) to the state before the first step."""
-    advance: Callable[..., Tree]
+    advance: Compiled
     """(params, shared, batch, state, first, *, num_steps) to the state after the range."""
 
 
@@ -102,19 +118,13 @@ class Driver:
         """Shards an array over all devices along its axis of images, inside a program."""
         return jax.lax.with_sharding_constraint(array, batch_sharding(self.mesh, axis=axis))
 
-    def compile(self, function: Callable[..., Tree], *, static_argnames: Sequence[str] = ()) -> Callable[..., Tree]:
+    def compile(self, function: Callable[..., Tree], *, static_argnames: Sequence[str] = ()) -> "Compiled":
         """Compiles a function of (params, ...), which receives the whole parameters, in the run's precision."""
 
         def gathered(params: Params, *arguments: Tree, **static: Any) -> Tree:
             return function(gather(self.mesh, params), *arguments, **static)
 
-        compiled = jax.jit(gathered, static_argnames=static_argnames)
-
-        def call(*arguments: Tree, **static: Any) -> Tree:
-            with matmul_precision(self._config):
-                return compiled(*arguments, **static)
-
-        return call
+        return Compiled(jax.jit(gathered, static_argnames=static_argnames), self._config)
 
     def program(self, num_steps: int, start: Callable[..., Tree], advance: Callable[..., Tree]) -> Program:
         """Makes a program of the pure functions `start` and `advance`, see `Program`."""

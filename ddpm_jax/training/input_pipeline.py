@@ -19,6 +19,7 @@ from jax import Array
 from ddpm_jax.data import prefetch
 from ddpm_jax.data.order import epoch_permutation
 from ddpm_jax.data.source import Source
+from ddpm_jax.system.mesh import batch_sharding, replicated
 from ddpm_jax.training.parallel import Layout
 from ddpm_jax.training.state import TrainState
 from ddpm_jax.training.step import Batch, StepInfo, TrainingStep
@@ -41,6 +42,8 @@ class InputPipeline:
     """Where the set is kept, in words."""
     take: Callable[[Array, typing.Any], Batch]
     """Maps (step, data of its `StepInput`) to its batch; pure, part of the compiled step."""
+    shapes: Callable[[], typing.Any]
+    """Returns the shapes, types and shardings of the data of a `StepInput`, for a layout by jit."""
     open: Callable[[int, int], prefetch.Prefetch[StepInput]]
     """Iterates over the inputs of the steps from the first to before the last; use it in a `with` block."""
 
@@ -104,8 +107,13 @@ def make_input_pipeline(
             then=send,
         )
 
+    def shapes() -> Batch:
+        place = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(layout.mesh))
+        rows = place((batch_size,), np.int32)
+        return Batch(place((batch_size, *source.image_shape), np.uint8), rows, rows if labeled else None)
+
     kept = "streamed from disk" if source.images is None else "kept in memory"
-    return InputPipeline(kept, lambda step, batch: batch, open_on_host)
+    return InputPipeline(kept, lambda step, batch: batch, shapes, open_on_host)
 
 
 def _resident(source: Source, layout: Layout, *, seed: int, batch_size: int, labeled: bool) -> InputPipeline:
@@ -141,7 +149,14 @@ def _resident(source: Source, layout: Layout, *, seed: int, batch_size: int, lab
 
         return prefetch.Prefetch(read, range(first, last))
 
-    return InputPipeline("kept on the device", take, open_on_devices)
+    def shapes() -> Resident:
+        place = functools.partial(jax.ShapeDtypeStruct, sharding=replicated(layout.mesh))
+        scalar = place((), np.int32)
+        labels = place((number,), np.int32) if labeled else None
+        order = place((epochs * number,), np.int32)
+        return Resident(place((number, *source.image_shape), np.uint8), labels, order, scalar, scalar)
+
+    return InputPipeline("kept on the device", take, shapes, open_on_devices)
 
 
 def with_inputs(make_step: Callable[..., TrainingStep], pipeline: InputPipeline) -> Callable[..., TrainingStep]:

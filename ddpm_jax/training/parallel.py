@@ -28,6 +28,8 @@ class Layout:
     lift: Callable[[Callable[..., TrainingStep]], TrainingStep]
     """From `make_step(gather=.., ..)` to the compiled step on placed arguments, which donates the state; what a step is
     told of its devices are the keywords of `make_training_step`."""
+    lower: Callable[[Callable[..., TrainingStep], Array, TrainState, typing.Any], jax.stages.Lowered] | None
+    """Lowers what `lift` compiles, for the shapes and shardings of its three arguments; None for pmap."""
     init: Callable[[Callable[[Array], TrainState], Array], TrainState]
     """From an `init(key)` and a key to the state, made where it lies."""
     place_batch: Callable[[np.ndarray, np.ndarray | None], Batch]
@@ -106,18 +108,22 @@ def _way_that_works(batch_size: int, devices: int, parts: int, fsdp: int) -> str
 def _jit_layout(mesh: jax.sharding.Mesh, batch_size: int, steps: dict[str, Any]) -> Layout:
     whole, shared_out = replicated(mesh), batch_sharding(mesh)
 
-    def lift(make_step: Callable[..., TrainingStep]) -> TrainingStep:
-        step, compiled = make_step(gather=functools.partial(gather, mesh), **steps), None
+    def on_mesh(make_step: Callable[..., TrainingStep], state: TrainState) -> jax.stages.Wrapped:
+        lies = shardings(mesh, state)
+        inside, outside = (whole, lies, None), (lies, whole)  # the data lie where they were placed
+        step = make_step(gather=functools.partial(gather, mesh), **steps)
+        return jax.jit(step, donate_argnums=1, in_shardings=inside, out_shardings=outside)
 
-        def on_mesh(key: Array, state: TrainState, batch: Batch) -> tuple[TrainState, StepInfo]:
+    def lift(make_step: Callable[..., TrainingStep]) -> TrainingStep:
+        compiled = None
+
+        def lifted(key: Array, state: TrainState, batch: Batch) -> tuple[TrainState, StepInfo]:
             nonlocal compiled
             if compiled is None:  # where the state's leaves lie is known when the first state is
-                lies = shardings(mesh, state)
-                inside, outside = (whole, lies, None), (lies, whole)  # the data lie where they were placed
-                compiled = jax.jit(step, donate_argnums=1, in_shardings=inside, out_shardings=outside)
-            return compiled(key, state, batch)
+                compiled = on_mesh(make_step, state)
+            return typing.cast(tuple[TrainState, StepInfo], compiled(key, state, batch))
 
-        return on_mesh
+        return lifted
 
     def init_here(init: Callable[[Array], TrainState], key: Array) -> TrainState:
         return jax.jit(init, out_shardings=shardings(mesh, jax.eval_shape(init, key)))(key)
@@ -140,6 +146,7 @@ def _jit_layout(mesh: jax.sharding.Mesh, batch_size: int, steps: dict[str, Any])
 
     return Layout(
         lift=lift,
+        lower=lambda make_step, key, state, batch: on_mesh(make_step, state).lower(key, state, batch),
         init=init_here,
         place_batch=place_batch,
         place_whole=place_whole,
@@ -212,6 +219,7 @@ def _pmap_layout(devices: Sequence[jax.Device], steps: dict[str, Any]) -> Layout
 
     return Layout(
         lift=lift,
+        lower=None,
         init=lambda init, key: place_state(jax.jit(init)(key)),
         place_batch=place_batch,
         place_whole=None,

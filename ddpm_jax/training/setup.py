@@ -1,6 +1,7 @@
 """From a configuration to what trains: network, optimizer, objective and where they run."""
 
 import typing
+from collections.abc import Sequence
 
 import jax
 import optax
@@ -91,12 +92,13 @@ class Setup(typing.NamedTuple):
         )
 
 
-def make_setup(config: Config, *, network: Network | None = None) -> Setup:
+def make_setup(config: Config, *, network: Network | None = None, devices: Sequence[jax.Device] | None = None) -> Setup:
     """Makes the parts of a run.
 
     Args:
       config: the whole configuration, valid.
       network: the network; the one that the configuration describes if not given.
+      devices: those that `train.devices` chooses from; all there are if not given.
 
     Raises:
       UserError: the batch cannot be shared out evenly over the devices, or there are fewer than requested.
@@ -118,13 +120,12 @@ def make_setup(config: Config, *, network: Network | None = None) -> Setup:
             batch_size=config.train.batch_size,
             parts=config.train.grad_accum_steps,
             fsdp=config.train.fsdp,
-            devices=_devices(config.train.devices),
+            devices=_devices(config.train.devices, jax.devices() if devices is None else devices),
         ),
     )
 
 
-def _devices(number: int) -> list[jax.Device]:
-    devices = jax.devices()
+def _devices(number: int, devices: Sequence[jax.Device]) -> Sequence[jax.Device]:
     if number > len(devices):
         raise UserError(
             f"train.devices={number}, but JAX sees {len(devices)}: use --train.devices {len(devices)}, or 0"

@@ -9,41 +9,23 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.networks import Network, parameter_shapes
-
-# Dense bfloat16 products (float16 where there is no bfloat16), 10^12 operations per second, from the data sheets.
-# Keys are prefixes of `jax.Device.device_kind`; the longest match counts. A TPU v2 or v3 device is a core, half a chip.
-_PEAK_TFLOPS = {
-    "NVIDIA H100 PCIe": 756,
-    "NVIDIA H100": 989,
-    "NVIDIA H200": 989,
-    "NVIDIA A100": 312,
-    "NVIDIA L4": 121,
-    "Tesla V100": 125,
-    "Tesla T4": 65,
-    "TPU v6 lite": 918,
-    "TPU v5 lite": 197,
-    "TPU v5e": 197,
-    "TPU v5": 459,
-    "TPU v4": 275,
-    "TPU v3": 61.5,
-    "TPU v2": 22.5,
-}
+from ddpm_jax.system.accelerators import find_accelerator
 
 
 def peak_tflops(device_kind: str) -> float | None:
-    """Returns the peak speed of a device, from a table.
+    """Returns the peak speed of a device in bfloat16 products, by its data sheet.
 
     Args:
-      device_kind: as `jax.Device.device_kind` names it.
+      device_kind: as `jax.Device.device_kind` names it. A device of a TPU v2 or v3 is a core, half a chip.
 
     Returns:
-      10^12 operations per second; None if it is not in the table (CPUs are not).
+      10^12 operations per second; None if it is not known (CPUs are not).
 
     >>> peak_tflops("NVIDIA H100 80GB HBM3"), peak_tflops("TPU v5 lite"), peak_tflops("cpu")
-    (989, 197, None)
+    (989.0, 197.0, None)
     """
-    found = [name for name in _PEAK_TFLOPS if device_kind == name or device_kind.startswith((f"{name} ", f"{name}-"))]
-    return _PEAK_TFLOPS[max(found, key=len)] if found else None
+    found = find_accelerator(device_kind)
+    return None if found is None else found.tflops / found.cores
 
 
 def forward_flops(network: Network, image_shape: Sequence[int]) -> float | None:
