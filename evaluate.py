@@ -52,6 +52,9 @@ class LikelihoodOptions:
     """Folder of the job (default: a folder in RUN/likelihood)."""
     exact: bool = False
     """Refuse to resume on other devices, cores, instructions or versions, where numbers agree to rounding only."""
+    aot: str = ""
+    """Compile the bound for accelerators that need not be there, such as v5e:2x4 or h100:8, report whether a batch
+    fits and what a timestep costs, and exit."""
     data: Images = Images()
     hosts: Hosts = Hosts()
 
@@ -67,6 +70,22 @@ def likelihood(options: LikelihoodOptions) -> None:
     from ddpm_jax.run.process import choose_devices
     from ddpm_jax.run.trained import load_run, with_images
 
+    if options.aot:
+        from ddpm_jax.aot.chains import likelihood_program
+        from ddpm_jax.aot.report import compile_for
+
+        compile_for(
+            options.aot,
+            lambda topology: likelihood_program(
+                load_run(Path(options.run), step=options.step),
+                topology,
+                batch_size=options.batch_size,
+                num_strata=options.num_strata,
+                cdf=options.cdf,
+                given_variances=options.sigma != "model",
+            ),
+        )
+        return
     choose_devices(options.hosts, "sampling", options.batch_size)
     folder = read_out(options.out).folder
     trained = with_images(load_run(Path(options.run), step=options.step), options.data)
@@ -96,6 +115,9 @@ class QualityOptions(SamplerConfig):
     """Training step of the checkpoint (default: the newest)."""
     config: str | None = None
     """For an .npz file outside a run: the config file that names the real images."""
+    aot: str = ""
+    """Compile the chain for accelerators that need not be there, such as v5e:2x4 or h100:8, report whether a batch
+    fits and what a step costs, and exit."""
     data: Images = Images()
 
 
@@ -107,6 +129,9 @@ def quality(options: QualityOptions) -> None:
     from ddpm_jax.run.process import choose_devices
     from ddpm_jax.run.trained import with_images
 
+    if options.aot:
+        _compile_chain(options, number=options.num)
+        return
     choose_devices(Hosts(count=1), "sampling", options.batch_size)
     given = Path(options.run)
     if options.num < 2:
@@ -125,6 +150,22 @@ def quality(options: QualityOptions) -> None:
         file = run_job(job, default_folder(job), number=options.num, batch_size=options.batch_size, format="npz")
     report(summary(judge_file(file, config, number=options.num)))
     report(file.with_name("quality.json"))
+
+
+def _compile_chain(options: "QualityOptions | FidOptions", *, number: int) -> None:
+    """Compiles the chain of the images that are to be scored, and prints a report."""
+    from ddpm_jax.aot.chains import chain_program
+    from ddpm_jax.aot.report import compile_for
+    from ddpm_jax.generation.job import load_job
+
+    compile_for(
+        options.aot,
+        lambda topology: chain_program(
+            load_job(Path(options.run), seed=options.seed, step=options.step, sampler=options.alone()),
+            topology,
+            batch_size=min(options.batch_size, number),
+        ),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,6 +358,9 @@ class FidOptions(SamplerConfig):
     """Whose evaluator reads that file: pytorch-fid (or EDM), adm, clean-fid (all .npz), or edm2 (.pkl)."""
     out: str | None = None
     """Folder of the scores (default: one for these settings in RUN/fid, or beside the images)."""
+    aot: str = ""
+    """Compile the chain for accelerators that need not be there, such as v5e:2x4 or h100:8, report whether a batch
+    fits and what a step costs, and exit."""
     data: Images = Images()
     hosts: Hosts = Hosts()
 
@@ -341,6 +385,9 @@ def fid(options: FidOptions) -> None:
     from ddpm_jax.run.record import is_run
     from ddpm_jax.run.trained import with_images
 
+    if options.aot:
+        _compile_chain(options, number=options.num or scoring.NUMBER)
+        return
     choose_devices(options.hosts, "sampling", options.batch_size)
     out, given = read_out(options.out).folder, Path(options.run).expanduser()
     if options.num is not None and options.num < 2:

@@ -56,6 +56,9 @@ class Options(SamplerConfig):
     """Images per row of the grid (default: about a square; of class-conditional runs, each column is of one class)."""
     exact: bool = False
     """Refuse to resume on other devices, cores, instructions or versions, where images agree to rounding only."""
+    aot: str = ""
+    """Compile the chain for accelerators that need not be there, such as v5e:2x4 or h100:8, report whether a batch fits
+    and what a step costs, and exit."""
     hosts: Hosts = Hosts()
 
 
@@ -65,6 +68,19 @@ def draw(options: Options) -> None:
     from ddpm_jax.generation.output import read_out
     from ddpm_jax.run.process import choose_devices
 
+    if options.aot:
+        from ddpm_jax.aot.chains import chain_program
+        from ddpm_jax.aot.report import compile_for
+
+        compile_for(
+            options.aot,
+            lambda topology: chain_program(
+                load_job(Path(options.run), seed=options.seed, step=options.step, sampler=options.alone()),
+                topology,
+                batch_size=min(options.batch_size, options.num),
+            ),
+        )
+        return
     print_classes(options.run, options.labels)
     choose_devices(options.hosts, "sampling", min(options.num, options.batch_size))
     out = read_out(options.out, files=[*_FORMATS], overwrite=options.overwrite)

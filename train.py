@@ -28,6 +28,9 @@ class Options:
     """The run's folder; empty: runs/NAME."""
     summary: bool = False
     """Print the network's blocks, shapes, parameters and FLOPs, and exit."""
+    aot: str = ""
+    """Compile the training step for accelerators that need not be there, such as v5e:2x4 or h100:8, report whether it
+    fits, what it costs and what it sends, and exit."""
     debug_nans: bool = False
     """Resume from the newest checkpoint until a step is not finite, print the first layer that is not, and exit."""
     check_data: bool = False
@@ -54,6 +57,12 @@ def main() -> None:
     config = dataclasses.replace(config, data=resolve(config.data))
     if options.summary:
         print(summary(build_network(config), image_shape(config)))
+        return
+    if options.aot:
+        from ddpm_jax.aot.report import compile_for
+        from ddpm_jax.aot.training import training_program
+
+        compile_for(options.aot, lambda topology: training_program(config, topology))
         return
     if folder is not None and Path(options.workdir or folder).resolve() != folder.resolve():
         raise UserError(

@@ -26,6 +26,7 @@ ALLOWED = {
     "generation": GENERAL,
     "training": GENERAL | {"generation.batches"},
     "evaluation": GENERAL | {"generation", "training", "interop"},
+    "aot": GENERAL | {"generation", "training", "evaluation"},
 }
 
 # Where a package may be imported at all.

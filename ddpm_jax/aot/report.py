@@ -5,14 +5,15 @@ import dataclasses
 import re
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
 from ddpm_jax.aot.collectives import Collective, describe_collectives, find_collectives
 from ddpm_jax.aot.program import Program, faults
+from ddpm_jax.system import progress
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.topologies import Topology
+from ddpm_jax.system.topologies import Topology, find_topology
 
 # The one measured point: the paper trained CIFAR-10 at 21 steps/s on a TPU v3-8 (Ho et al. 2020, app. B). For the same
 # step XLA estimates 19.5 ms, and the network's operations are 0.20 of the peak.
@@ -80,6 +81,27 @@ class Report:
     """What is wrong with the program."""
 
 
+def compile_for(name: str, lower: Callable[[Topology], Program]) -> None:
+    """Compiles a program for accelerators that are not there, and prints the report: what `--aot` does.
+
+    Args:
+      name: see `find_topology`; call this before anything is computed.
+      lower: makes the program for a topology.
+
+    Raises:
+      UserError: the topology or its plug-in is not known, or the program cannot be compiled for it, does not fit or is
+        wrong on it (after the report is printed).
+    """
+    topology = find_topology(name)
+    try:
+        program = lower(topology)
+    except NotImplementedError as error:
+        raise UserError(f"something in the program does not run on {topology.name}: {error}") from error
+    found = report(program, topology)
+    progress.report(describe(found))
+    check(found, program)
+
+
 def report(program: Program, topology: Topology) -> Report:
     """Compiles a program and reports on it. Nothing is run.
 
@@ -94,7 +116,7 @@ def report(program: Program, topology: Topology) -> Report:
     needed, compiled, available = None, None, topology.memory
     try:
         with _without_cache():
-            compiled = program.lowered.compile(compiler_options=dict(topology.compiler_options))
+            compiled = program.lowered.compile(compiler_options=topology.compiler_options)
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
         if used is None:
@@ -103,7 +125,7 @@ def report(program: Program, topology: Topology) -> Report:
     seconds = time.perf_counter() - start
     memory = None if compiled is None else _memory(compiled)
     needed = memory.total if memory is not None else needed
-    text = "" if compiled is None else compiled.as_text()
+    text = (compiled.as_text() if compiled is not None else None) or ""
     costs = (compiled.cost_analysis() if compiled is not None else None) or {}
     flops, accessed, optimal = (costs.get(name) for name in ("flops", "bytes accessed", "optimal_seconds"))
     optimal = optimal if optimal is not None and optimal > 0 else None
@@ -223,9 +245,10 @@ def _bytes(number: str, unit: str) -> int:
 @contextlib.contextmanager
 def _without_cache() -> Iterator[None]:
     """Compiles anew: the time is reported, and the cache is for programs that run."""
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
+    option = "jax_enable_compilation_cache"
+    before = jax.config.values[option]
+    jax.config.update(option, False)
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", before)
+        jax.config.update(option, before)

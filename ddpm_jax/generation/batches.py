@@ -130,6 +130,35 @@ class Driver:
         """Makes a program of the pure functions `start` and `advance`, see `Program`."""
         return Program(num_steps, self.compile(start), self.compile(advance, static_argnames=("num_steps",)))
 
+    def lower(
+        self,
+        program: Program,
+        params: Tree,
+        batch: Tree,
+        *,
+        shared: Tree = (),
+        num_steps: int,
+        compiler_options: dict[str, Any] | None = None,
+    ) -> jax.stages.Lowered:
+        """Lowers a range of a program, as `run` compiles it, for devices that need not be there.
+
+        Args:
+          program: of this driver.
+          params: shapes and types of the parameters.
+          batch: shapes and types of what `read` returns.
+          shared: shapes and types of the arrays for all batches.
+          num_steps: steps of the range.
+          compiler_options: for compiling the start of the program, which decides where its state lies.
+        """
+        place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        params = jax.tree.map(place, params, shardings(self.mesh, params))
+        shared = jax.tree.map(lambda leaf: place(leaf, replicated(self.mesh)), shared)
+        batch = jax.tree.map(lambda leaf: place(leaf, batch_sharding(self.mesh)), batch)
+        start = program.start.lower(params, shared, batch)
+        compiled = start.compile(compiler_options=compiler_options)
+        state = jax.tree.map(place, start.out_info, compiled.output_shardings)
+        return program.advance.lower(params, shared, batch, state, 0, num_steps=num_steps)
+
     def chain(
         self,
         num_steps: int,

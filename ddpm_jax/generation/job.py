@@ -177,7 +177,7 @@ def run_job(
     config = job.trained.config
     columns = default_columns(config, job.sampler, number) if columns is None else columns
     # Not cut to what is missing: the same batches give the same bits, also after an interruption.
-    sampling = _sampling(config, job.trained.network, job.sampler, per_host(min(batch_size, number)))
+    sampling = sampling_program(config, job.trained.network, job.sampler, batch_size=per_host(min(batch_size, number)))
     stored = StoredImages(out, image_shape(config), asked=describe_job(job), labels=cycle_of(config, job.sampler))
     request = (batch_size, format, columns, file)
     with job_folder(
@@ -211,9 +211,27 @@ def run_job(
 
 
 @functools.lru_cache(maxsize=4)
-def _sampling(config: Config, network: Network, sampler: SamplerConfig, batch_size: int) -> tuple[Driver, Program]:
-    """Makes the program of a job, the same one, already compiled, for another seed or checkpoint."""
-    driver, make = Driver(config, batch_size=batch_size), make_chain(config, network, sampler)
+def sampling_program(
+    config: Config,
+    network: Network,
+    sampler: SamplerConfig,
+    *,
+    batch_size: int,
+    devices: tuple[jax.Device, ...] | None = None,
+) -> tuple[Driver, Program]:
+    """Makes the program of a job, the same one, already compiled, for another seed or checkpoint.
+
+    Args:
+      config: of the run.
+      network: of the run.
+      sampler: with numbers for labels.
+      batch_size: see `Driver`.
+      devices: those of this process if not given.
+
+    Returns:
+      the driver and its program, which is run on a key and on batches of indices of images.
+    """
+    driver, make = Driver(config, batch_size=batch_size, devices=devices), make_chain(config, network, sampler)
 
     def begin(key: Array, indices: Array) -> tuple[Array, Array, Array | None]:
         keys = driver.shard(image_keys(key, indices))

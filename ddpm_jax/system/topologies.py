@@ -6,7 +6,8 @@ import math
 import os
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -53,8 +54,14 @@ class Topology(typing.NamedTuple):
     gigabytes_per_second: float
     """Bandwidth of one device's memory."""
     platform: typing.Literal["tpu", "gpu"]
-    compiler_options: Mapping[str, str | bool | int | float]
+    compiler_options: dict[str, Any]
     """What the compiler is told of a device that is not there."""
+
+    @property
+    def one_host(self) -> tuple[jax.Device, ...]:
+        """The devices of one host."""
+        host = self.devices[0].process_index
+        return tuple(device for device in self.devices if device.process_index == host)[: self.per_host]
 
 
 def find_topology(name: str) -> Topology:
@@ -91,8 +98,7 @@ def _slice(name: str, version: str, size: str) -> Topology:
     bounds = (*shape, 1, 1)[:3] if one_host else (2, 2, 1)
     _stay_on_cpu()
     _quiet_libtpu()
-    found = topologies.get_topology_desc(platform="tpu", topology_name=name, chips_per_host_bounds=bounds)
-    devices = tuple(found.devices)
+    devices = _devices(platform="tpu", topology_name=name, chips_per_host_bounds=bounds)
     chip = find_accelerator(devices[0].device_kind)
     assert chip is not None, devices[0].device_kind
     cores = len(devices) // chips
@@ -124,10 +130,9 @@ def _gpus(name: str, version: str, number: int) -> Topology:
     _stay_on_cpu()
     config = target_config(target, cuda=int(re.findall(r"\d+", plugin)[0]))
     layout = f"1x{number // per_host}x{per_host}"
-    found = topologies.get_topology_desc(platform="cuda", topology=layout, target_config=config)
     return Topology(
         name=name,
-        devices=tuple(found.devices),
+        devices=_devices(platform="cuda", topology=layout, target_config=config),
         per_host=per_host,
         chip=target.name,
         memory=int(_GPU_SHARE * target.memory),
@@ -139,6 +144,11 @@ def _gpus(name: str, version: str, number: int) -> Topology:
         # Kernels are timed on the device to choose among them; there is none.
         compiler_options={"xla_gpu_autotune_level": 0},
     )
+
+
+def _devices(**wanted: Any) -> tuple[jax.Device, ...]:
+    found: Sequence[Any] = topologies.get_topology_desc(**wanted).devices
+    return tuple(found)
 
 
 def _check_plugin(what: str, extra: str, packages: list[str]) -> str:
@@ -169,8 +179,7 @@ def _needed(package: str) -> str:
 
 def _stay_on_cpu() -> None:
     # With a plug-in and no device, JAX would search for the device first, and fail.
-    if jax.config.jax_platforms != "cpu":
-        jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_platforms", "cpu")
 
 
 def _quiet_libtpu() -> None:

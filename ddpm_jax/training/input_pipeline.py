@@ -108,7 +108,7 @@ def make_input_pipeline(
         )
 
     def shapes() -> Batch:
-        place = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(layout.mesh))
+        place: typing.Any = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(layout.mesh))
         rows = place((batch_size,), np.int32)
         return Batch(place((batch_size, *source.image_shape), np.uint8), rows, rows if labeled else None)
 
@@ -150,7 +150,7 @@ def _resident(source: Source, layout: Layout, *, seed: int, batch_size: int, lab
         return prefetch.Prefetch(read, range(first, last))
 
     def shapes() -> Resident:
-        place = functools.partial(jax.ShapeDtypeStruct, sharding=replicated(layout.mesh))
+        place: typing.Any = functools.partial(jax.ShapeDtypeStruct, sharding=replicated(layout.mesh))
         scalar = place((), np.int32)
         labels = place((number,), np.int32) if labeled else None
         order = place((epochs * number,), np.int32)

@@ -1,0 +1,43 @@
+"""What the tests of compiling ahead of time share: a topology that is there, and the smallest configuration."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from ddpm_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from ddpm_jax.system.topologies import Topology
+
+
+@pytest.fixture(scope="session")
+def topology():
+    """The 8 simulated devices, as if they were a slice."""
+    return Topology(
+        name="cpu:8",
+        devices=tuple(jax.devices()),
+        per_host=8,
+        chip="CPU",
+        memory=2**30,
+        share="",
+        tflops={"float32": 1e-3, "bfloat16": 2e-3},
+        gigabytes_per_second=1.0,
+        platform="gpu",
+        compiler_options={},
+    )
+
+
+@pytest.fixture(scope="session")
+def config():
+    """Every kind of block of the U-Net, at two resolutions."""
+    return Config(
+        data=DataConfig(source="idx", path="not_here", height=8, width=8, channels=3),
+        model=ModelConfig(
+            width=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,), num_groups=4, dropout=0.1
+        ),
+        train=TrainConfig(batch_size=24),
+    )
+
+
+@pytest.fixture(scope="session")
+def with_train():
+    return lambda config, **fields: dataclasses.replace(config, train=dataclasses.replace(config.train, **fields))

@@ -1,0 +1,136 @@
+"""Programs compiled ahead of time, on simulated devices: the figures of sound ones, and what is wrong with others."""
+
+import dataclasses
+import re
+
+import flax.linen as nn
+import jax
+import jax.extend
+import jax.numpy as jnp
+import pytest
+
+from ddpm_jax.aot import report as reporting
+from ddpm_jax.aot.chains import chain_program, likelihood_program
+from ddpm_jax.aot.program import faults
+from ddpm_jax.aot.report import OF_PEAK, check, compile_for, describe, report
+from ddpm_jax.aot.training import training_program
+from ddpm_jax.networks import from_linen, parameter_shapes
+from ddpm_jax.run.build import build_network
+from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.mesh import make_mesh, replicated
+from ddpm_jax.training.speed import forward_flops
+
+
+@pytest.fixture(scope="module")
+def compiled(config, topology):
+    program = training_program(config, topology)
+    return program, report(program, topology)
+
+
+def test_the_training_step_is_reported(compiled, config):
+    program, found = compiled
+    network = build_network(config)
+    shapes = jax.tree.leaves(parameter_shapes(network))
+    size = 4 * sum(leaf.size for leaf in shapes)
+    assert (found.fits, found.faults) == (True, ())
+    # Parameters, their average and Adam's two moments, all donated, and the images.
+    assert 4 * size < found.memory.aliased <= found.memory.outputs
+    assert found.memory.aliased < found.memory.arguments < 4 * size + 10_000
+    assert found.needed == sum(found.memory) - 2 * found.memory.aliased
+    assert sum(each.bytes for each in found.collectives if each.kind == "all-reduce") >= size  # the gradient
+    assert found.network_flops == 3 * forward_flops(network, (8, 8, 3)) * 24 / 8
+    assert found.estimated_seconds == pytest.approx(found.network_flops / (OF_PEAK * 1e9))
+    assert found.images_per_second == pytest.approx(24 / found.estimated_seconds)
+    text = describe(found)
+    assert "training step of 24 images, streamed from disk on 8 CPU (cpu:8), float32" in text
+    assert "of 1.00 GiB: fits" in text
+    assert "not known here: XLA's estimate" in text
+    check(found, program)
+
+
+def test_what_does_not_fit_is_refused_with_a_remedy(compiled, topology):
+    program, found = compiled
+    tight = dataclasses.replace(found, fits=False, available=found.needed - 1)
+    assert "does not fit" in describe(tight)
+    with pytest.raises(UserError, match=r"needs 0.00 GiB of the 0.00 GiB .* --train.grad-accum-steps 2"):
+        check(tight, program)
+
+
+def test_memory_errors_of_the_tpu_compiler_are_figures(compiled, topology):
+    message = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Used 25.50G of 15.75G hbm. Exceeded by 9.75G."
+
+    class Lowered:
+        def compile(self, compiler_options):
+            raise jax.errors.JaxRuntimeError(message)
+
+    found = report(compiled[0]._replace(lowered=Lowered()), topology)
+    assert (found.fits, found.needed, found.available) == (False, int(25.5 * 2**30), int(15.75 * 2**30))
+    assert "25.50 GiB of 15.75 GiB: does not fit" in describe(found)
+
+
+class Broken(nn.Module):
+    """A convolution, with something wrong in it."""
+
+    fault: str
+    mesh: jax.sharding.Mesh
+
+    @nn.compact
+    def __call__(self, x, t):
+        if self.fault == "gathered batch":
+            x = jax.lax.with_sharding_constraint(x, replicated(self.mesh))
+        if self.fault == "cannot be lowered":
+            unknown = jax.extend.core.Primitive("unknown")
+            unknown.def_abstract_eval(lambda x: x)
+            return x + jax.lax.stop_gradient(unknown.bind(jax.lax.stop_gradient(x)))
+        dtype = jnp.float32 if self.fault == "float32 convolution" else jnp.bfloat16
+        return nn.Conv(3, (3, 3), dtype=dtype)(x).astype(jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        ("", None),
+        ("gathered batch", r"^all-gather moves 0.0 MB of activations between the devices: \[24, 8, 8, 3\]$"),
+        ("float32 convolution", r"^2 convolutions are in float32, and the precision is bfloat16$"),
+    ],
+)
+def test_what_is_wrong_with_a_step_is_found(config, topology, with_train, fault, line):
+    network = from_linen(Broken(fault, make_mesh(topology.devices)), (8, 8, 3))
+    program = training_program(with_train(config, precision="bfloat16"), topology, network=network)
+    found = report(program, topology)
+    if line is None:
+        assert found.faults == ()
+        return
+    (fault,) = found.faults
+    assert re.search(line, fault)
+    with pytest.raises(UserError, match="is wrong on cpu:8"):
+        check(found, program)
+
+
+def test_a_state_that_is_not_donated_is_found(compiled):
+    program, _ = compiled
+    text = program.lowered.compile().as_text()
+    assert faults(program, text) == []
+    first = text.partition("\n")[0]
+    undonated = text.replace(first, first.partition("input_output_alias")[0])
+    assert faults(program, undonated) == [
+        f"{program.donated} of the {program.donated} arrays of the state are not donated, and are there twice"
+    ]
+
+
+def test_what_cannot_be_lowered_is_one_line(config, topology, monkeypatch):
+    monkeypatch.setattr(reporting, "find_topology", lambda name: topology)
+    network = from_linen(Broken("cannot be lowered", make_mesh(topology.devices)), (8, 8, 3))
+    with pytest.raises(UserError, match=r"does not run on cpu:8: .*unknown"):
+        compile_for("cpu:8", lambda topology: training_program(config, topology, network=network))
+
+
+def test_chains_are_reported_by_the_step(runs, topology):
+    job = runs.make_job()
+    found = report(chain_program(job, topology, batch_size=10), topology)
+    assert (found.fits, found.faults, found.unit) == (True, (), "step of the chain")
+    assert found.name.startswith("ancestral chain of 12 steps on 16 images")  # a multiple of the devices
+    likelihood = report(likelihood_program(job.trained, topology, batch_size=8), topology)
+    assert (likelihood.fits, likelihood.faults) == (True, ())
+    assert likelihood.name == "bound at 12 timesteps on 8 images, 12 in a call"
+    assert likelihood.images_per_second == pytest.approx(8 / (12 * likelihood.estimated_seconds))
