@@ -256,6 +256,15 @@ NOT_RUN = {
     "python docs/make_api.py": "writes into the repository; tests/test_api_page.py compares",
     "python examples/minimal.py": "tests/test_examples.py runs it",
     "python benchmarks/": "measures for minutes",
+    **{
+        f"python {what}": "needs a compiler's plug-in; tests/aot/test_plugins.py compiles for it"
+        for what in (
+            "train.py configs/cifar10.py --aot",
+            "train.py configs/celebahq256.py --train.precision bfloat16 --train.remat --aot",
+            "sample.py runs/digits --aot",
+            "evaluate.py likelihood runs/digits --aot",
+        )
+    },
     "python examples/emoji/": "needs a font, or hours; tests/test_emoji.py draws a few",
     "python tests/faults/": "minutes; tests/faults/test_faults.py and test_power_cut.py run their kinds of fault",
 }

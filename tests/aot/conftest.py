@@ -2,11 +2,40 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
+import jax.extend
+import jax.numpy as jnp
 import pytest
 
 from ddpm_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from ddpm_jax.networks import from_linen
+from ddpm_jax.system.mesh import make_mesh, replicated
 from ddpm_jax.system.topologies import Topology
+
+
+class Broken(nn.Module):
+    """A convolution, with something wrong in it."""
+
+    fault: str
+    mesh: jax.sharding.Mesh
+
+    @nn.compact
+    def __call__(self, x, t):
+        if self.fault == "gathered batch":
+            x = jax.lax.with_sharding_constraint(x, replicated(self.mesh))
+        if self.fault == "cannot be lowered":
+            unknown = jax.extend.core.Primitive("unknown")
+            unknown.def_abstract_eval(lambda x: x)
+            return x + jax.lax.stop_gradient(unknown.bind(jax.lax.stop_gradient(x)))
+        dtype = jnp.float32 if self.fault == "float32 convolution" else jnp.bfloat16
+        return nn.Conv(3, (3, 3), dtype=dtype)(x).astype(jnp.float32)
+
+
+@pytest.fixture(scope="session")
+def broken():
+    """Makes a network of a convolution with a fault, or with none."""
+    return lambda fault, topology: from_linen(Broken(fault, make_mesh(topology.devices)), (8, 8, 3))
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,7 @@
 import dataclasses
 import re
 
-import flax.linen as nn
 import jax
-import jax.extend
-import jax.numpy as jnp
 import pytest
 
 from ddpm_jax.aot import report as reporting
@@ -14,10 +11,9 @@ from ddpm_jax.aot.chains import chain_program, likelihood_program
 from ddpm_jax.aot.program import faults
 from ddpm_jax.aot.report import OF_PEAK, check, compile_for, describe, report
 from ddpm_jax.aot.training import training_program
-from ddpm_jax.networks import from_linen, parameter_shapes
+from ddpm_jax.networks import parameter_shapes
 from ddpm_jax.run.build import build_network
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.mesh import make_mesh, replicated
 from ddpm_jax.training.speed import forward_flops
 
 
@@ -68,24 +64,6 @@ def test_memory_errors_of_the_tpu_compiler_are_figures(compiled, topology):
     assert "25.50 GiB of 15.75 GiB: does not fit" in describe(found)
 
 
-class Broken(nn.Module):
-    """A convolution, with something wrong in it."""
-
-    fault: str
-    mesh: jax.sharding.Mesh
-
-    @nn.compact
-    def __call__(self, x, t):
-        if self.fault == "gathered batch":
-            x = jax.lax.with_sharding_constraint(x, replicated(self.mesh))
-        if self.fault == "cannot be lowered":
-            unknown = jax.extend.core.Primitive("unknown")
-            unknown.def_abstract_eval(lambda x: x)
-            return x + jax.lax.stop_gradient(unknown.bind(jax.lax.stop_gradient(x)))
-        dtype = jnp.float32 if self.fault == "float32 convolution" else jnp.bfloat16
-        return nn.Conv(3, (3, 3), dtype=dtype)(x).astype(jnp.float32)
-
-
 @pytest.mark.parametrize(
     ("fault", "line"),
     [
@@ -94,8 +72,8 @@ class Broken(nn.Module):
         ("float32 convolution", r"^2 convolutions are in float32, and the precision is bfloat16$"),
     ],
 )
-def test_what_is_wrong_with_a_step_is_found(config, topology, with_train, fault, line):
-    network = from_linen(Broken(fault, make_mesh(topology.devices)), (8, 8, 3))
+def test_what_is_wrong_with_a_step_is_found(broken, config, topology, with_train, fault, line):
+    network = broken(fault, topology)
     program = training_program(with_train(config, precision="bfloat16"), topology, network=network)
     found = report(program, topology)
     if line is None:
@@ -118,9 +96,9 @@ def test_a_state_that_is_not_donated_is_found(compiled):
     ]
 
 
-def test_what_cannot_be_lowered_is_one_line(config, topology, monkeypatch):
+def test_what_cannot_be_lowered_is_one_line(broken, config, topology, monkeypatch):
     monkeypatch.setattr(reporting, "find_topology", lambda name: topology)
-    network = from_linen(Broken("cannot be lowered", make_mesh(topology.devices)), (8, 8, 3))
+    network = broken("cannot be lowered", topology)
     with pytest.raises(UserError, match=r"does not run on cpu:8: .*unknown"):
         compile_for("cpu:8", lambda topology: training_program(config, topology, network=network))
 
