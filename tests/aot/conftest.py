@@ -14,8 +14,8 @@ from ddpm_jax.system.mesh import make_mesh, replicated
 from ddpm_jax.system.topologies import Topology
 
 
-class Broken(nn.Module):
-    """A convolution, with something wrong in it."""
+class Convolution(nn.Module):
+    """A network of one layer, with something wrong in it or nothing."""
 
     fault: str
     mesh: jax.sharding.Mesh
@@ -27,7 +27,7 @@ class Broken(nn.Module):
         if self.fault == "cannot be lowered":
             unknown = jax.extend.core.Primitive("unknown")
             unknown.def_abstract_eval(lambda x: x)
-            return x + jax.lax.stop_gradient(unknown.bind(jax.lax.stop_gradient(x)))
+            x = jax.lax.stop_gradient(unknown.bind(jax.lax.stop_gradient(x)))
         dtype = jnp.float32 if self.fault == "float32 convolution" else jnp.bfloat16
         return nn.Conv(3, (3, 3), dtype=dtype)(x).astype(jnp.float32)
 
@@ -35,7 +35,7 @@ class Broken(nn.Module):
 @pytest.fixture(scope="session")
 def broken():
     """Makes a network of a convolution with a fault, or with none."""
-    return lambda fault, topology: from_linen(Broken(fault, make_mesh(topology.devices)), (8, 8, 3))
+    return lambda fault, topology: from_linen(Convolution(fault, make_mesh(topology.devices)), (8, 8, 3))
 
 
 @pytest.fixture(scope="session")
@@ -70,3 +70,10 @@ def config():
 @pytest.fixture(scope="session")
 def with_train():
     return lambda config, **fields: dataclasses.replace(config, train=dataclasses.replace(config.train, **fields))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def standard_promotion():
+    """Adam and Flax's normalization mix types."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
