@@ -18,7 +18,11 @@ from ddpm_jax.run.image_options import Images
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.exits import run_script
 from ddpm_jax.system.host_options import Hosts
-from ddpm_jax.system.progress import report
+from ddpm_jax.system.progress import report, say
+
+if typing.TYPE_CHECKING:
+    from ddpm_jax.evaluation.widths import Scorer
+    from ddpm_jax.generation.job import SamplingJob
 
 # What a command needs is imported once its options are parsed: it takes a second, and --help needs none of it.
 
@@ -39,6 +43,9 @@ class LikelihoodOptions:
     """Random seed. The noise of an image depends only on the seed, its index and the timestep."""
     step: int | None = None
     """Training step of the checkpoint (default: the newest)."""
+    ema: str | None = None
+    """Width (sigma_rel) or file of an average that evaluate.py ema has reconstructed (default: the EMA weights of the
+    checkpoint)."""
     sigma: Sigma = "model"
     """Variance of the reverse steps: the run's own, fixed_small, fixed_large, or the optimal one, which minimizes the
     bound; it is estimated from 512 training images, which are then left out."""
@@ -88,7 +95,7 @@ def likelihood(options: LikelihoodOptions) -> None:
         return
     choose_devices(options.hosts, "sampling", options.batch_size)
     folder = read_out(options.out).folder
-    trained = with_images(load_run(Path(options.run), step=options.step), options.data)
+    trained = with_images(load_run(Path(options.run), step=options.step, ema=options.ema), options.data)
     request = bits_per_dim.Request(
         options.split, options.num, options.sigma, options.cdf, options.num_strata, options.seed
     )
@@ -113,6 +120,9 @@ class QualityOptions(SamplerConfig):
     """Random seed. Image i depends only on the seed and on i."""
     step: int | None = None
     """Training step of the checkpoint (default: the newest)."""
+    ema: str | None = None
+    """Width (sigma_rel) or file of an average that evaluate.py ema has reconstructed (default: the EMA weights of the
+    checkpoint)."""
     config: str | None = None
     """For an .npz file outside a run: the config file that names the real images."""
     aot: str = ""
@@ -137,13 +147,13 @@ def quality(options: QualityOptions) -> None:
     if options.num < 2:
         raise UserError(f"--num must be at least 2 to compare with real images, not {options.num}")
     if given.suffix == ".npz":
-        if options.alone() != SamplerConfig():
-            raise UserError(f"{given} already contains the images: sampler options need the folder of a run")
+        if options.alone() != SamplerConfig() or options.ema is not None:
+            raise UserError(f"{given} already contains the images: --ema and sampler options need the folder of a run")
         file, config = given, config_of(given, options.config)
         if options.data.path is not None:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=options.data.path))
     else:
-        job = load_job(given, seed=options.seed, step=options.step, sampler=options.alone())
+        job = load_job(given, seed=options.seed, step=options.step, ema=options.ema, sampler=options.alone())
         job = job._replace(trained=with_images(job.trained, options.data))
         config = job.trained.config
         check_real(load_source(config.data))  # before anything is drawn
@@ -188,6 +198,9 @@ class FiguresOptions:
     """Batch size. It does not change the images."""
     step: int | None = None
     """Training step of the checkpoint (default: the newest)."""
+    ema: str | None = None
+    """Width (sigma_rel) or file of an average that evaluate.py ema has reconstructed (default: the EMA weights of the
+    checkpoint)."""
     data: Images = Images()
 
 
@@ -201,7 +214,8 @@ def figures(options: FiguresOptions) -> None:
 
     choose_devices(Hosts(count=1), "sampling", options.batch_size)
     run, folder = Path(options.run), read_out(options.out).folder
-    job = load_job(run, seed=options.seed, step=options.step, sampler=SamplerConfig(steps=options.steps))
+    sampler = SamplerConfig(steps=options.steps)
+    job = load_job(run, seed=options.seed, step=options.step, ema=options.ema, sampler=sampler)
     job = job._replace(trained=with_images(job.trained, options.data))
     out = folder or run / "figures"
     report(draw_figures(job, out, num=options.num, batch_size=options.batch_size, overwrite=options.overwrite))
@@ -270,6 +284,101 @@ def verify(options: VerifyOptions) -> None:
     raise UserError(f"{options.run}: {len(damaged)} of {len(found)} are damaged ({names}); {use}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmaOptions(SamplerConfig):
+    """What to reconstruct, and how to score it."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of a run that was trained with --ema.snapshots-every."""
+    sigma_rel: tuple[float, ...]
+    """Widths of the averages, as fractions of the training: 0.05 0.1 0.15, for example."""
+    step: int | None = None
+    """Number of training steps to average over, of a snapshot (default: the newest)."""
+    score: typing.Literal["loss", "bound", "own", "fid", "none"] = "loss"
+    """loss (L_simple) or bound (bits/dim) of held-out images; own: FD-own of quality; fid: FID, or the Frechet distance
+    in other --features; none: write the weights only."""
+    num: int | None = None
+    """Number of images (default: for loss and bound the whole split, for own 512, for fid 50000)."""
+    split: str = "test"
+    """Split of the images of loss and bound."""
+    num_strata: int = 20
+    """Timesteps per image for loss and bound, as likelihood --num-strata; 0: all T."""
+    batch_size: int = 64
+    """Batch size. It does not change the scores."""
+    seed: int = 0
+    """Random seed of noises or images, the same for all averages."""
+    features: str = "inception"
+    """Features of fid: inception, efficientnet-lite0, or your own file.py:function."""
+    weights: str | None = None
+    """File of the weights of these features."""
+    reference: str | None = None
+    """Real images for fid (default: the training images)."""
+    data: Images = Images()
+
+
+def ema(options: EmaOptions) -> None:
+    """Reconstructs averages of chosen widths from a run's snapshots, and plots a score against the width.
+
+    Writes them into RUN/averages, where --ema WIDTH of the other commands finds them. The table and the plot of a score
+    are beside them.
+    """
+    run, for_fid = Path(options.run), (options.features, options.weights, options.reference)
+    if options.score not in ("own", "fid") and options.alone() != SamplerConfig():
+        raise UserError(f"--score {options.score} draws no images: options of the sampler apply to own and fid")
+    if options.score != "fid" and for_fid != ("inception", None, None):
+        raise UserError("--features, --weights and --reference apply only to --score fid")
+    if options.score in ("own", "fid") and options.num is not None and options.num < 2:
+        raise UserError(f"--num must be at least 2 to compare with real images, not {options.num}")
+
+    from ddpm_jax.evaluation.widths import save_scores, score_widths, summary
+    from ddpm_jax.generation.job import load_job
+    from ddpm_jax.run.averages import average_file, choose_step, reconstruct_averages
+    from ddpm_jax.run.process import choose_devices
+    from ddpm_jax.run.record import is_run, read_run
+    from ddpm_jax.run.trained import with_images
+
+    choose_devices(Hosts(count=1), "sampling", options.batch_size)
+    if not is_run(run):
+        raise UserError(f"{run} is not the folder of a run: give one, such as runs/digits")
+    config = read_run(run)
+    step = choose_step(run, options.step, config=config)
+    averages = reconstruct_averages(run, options.sigma_rel, step=step, config=config, warn=say)
+    files = [average_file(run, step, average.sigma_rel) for average in averages]
+    for file, average in zip(files, averages, strict=True):
+        report(f"{file}: sigma_rel {average.sigma_rel:g}, error of the profile {average.error:.2%}")
+    if options.score == "none":
+        return
+    job = load_job(run, seed=options.seed, ema=str(files[0]), sampler=options.alone())
+    job = job._replace(trained=with_images(job.trained, options.data))
+    found = score_widths(job.trained, averages, _scorer(options, job))
+    report(summary(found))
+    report(save_scores(run, step, found, title=f"{config.name}, step {step}"))
+
+
+def _scorer(options: EmaOptions, job: "SamplingJob") -> "Scorer":
+    from ddpm_jax.data.sources import load_source
+    from ddpm_jax.evaluation import bits_per_dim, scoring, widths
+    from ddpm_jax.evaluation.features import Extractor
+    from ddpm_jax.evaluation.quality import check_real
+
+    config, choices = job.trained.config, {"batch_size": options.batch_size, "seed": options.seed}
+    match options.score:
+        case "own":
+            check_real(load_source(config.data))  # before anything is drawn
+            return widths.quality_scorer(job.sampler, number=options.num or 512, **choices)
+        case "fid":
+            features = scoring.load_features(options.features, options.weights)
+            reference = scoring.open_reference(
+                options.reference, features=features, config=config, evaluated=job.trained.folder
+            )
+            extractor, number = Extractor(features, batch_size=options.batch_size), options.num or scoring.NUMBER
+            return widths.features_scorer(job.sampler, reference, extractor, number=number, **choices)
+    num_strata = min(options.num_strata, config.diffusion.num_steps)
+    request = bits_per_dim.Request(options.split, options.num or 0, "model", "tanh", num_strata, options.seed)
+    first = "l_simple" if options.score == "loss" else "bits_per_dim"
+    return widths.likelihood_scorer(request, first=first, batch_size=options.batch_size)
+
+
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
     """What to export."""
@@ -284,6 +393,9 @@ class ExportOptions:
     RUN/original_STEP.npz)."""
     step: int | None = None
     """Training step of the checkpoint (default: the newest)."""
+    ema: str | None = None
+    """Width (sigma_rel) or file of an average that evaluate.py ema has reconstructed (default: the EMA weights of the
+    checkpoint)."""
     license: str | None = None
     """License of the weights for the model card of diffusers, such as mit or cc-by-4.0 (default: unknown)."""
     overwrite: bool = False
@@ -302,11 +414,11 @@ def export(options: ExportOptions) -> None:
 
     if options.format != "diffusers" and (options.license or options.overwrite):
         raise UserError(f"--{'license' if options.license else 'overwrite'} applies only to --format diffusers")
-    trained = load_run(Path(options.run), step=options.step)
+    trained = load_run(Path(options.run), step=options.step, ema=options.ema)
     names = {
-        "safetensors": f"weights_{trained.step}.safetensors",
-        "diffusers": f"diffusers_{trained.step}",
-        "original": f"original_{trained.step}.npz",
+        "safetensors": f"weights_{trained.weights_name}.safetensors",
+        "diffusers": f"diffusers_{trained.weights_name}",
+        "original": f"original_{trained.weights_name}.npz",
     }
     out = trained.folder / names[options.format] if options.out is None else Path(options.out)
     if options.format == "safetensors":
@@ -352,6 +464,9 @@ class FidOptions(SamplerConfig):
     """Random seed. Image i depends only on the seed and on i."""
     step: int | None = None
     """Training step of the checkpoint (default: the newest)."""
+    ema: str | None = None
+    """Width (sigma_rel) or file of an average that evaluate.py ema has reconstructed (default: the EMA weights of the
+    checkpoint)."""
     save_statistics: str | None = None
     """File to which the statistics of the images are written, to be another evaluation's --reference."""
     statistics_form: Form = "pytorch-fid"
@@ -399,14 +514,14 @@ def fid(options: FidOptions) -> None:
     features = scoring.load_features(options.features, options.weights)
     job, config = None, scoring.run_around(given)
     if is_run(given) or is_pretrained(given):
-        job = load_job(given, seed=options.seed, step=options.step, sampler=options.alone())
+        job = load_job(given, seed=options.seed, step=options.step, ema=options.ema, sampler=options.alone())
         if options.reference is None:
             job = job._replace(trained=with_images(job.trained, options.data))
         has_images = is_run(given) or options.data != Images()
         config = job.trained.config if has_images else None
-    elif options.alone() != SamplerConfig() or options.step is not None or options.seed:
+    elif options.alone() != SamplerConfig() or {options.step, options.ema} != {None} or options.seed:
         raise UserError(
-            f"{options.run} is not a run: --seed, --step and options of the sampler do not apply to its images"
+            f"{options.run} is not a run: --seed, --step, --ema and options of the sampler do not apply to its images"
         )
     else:
         images = scoring.open_images(options.run, path=options.data.path)
@@ -431,7 +546,7 @@ def fid(options: FidOptions) -> None:
         if reference is not None:
             scoring.check_comparable(image_shape(job.trained.config), reference, extractor)
         file = run_job(job, default_folder(job), number=number, batch_size=options.batch_size, format="npz")
-        images = open_npz(file)._replace(name=f"{options.run}, checkpoint {job.trained.step}")
+        images = open_npz(file)._replace(name=f"{options.run}, {job.trained.title}")
     elif options.num is not None and options.num > images.number:
         raise UserError(f"{options.run} contains {images.number} images: use --num {images.number} or less")
     images = images.first(options.num or (scoring.NUMBER if job else images.number))
@@ -490,6 +605,7 @@ COMMANDS: dict[str, Command] = {
     "fid": fid,
     "figures": figures,
     "report": report_page,
+    "ema": ema,
     "verify": verify,
     "export": export,
     "import": import_checkpoint,

@@ -52,6 +52,9 @@ class Options(SamplerConfig):
     arr_0, uint8 (N, H, W, C), which is always written, with the class labels as arr_1."""
     step: int | None = None
     """Training step of the checkpoint (default: the newest)."""
+    ema: str | None = None
+    """Width (sigma_rel) or file of an average that evaluate.py ema has reconstructed (default: the EMA weights of the
+    checkpoint)."""
     columns: int | None = None
     """Images per row of the grid (default: about a square; of class-conditional runs, each column is of one class)."""
     exact: bool = False
@@ -87,7 +90,7 @@ def draw(options: Options) -> None:
     format = _FORMATS[out.file.suffix.lower()] if out.file else options.format or "grid"
     if options.format not in (None, format):
         raise UserError(f"--out {options.out}: --format {options.format} is not written as this file: name a folder")
-    job = load_job(Path(options.run), seed=options.seed, step=options.step, sampler=options.alone())
+    job = load_job(Path(options.run), seed=options.seed, step=options.step, ema=options.ema, sampler=options.alone())
     if job.trained.class_names:
         classes = list_classes(job.trained.class_names, cycle_of(job.trained.config, job.sampler))
         say(f"classes in turn: {textwrap.shorten(classes, 200, placeholder=' ..')}")
@@ -101,7 +104,7 @@ def draw(options: Options) -> None:
         file=out.file,
         exact=options.exact,
     )
-    report(f"{options.num} images of checkpoint {job.trained.step}: {shown}")
+    report(f"{options.num} images of {job.trained.title}: {shown}")
 
 
 def print_classes(run: str, given: Sequence[str | int | None]) -> None:
@@ -138,6 +141,9 @@ class ModeOptions:
     """Random seed."""
     step: int | None = None
     """Training step of the checkpoint (default: the newest)."""
+    ema: str | None = None
+    """Width (sigma_rel) or file of an average that evaluate.py ema has reconstructed (default: the EMA weights of the
+    checkpoint)."""
     data: Images = Images()
     hosts: Hosts = Hosts()
 
@@ -152,7 +158,7 @@ class ModeOptions:
         choose_devices(self.hosts, "sampling", images)
         out = read_out(self.out, files=[".png"], overwrite=self.overwrite)
         sampler = dataclasses.replace(sampler, guidance_scale=self.guidance_scale)
-        job = load_job(Path(self.run), seed=self.seed, step=self.step, sampler=sampler)
+        job = load_job(Path(self.run), seed=self.seed, step=self.step, ema=self.ema, sampler=sampler)
         return job._replace(trained=with_images(job.trained, self.data)), out
 
 

@@ -99,7 +99,7 @@ WHOLE = [
     ("sample.py", "RUN"),
     *(("sample.py", mode, "RUN") for mode in ("progressive", "share", "reconstruct", "interpolate", "inpaint")),
     *(("evaluate.py", name, "RUN") for name in ("likelihood", "quality", "fid", "figures", "verify", "report")),
-    *(("evaluate.py", name, "RUN") for name in ("export", "import")),
+    *(("evaluate.py", name, "RUN") for name in ("export", "import", "ema")),
 ]
 # Of other programs: `tfds build`.
 NOT_OURS = {"--data_dir"}
@@ -295,6 +295,7 @@ FEW = {
     "quality": {"--num": "8"},
     "fid": {"--num": "8", "--reference-num": "8", "--batch-size": "8"},
     "figures": {"--num": "2"},
+    "ema": {"--sigma-rel": "0.1", "--num": "8", "--num-strata": "5"},
 }
 STEPS = {"sample", "progressive", "share", "reconstruct", "interpolate", "inpaint", "quality", "fid", "figures"}
 
@@ -313,6 +314,8 @@ def shorten(script, words):
         changed |= {"--log.samples-every": "2", "--log.num-samples": "4", "--log.sample-steps": "4"}
     if "--eval.every" in words:
         changed["--eval.every"] = "1"
+    if "--ema.snapshots-every" in words:
+        changed["--ema.snapshots-every"] = "1"
     if script == "train" and ("--data.height" in words or "my_images" in words):
         changed |= {"--data.height": "8", "--data.width": "8"}
     kept, dropping = [], False
@@ -449,6 +452,12 @@ def check_report(words, out, err):
     assert page.count('class="tiles"') == len(words) - 1
 
 
+def check_ema(words, out, err):
+    (picture,) = [Path(word) for word in out.split() if word.endswith(".png")]
+    assert np.asarray(Image.open(picture)).std() > 0
+    assert len(picture.with_suffix(".csv").read_text().splitlines()) == 3
+
+
 def check_verify(words, out, err):
     assert re.match(r"config.json: ok\n", out)
     assert re.search(r"^step \d+: \d+ arrays, .* MB, ok$", out, re.MULTILINE)
@@ -468,6 +477,7 @@ MODES = {
     "fid": check_fid,
     "figures": check_figures,
     "report": check_report,
+    "ema": check_ema,
     "verify": check_verify,
     "export": check_export,
 }

@@ -303,7 +303,8 @@ def default_folder(trained: TrainedRun, request: Request) -> Path:
     number = f"_num_{request.number}" if request.number else ""
     num_strata = f"_strata_{request.num_strata}" if request.num_strata else ""
     cdf = "" if request.cdf == "tanh" else f"_{request.cdf}"
-    name = f"checkpoint_{trained.step}_{request.split}{number}{num_strata}_{request.sigma}{cdf}_seed_{request.seed}"
+    settings = f"{request.split}{number}{num_strata}_{request.sigma}{cdf}_seed_{request.seed}"
+    name = f"checkpoint_{trained.weights_name}_{settings}"
     return trained.folder / "likelihood" / short_name(name)
 
 

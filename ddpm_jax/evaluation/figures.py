@@ -408,16 +408,20 @@ def _save(path: Path, images: np.ndarray, **texts: Any) -> None:
 def _captions(editor: Editor, drawn: list[Figure], left_out: list[str], *, num: int, real: str) -> str:
     job, trained, config = editor.job, editor.job.trained, editor.job.trained.config
     height, width, channels = editor.shape
+    average = "" if trained.sigma_rel is None else f" of sigma_rel {trained.sigma_rel:g}"
+    options = ("" if trained.sigma_rel is None else f" --ema {trained.sigma_rel:g}") + (
+        f" --steps {job.sampler.steps}" if job.sampler.steps else ""
+    )
     lines = [
         f"# Figures of {config.name}",
         "",
-        f"Checkpoint {trained.step}, EMA weights; {config.data.source} at {height}x{width}x{channels}; "
+        f"Checkpoint {trained.step}, EMA weights{average}; {config.data.source} at {height}x{width}x{channels}; "
         f"T = {config.diffusion.num_steps}, schedule {config.diffusion.schedule}; "
         f"{job.sampler.sampler} in {editor.num_steps} steps, variance {config.diffusion.variance}, "
         f"x_0 {'clipped' if config.diffusion.clip_x0 else 'not clipped'}; seed {job.seed}. "
         f"{real}Figures are numbered as in Ho et al. 2020; t is the paper's, from 1 to T. "
         f"To draw them again: `python evaluate.py figures {trained.folder} --num {num} --seed {job.seed} --step "
-        f"{trained.step}" + (f" --steps {job.sampler.steps}`." if job.sampler.steps else "`."),
+        f"{trained.step}{options}`.",
         "",
     ]
     if config.model.num_classes:

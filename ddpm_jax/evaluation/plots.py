@@ -1,5 +1,6 @@
-"""Plots of the bound: its terms over the timesteps, rate and distortion."""
+"""Plots of the bound: its terms over the timesteps, rate and distortion; and of scores over widths of averages."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,4 +72,39 @@ def plot_rate_distortion(path: Path, reverse_time: np.ndarray, rate: np.ndarray,
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.grid(True, alpha=0.3)
+    write_whole(path, lambda file: figure.savefig(file, format="png"))
+
+
+def plot_widths(
+    path: Path, widths: Sequence[float], scores: Sequence[float], plain: float | None, *, score: str, title: str
+) -> None:
+    """Plots a score of averages over their width, and that of the plain average as a line across.
+
+    Args:
+      path: of the PNG; its folder is created if missing.
+      widths: (N,) sigma_rel, rising.
+      scores: (N,).
+      plain: the score of the plain average; None if it is not known.
+      score: its name.
+      title: of the plot.
+
+    Raises:
+      UserError: the file cannot be written.
+
+    As FID over the length of the average in Karras et al. 2024, sec. 3.3.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(widths, scores, color="C0", linewidth=2, marker="o", label="power-function averages")
+    if plain is not None:
+        axes.axhline(plain, color="C1", linestyle="--", label="plain average")
+    axes.set_xlabel("sigma_rel, the width of the average")
+    axes.set_ylabel(score)
+    axes.set_title(title)
+    axes.grid(True, alpha=0.3)
+    axes.legend()
     write_whole(path, lambda file: figure.savefig(file, format="png"))

@@ -377,7 +377,7 @@ def summary(result: Mapping[str, Any]) -> str:
         )
     drawn = images["drawn"]
     if drawn:
-        keys = ["checkpoint", "seed", "sampler", "steps", "spacing", "eta", "clip", "labels"]
+        keys = ["checkpoint", "sigma_rel", "seed", "sampler", "steps", "spacing", "eta", "clip", "labels"]
         keys += ["guidance_scale"] if drawn.get("guidance_scale") != 1 else []
         shown = ", ".join(f"{key} {drawn[key]}" for key in keys if drawn.get(key) not in (None, [], ()))
         lines.append(f"images: {drawn['run']}, {shown}")

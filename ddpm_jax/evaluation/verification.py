@@ -3,14 +3,17 @@ evaluations.
 """
 
 import contextlib
+import functools
 import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
 
+from ddpm_jax.config import Config
 from ddpm_jax.run import checkpoints
+from ddpm_jax.run.averages import average_files, read_average
 from ddpm_jax.run.record import read_config, read_to_resume
-from ddpm_jax.run.snapshots import identity, snapshot_file, snapshot_steps
+from ddpm_jax.run.snapshots import check_snapshot, snapshot_file, snapshot_steps
 from ddpm_jax.system.errors import Damage, UserError
 from ddpm_jax.system.files import checksum_of, open_npz, read_json
 from ddpm_jax.training.metrics import check_lines
@@ -59,8 +62,12 @@ def verify_run(run: Path) -> Iterator[Verdict]:
             yield _verdict(name, run, _check_metrics)
     for step, arrays, num_bytes, damage in (first, *found):
         yield Verdict(f"step {step}", f"{arrays} arrays, {num_bytes / 1e6:.1f} MB", damage, step)
+    config = _config_of(run)
     for step in snapshot_steps(run):
-        yield _verdict(snapshot_file(run, step).relative_to(run).as_posix(), run, _check_snapshot)
+        name = snapshot_file(run, step).relative_to(run).as_posix()
+        yield _verdict(name, run, functools.partial(_check_snapshot, step, config))
+    for file in average_files(run):
+        yield _verdict(file.relative_to(run).as_posix(), run, functools.partial(_check_average, config))
     for file in sorted(file for folder in _JOBS for file in (run / folder).rglob("*")):
         name = file.relative_to(run).as_posix()
         if file.suffix == ".json":
@@ -93,14 +100,18 @@ def _check_metrics(file: Path) -> str:
     return f"{len(lines.intact)} lines"
 
 
-def _check_snapshot(file: Path) -> str:
-    archive, about = open_npz(file, {"step": int(file.stem.removeprefix("step_"))})
-    with archive:
-        arrays = len(archive.infolist())
+def _config_of(run: Path) -> Config | None:
     with contextlib.suppress(UserError):  # a damaged record has its own verdict
-        if identity(read_config(file.parents[1] / "config.json")) != about["run"]:
-            raise Damage("it is a snapshot of another run")
-    return f"{arrays} arrays, {file.stat().st_size / 1e6:.1f} MB"
+        return read_config(run / "config.json")
+    return None
+
+
+def _check_snapshot(step: int, config: Config | None, file: Path) -> str:
+    return check_snapshot(file.parents[1], step, config=config)
+
+
+def _check_average(config: Config | None, file: Path) -> str:
+    return f"sigma_rel {read_average(file, config=config).sigma_rel:g}"
 
 
 def _check_npz(file: Path) -> str:

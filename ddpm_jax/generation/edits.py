@@ -56,9 +56,10 @@ def describe_chain(job: SamplingJob, num_steps: int | None, *details: str) -> st
     sampler, scale = job.sampler, job.sampler.guidance_scale
     guidance = "" if scale == 1 else f"guidance scale {scale:g}"
     chain = f"{sampler.sampler}, {num_steps} steps"
-    return ", ".join(
-        filter(None, [f"{job.trained.config.name}, training step {job.trained.step}", chain, guidance, *details])
-    )
+    trained = job.trained
+    average = "" if trained.sigma_rel is None else f"EMA {trained.sigma_rel:g}"
+    run = f"{trained.config.name}, training step {trained.step}"
+    return ", ".join(filter(None, [run, average, chain, guidance, *details]))
 
 
 def hide(images: np.ndarray, known: np.ndarray) -> np.ndarray:

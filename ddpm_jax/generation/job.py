@@ -73,13 +73,21 @@ class SamplingJob(typing.NamedTuple):
     """Algorithm 2 if not given."""
 
 
-def load_job(folder: Path, *, seed: int, step: int | None = None, sampler: SamplerConfig | None = None) -> SamplingJob:
+def load_job(
+    folder: Path,
+    *,
+    seed: int,
+    step: int | None = None,
+    ema: str | None = None,
+    sampler: SamplerConfig | None = None,
+) -> SamplingJob:
     """Loads a run from its folder, for sampling.
 
     Args:
       folder: of the run.
       seed: of the job.
       step: of which checkpoint; the newest undamaged one if None.
+      ema: see `load_run`.
       sampler: Algorithm 2 if not given; its labels may be names of classes.
 
     Raises:
@@ -88,7 +96,7 @@ def load_job(folder: Path, *, seed: int, step: int | None = None, sampler: Sampl
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed must be in [0, 2^32), not {seed}")
-    trained, sampler = load_run(folder, step=step), sampler or SamplerConfig()
+    trained, sampler = load_run(folder, step=step, ema=ema), sampler or SamplerConfig()
     classes = trained.config.model.num_classes
     numbers = [number_of_class(each, trained.class_names, classes, option="--labels") for each in sampler.labels]
     job = SamplingJob(trained, seed, dataclasses.replace(sampler, labels=tuple(numbers)))
@@ -110,7 +118,7 @@ def default_folder(job: SamplingJob) -> Path:
         if value != getattr(default, name)
     ]
     trained = job.trained
-    name = short_name(f"checkpoint_{trained.step}_seed_{job.seed}{''.join(options)}")
+    name = short_name(f"checkpoint_{trained.weights_name}_seed_{job.seed}{''.join(options)}")
     return trained.folder / "samples" / name
 
 

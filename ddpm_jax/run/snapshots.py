@@ -16,7 +16,7 @@ from ddpm_jax.networks import Params
 from ddpm_jax.run.fields import leaves, value_of
 from ddpm_jax.run.weights import SEPARATOR, flat
 from ddpm_jax.system.errors import UserError
-from ddpm_jax.system.files import checksum_of, read_arrays, write_arrays
+from ddpm_jax.system.files import checksum_of, open_npz, read_arrays, write_arrays
 
 FOLDER = "averages"
 """In the folder of the run."""
@@ -80,6 +80,17 @@ def read_snapshot(run: Path, step: int, *, config: Config) -> list[dict[str, np.
         number, _, name = name.partition(SEPARATOR)
         found[int(number)][name] = array
     return found
+
+
+def check_snapshot(run: Path, step: int, *, config: Config | None) -> str:
+    """Checks a snapshot as `read_snapshot` does, and returns in words what it contains.
+
+    Without a configuration, of which run it is is not checked.
+    """
+    file = snapshot_file(run, step)
+    archive, _ = open_npz(file, {"step": step} if config is None else _about(step, config))
+    with archive:
+        return f"{len(archive.infolist())} arrays, {file.stat().st_size / 1e6:.1f} MB"
 
 
 def rewind_snapshots(run: Path, step: int, *, every: int, ends: bool = False) -> None:

@@ -11,6 +11,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.data.fingerprint import check_same_set, read_class_names
 from ddpm_jax.data.sources import load_source, resolve
 from ddpm_jax.networks import Network, Params
+from ddpm_jax.run.averages import load_average
 from ddpm_jax.run.build import build_network, check_params
 from ddpm_jax.run.checkpoints import load_ema
 from ddpm_jax.run.experiments import load_config
@@ -39,14 +40,29 @@ class TrainedRun(typing.NamedTuple):
     """The run's folder."""
     class_names: tuple[str, ...] = ()
     """Names of its classes in order; empty if it is unconditional, or they are not known."""
+    sigma_rel: float | None = None
+    """Width of the average that the weights are, if it was reconstructed; None: the EMA weights of the checkpoint."""
+
+    @property
+    def weights_name(self) -> str:
+        """Which of the run's weights these are, as in names of folders: the step, and the width of their average."""
+        return f"{self.step}{'' if self.sigma_rel is None else f'_ema_{self.sigma_rel:g}'}"
+
+    @property
+    def title(self) -> str:
+        """Which of the run's weights these are, in words."""
+        return f"checkpoint {self.step}{'' if self.sigma_rel is None else f', EMA of sigma_rel {self.sigma_rel:g}'}"
 
 
-def load_run(folder: Path, *, step: int | None = None, network: Network | None = None) -> TrainedRun:
+def load_run(
+    folder: Path, *, step: int | None = None, ema: str | None = None, network: Network | None = None
+) -> TrainedRun:
     """Loads a run, or another program's trained network, and checks the weights against the configuration.
 
     Args:
       folder: as `train.py` wrote it; or of another program's network, see `interop`.
       step: of which checkpoint; the newest undamaged one if None.
+      ema: width or file of an average that `evaluate.py ema` reconstructed, instead of the checkpoint's EMA weights.
       network: the network, if it was given to `train` in Python.
 
     Returns:
@@ -54,21 +70,29 @@ def load_run(folder: Path, *, step: int | None = None, network: Network | None =
 
     Raises:
       UserError: there is no such folder, it contains neither a run nor a network that can be read, it has no such
-        checkpoint, or one of another network.
+        checkpoint or average, or one of another network.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: give the folder of a run, such as runs/digits")
     if is_pretrained(folder):
+        if ema is not None:
+            raise UserError(f"--ema needs a run with snapshots of averages; {folder} has only one set of weights")
         return _load_pretrained(folder, step)
     if not is_run(folder):
         raise UserError(f"{folder} is neither a run nor a model of another program: looked for {LOOKED_FOR}")
     config = read_run(folder)
     network = build_network(config) if network is None else network
-    step, params = load_ema(folder, step=step, warn=say)
-    check_params(network, params, f"checkpoint {step}", f"{folder / 'config.json'}", "restore the run's own file")
+    sigma_rel = None
+    if ema is None:
+        step, params = load_ema(folder, step=step, warn=say)
+    else:
+        sigma_rel, step, _, arrays = load_average(folder, ema, step=step, config=config)
+        params = jax.device_put(arrays, jax.local_devices()[0])  # as those of a checkpoint
+    what = f"checkpoint {step}" if ema is None else f"--ema {ema}"
+    check_params(network, params, what, f"{folder / 'config.json'}", "restore the run's own file")
     names = read_class_names(folder)
     known = names if len(names) == config.model.num_classes else ()
-    return TrainedRun(config, network, params, step, folder, known)
+    return TrainedRun(config, network, params, step, folder, known, sigma_rel)
 
 
 def _load_pretrained(folder: Path, step: int | None) -> TrainedRun:
@@ -123,9 +147,11 @@ def describe_run(trained: TrainedRun) -> dict[str, Any]:
         for name, value in dataclasses.asdict(values).items()
     }
     del fields["model.network"]  # where a copy of the file is, not what is in it: the weights tell
+    average = {} if trained.sigma_rel is None else {"sigma_rel": trained.sigma_rel}
     return {
         "checkpoint": trained.step,
         "weights": f"{checksum(trained.params):08x}",
+        **average,
         "image": (config.data.height, config.data.width, config.data.channels),
         **fields,
         "train.precision": config.train.precision,

@@ -7,6 +7,7 @@ arrays' checksums, as JSON, in its metadata.
 import dataclasses
 import json
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ def checksum(params: Params) -> int:
     return crc
 
 
-def save_weights(file: Path, params: Params, *, config: Config, step: int) -> None:
+def save_weights(
+    file: Path, params: Params, *, config: Config, step: int, more: Mapping[str, str] | None = None
+) -> None:
     """Writes weights to one .safetensors file, atomically.
 
     Args:
@@ -46,6 +49,7 @@ def save_weights(file: Path, params: Params, *, config: Config, step: int) -> No
       params: a nested dict of arrays.
       config: the configuration of the run that they are from.
       step: its number of training steps.
+      more: further entries of the metadata.
 
     Raises:
       UserError: the file cannot be written.
@@ -57,6 +61,7 @@ def save_weights(file: Path, params: Params, *, config: Config, step: int) -> No
         "step": str(step),
         "config": json.dumps(dataclasses.asdict(config)),
         "crc32": json.dumps({name: crc32(array) for name, array in arrays.items()}),
+        **(more or {}),
     }
     write_safetensors(file, arrays, metadata)
 
