@@ -429,9 +429,11 @@ def results_folder(description: dict[str, Any], out: Path, *, overwrite: bool) -
 
 def describe_results(command: str, job: SamplingJob, num_steps: int | None, **options: Any) -> dict[str, Any]:
     """Returns a description of results, as JSON values."""
+    width = job.trained.sigma_rel
     return {
         "command": command,
         "checkpoint": job.trained.step,
+        **({} if width is None else {"sigma_rel": width}),
         "weights": f"{checksum(job.trained.params):08x}",
         "seed": job.seed,
         "sampler": job.sampler.sampler,
