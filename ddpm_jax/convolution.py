@@ -1,6 +1,7 @@
 """A convolution of images whose gradients are as fast in a loop as outside, on CPUs too."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,8 +70,7 @@ def _convolve(strides: tuple[int, int], padding: Pairs, x: Array, kernel: Array)
 
 @functools.partial(_convolve.defjvp, symbolic_zeros=True)
 def _tangent(strides: tuple[int, int], padding: Pairs, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    # What reverse mode runs is the transpose of what stands here. On CPUs that is, in turn, the transpose of the
-    # gradient that is wanted.
+    # Reverse mode runs the transpose of this. On CPUs this is, in turn, the transpose of the gradient that is wanted.
     (x, kernel), (dx, dkernel) = primals, tangents
     y = _convolve(strides, padding, x, kernel)
     forward = functools.partial(_plain, window_strides=strides, padding=padding)
@@ -90,23 +90,40 @@ def _by_platform(forward: Any, backward: Any, y: Array, tangent: Array) -> Array
 
 
 def _input_gradient(kernel: Array, dy: Array, strides: tuple[int, int], padding: Pairs, shape: Sequence[int]) -> Array:
-    pads = []
-    for size, out, taps, stride, (before, _) in zip(
-        shape[1:3], dy.shape[1:3], kernel.shape[:2], strides, padding, strict=True
-    ):
-        spread, before = (out - 1) * stride + 1, taps - 1 - before
-        pads.append((before, size + taps - 1 - spread - before))
     turned = jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2)
+    pads = _mirrored(strides, padding, shape, dy.shape, kernel.shape)
     return _plain(dy, turned, window_strides=(1, 1), padding=pads, lhs_dilation=strides)
 
 
 def _kernel_gradient(x: Array, dy: Array, strides: tuple[int, int], padding: Pairs, shape: Sequence[int]) -> Array:
+    # One of x and dy takes the place of the images, with its channels for images and the images for its channels; the
+    # other is the kernel. The kernel must not be the larger one, or XLA exchanges them and leaves the layout. Of two
+    # equal ones, that with fewer channels is faster as images, whose windows are copied, unless that costs more than
+    # transposing the result.
+    (height, width), (out_height, out_width), (channels, out_channels) = x.shape[1:3], dy.shape[1:3], shape[2:]
+    larger = out_height * out_width - height * width
+    saved = (channels - out_channels) * math.prod(dy.shape[:3]) - 4 * channels * out_channels
+    if larger > 0 or (larger == 0 and saved > 0):
+        images, kernel = dy.transpose(3, 1, 2, 0), x.transpose(1, 2, 0, 3)
+        pads = _mirrored(strides, padding, x.shape, dy.shape, shape)
+        gradient = _plain(images, kernel, window_strides=(1, 1), padding=pads, lhs_dilation=strides)
+        return jnp.flip(gradient, (1, 2)).transpose(1, 2, 3, 0)
     pads = []
     for size, out, taps, stride, (before, _) in zip(
         x.shape[1:3], dy.shape[1:3], shape[:2], strides, padding, strict=True
     ):
         pads.append((before, (out - 1) * stride + taps - size - before))
-    # The channels of x are the images, the images its channels; dy is the kernel.
     images, kernel = x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3)
     gradient = _plain(images, kernel, window_strides=(1, 1), padding=pads, rhs_dilation=strides)
     return gradient.transpose(1, 2, 0, 3)
+
+
+def _mirrored(
+    strides: tuple[int, int], padding: Pairs, x: Sequence[int], dy: Sequence[int], kernel: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Returns the zeros around the spread dy in which windows of one extent are found at every offset of the other."""
+    pads = []
+    for size, out, taps, stride, (before, _) in zip(x[1:3], dy[1:3], kernel[:2], strides, padding, strict=True):
+        spread, before = (out - 1) * stride + 1, taps - 1 - before
+        pads.append((before, size + taps - 1 - spread - before))
+    return pads

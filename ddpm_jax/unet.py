@@ -155,19 +155,49 @@ class AttentionBlock(nn.Module):
     def __call__(self, x: Array) -> Array:
         batch, height, width, channels = x.shape
         h = _norm(self, "norm")(x).reshape(batch, height * width, channels)
-        shape = (batch, height * width, self.num_heads, channels // self.num_heads)
         q, k, v = (
-            nn.Dense(channels, kernel_init=_DEFAULT, dtype=self.dtype, name=name)(h).reshape(shape) for name in "qkv"
+            nn.Dense(channels, kernel_init=_DEFAULT, dtype=self.dtype, name=name)(h)
+            .reshape(batch, height * width, self.num_heads, channels // self.num_heads)
+            .swapaxes(1, 2)  # heads first: with one head, nothing moves
+            for name in "qkv"
         )
-        logits = jnp.einsum("bqhc,bkhc->bhqk", q, k) * shape[-1] ** -0.5
-        weights = nn.softmax(logits.astype(jnp.float32), axis=-1).astype(self.dtype)
-        h = jnp.einsum("bhqk,bkhc->bqhc", weights, v).reshape(batch, height * width, channels).reshape(x.shape)
+        logits = jnp.einsum("bhqc,bhkc->bhqk", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
+        # A softmax whose sum divides the (smaller) result.
+        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+        h = jnp.einsum("bhqk,bhkc->bhqc", weights.astype(self.dtype), v)
+        h = h / weights.sum(-1, keepdims=True).astype(self.dtype)
+        h = h.swapaxes(1, 2).reshape(batch, height * width, channels).reshape(x.shape)
         return x + nn.Dense(channels, kernel_init=_NEAR_ZERO, dtype=self.dtype, name="proj_out")(h)
 
 
-def _norm(block: "ResnetBlock | AttentionBlock | UNet", name: str) -> nn.GroupNorm:
-    # Two-pass variance, as in the original; the fast one, E[x^2] - E[x]^2, loses precision.
-    return nn.GroupNorm(block.num_groups, epsilon=block.norm_eps, use_fast_variance=False, dtype=block.dtype, name=name)
+class GroupNorm(nn.Module):
+    """Normalizes each image's groups of channels to mean 0 and variance 1, then scales and shifts every channel."""
+
+    num_groups: int
+    epsilon: float
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        x = x.astype(jnp.float32)
+        # Two-pass variance, as in the original; the fast one, E[x^2] - E[x]^2, loses precision.
+        x -= self._mean(x)
+        multiplier = jax.lax.rsqrt(self._mean(jnp.square(x)) + self.epsilon) * scale.reshape(1, 1, 1, channels)
+        return (x * multiplier + bias.reshape(1, 1, 1, channels)).astype(self.dtype)
+
+    def _mean(self, x: Array) -> Array:
+        # Over pixels first: XLA transposes images that are reshaped into groups, which takes longer on CPUs.
+        batch, height, width, channels = x.shape
+        means = x.reshape(batch, height * width, channels).mean(1).reshape(batch, self.num_groups, -1)
+        means = jnp.broadcast_to(means.mean(2, keepdims=True), means.shape).reshape(batch, channels)
+        return means[:, None, None, :]
+
+
+def _norm(block: "ResnetBlock | AttentionBlock | UNet", name: str) -> GroupNorm:
+    return GroupNorm(block.num_groups, block.norm_eps, block.dtype, name=name)
 
 
 def _convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any, **options: Any) -> Array:

@@ -34,6 +34,7 @@ def draw(*shapes, seed=0):
 
 SAME = dict(strides=(1, 1), padding="SAME")
 HALVING = dict(strides=(2, 2), padding=((1, 1), (1, 1)))
+GROWING = dict(strides=(1, 1), padding=((2, 1), (2, 2)))
 
 pads = st.tuples(st.integers(0, 2), st.integers(0, 2))
 
@@ -44,10 +45,11 @@ pads = st.tuples(st.integers(0, 2), st.integers(0, 2))
     taps=st.tuples(*[st.integers(1, 3)] * 2),
     strides=st.tuples(*[st.integers(1, 3)] * 2),
     padding=st.sampled_from(["SAME", "VALID"]) | st.tuples(pads, pads),
+    channels=st.sampled_from([(3, 4), (4, 1)]),
 )
-def test_gradients_are_those_of_jax_at_any_shape(image, taps, strides, padding):
+def test_gradients_are_those_of_jax_at_any_shape(image, taps, strides, padding, channels):
     image = tuple(max(size, tap) for size, tap in zip(image, taps, strict=True))
-    x, kernel = draw((2, *image, 3), (*taps, 3, 4))
+    x, kernel = draw((2, *image, channels[0]), (*taps, *channels))
     options = dict(strides=strides, padding=padding)
     actual, expected = (
         jax.jit(jax.value_and_grad(energy(each, **options), (0, 1)))(x, kernel) for each in (convolve, plain)
@@ -67,19 +69,20 @@ def test_gradients_are_those_of_jax_at_any_shape(image, taps, strides, padding):
     ids=["forward mode", "twice", "image by image", "recomputed"],
 )
 def test_every_derivative_is_that_of_jax(derive, options):
-    x, kernel = draw((2, 6, 5, 2), (3, 3, 2, 2))
+    x, kernel = draw((2, 6, 5, 2), (3, 3, 2, 1))
     actual, expected = (jax.jit(derive(energy(each, **options)))(x, kernel) for each in (convolve, plain))
     chex.assert_trees_all_close(actual, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("options", [SAME, HALVING], ids=["same", "halving"])
+@pytest.mark.parametrize("options", [SAME, HALVING, GROWING], ids=["same", "halving", "growing"])
 def test_loops_contain_only_the_layout_that_is_fast(options):
-    x, kernel = draw((2, 6, 6, 3), (3, 3, 3, 3))
+    x, *kernels = draw((2, 6, 6, 3), (3, 3, 3, 3), (3, 3, 3, 1))
 
     def layouts(convolution):
-        slope = jax.grad(energy(convolution, **options), (0, 1))
+        loss = energy(convolution, **options)
+        slope = jax.grad(lambda x, kernels: sum(loss(x, kernel) for kernel in kernels), (0, 1))
         step = lambda carry, _: (jax.tree.map(jnp.add, carry, slope(*carry)), None)
-        program = jax.jit(lambda *carry: jax.lax.scan(step, carry, length=3)[0]).lower(x, kernel).compile().as_text()
+        program = jax.jit(lambda *carry: jax.lax.scan(step, carry, length=3)[0]).lower(x, kernels).compile().as_text()
         assert "while(" in program
         assert "conditional(" not in program
         return set(re.findall(r"dim_labels=([^,\s]*)", program))

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from ddpm_jax.keys import image_keys
-from ddpm_jax.unet import AttentionBlock, ResnetBlock, UNet, check_unet, dropout, time_embedding
+from ddpm_jax.unet import AttentionBlock, GroupNorm, ResnetBlock, UNet, check_unet, dropout, time_embedding
 
 CIFAR10 = UNet()
 TWO_LEVELS = UNet(channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=())
@@ -297,6 +297,28 @@ class TestInitialization:
         assert 0 < float(jnp.abs(output).max()) < 1e-4
 
 
+class TestGroupNorm:
+    @pytest.mark.parametrize(("shape", "num_groups"), [((3, 5, 4, 12), 4), ((2, 1, 2, 8), 8), ((2, 3, 3, 8), 1)])
+    def test_is_that_of_flax(self, shape, num_groups):
+        theirs = nn.GroupNorm(num_groups, epsilon=1e-3, use_fast_variance=False)
+        ours = GroupNorm(num_groups, 1e-3, jnp.float32)
+        x = 3 + 2 * jax.random.normal(jax.random.key(0), shape)
+        chex.assert_trees_all_equal_shapes_and_dtypes(*(norm.init(jax.random.key(0), x) for norm in (ours, theirs)))
+        params = draw_again(jax.eval_shape(ours.init, jax.random.key(0), x))
+        weights = jax.random.normal(jax.random.key(1), shape)
+        loss = lambda norm: lambda params, x: (weights * norm.apply(params, x)).sum()
+        actual, expected = (jax.jit(jax.value_and_grad(loss(norm), (0, 1)))(params, x) for norm in (ours, theirs))
+        chex.assert_trees_all_close(actual, expected, rtol=2e-5, atol=1e-5)
+
+    def test_statistics_of_bfloat16_are_float32(self):
+        # 100 is exact in bfloat16 and its sums over 1024 pixels are not.
+        x = (100 + jnp.arange(2048.0).reshape(1, 32, 32, 2) % 2).astype(jnp.bfloat16)
+        norm = GroupNorm(1, 1e-6, jnp.bfloat16)
+        actual = norm.apply(norm.init(jax.random.key(0), x), x)
+        chex.assert_type(actual, jnp.bfloat16)
+        np.testing.assert_allclose(np.asarray(actual, np.float32), np.asarray(x, np.float32) * 2 - 201, atol=1e-2)
+
+
 class TestTimeEmbedding:
     @pytest.mark.parametrize(
         ("t", "entries", "total"),
@@ -421,7 +443,6 @@ class TestRecomputing:
 
 
 class TestPrecision:
-    @jax.numpy_dtype_promotion("standard")  # Flax's own GroupNorm promotes bfloat16 to float32
     def test_bfloat16_computes_and_float32_comes_out(self, small):
         unet, params, x, t = small
         half = unet.clone(dtype=jnp.bfloat16)

@@ -31,10 +31,9 @@ def program(training):
     """A step of the U-Net in bfloat16, traced and not compiled, and the shapes of its state before and after."""
     network, optimizer = training.tiny_unet().clone(dtype=jnp.bfloat16), training.paper_optimizer(warmup_steps=0)
     batch = Batch(training.images_of(0), np.arange(16, dtype=np.int32))
-    with jax.numpy_dtype_promotion("standard"):  # Flax's own GroupNorm promotes bfloat16 to float32
-        state = jax.eval_shape(lambda key: training.state_of(key, network, optimizer), RUN_KEY)
-        trace = jax.make_jaxpr(training.step_of(network, optimizer), return_shape=True)
-        jaxpr, (after, info) = trace(RUN_KEY, state, batch)
+    state = jax.eval_shape(lambda key: training.state_of(key, network, optimizer), RUN_KEY)
+    trace = jax.make_jaxpr(training.step_of(network, optimizer), return_shape=True)
+    jaxpr, (after, info) = trace(RUN_KEY, state, batch)
     return types_of(jaxpr.jaxpr), state, after, info
 
 
