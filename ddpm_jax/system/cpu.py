@@ -7,7 +7,9 @@ its name, and where an accelerator may be found nothing is chosen.
 import importlib.metadata
 import importlib.util
 import os
+import sys
 import typing
+from pathlib import Path
 
 import jax
 
@@ -25,16 +27,20 @@ _FLAGS: dict[str, dict[Work, tuple[str, ...]]] = {
 }
 
 _DEVICES = "--xla_force_host_platform_device_count"
+# Of NVIDIA, Google, AMD and Intel, and of Windows below Linux.
+_ACCELERATORS = ("nvidia[0-9]*", "accel[0-9]*", "vfio/[0-9]*", "kfd", "dri/renderD*", "dxg")
 # More were not measured.
 _MOST_DEVICES = 8
 
 
 def is_alone() -> bool:
-    """Returns whether JAX computes on the CPU: it is asked to, or no package of an accelerator is installed."""
+    """Returns whether JAX computes on the CPU: it is asked to, or there is no accelerator, or no package for one."""
     if asked := jax.config.values["jax_platforms"]:
         return bool(asked.split(",")[0] == "cpu")
-    found = map(importlib.util.find_spec, ("jax_plugins", "libtpu"))
-    return not any(found) and not importlib.metadata.entry_points(group="jax_plugins")
+    packages = [*map(importlib.util.find_spec, ("jax_plugins", "libtpu"))]
+    if not any(packages) and not importlib.metadata.entry_points(group="jax_plugins"):
+        return True
+    return sys.platform == "linux" and not any(any(Path("/dev").glob(name)) for name in _ACCELERATORS)
 
 
 def set_flags(work: Work) -> None:

@@ -57,10 +57,19 @@ def test_what_the_user_has_set_wins(name):
 
 
 @pytest.mark.parametrize(
-    ("asked", "installed", "is_alone"),
-    [("cuda,cpu", "", False), ("", "libtpu", False), ("", "", True), ("cpu", "libtpu", True)],
+    ("asked", "installed", "file", "is_alone"),
+    [
+        ("cuda,cpu", "", "", False),
+        ("cpu", "libtpu", "accel0", True),
+        ("", "libtpu", "accel0", False),
+        ("", "libtpu", "", True),
+        ("", "", "accel0", True),
+    ],
 )
-def test_nothing_is_chosen_where_an_accelerator_may_be(asked, installed, is_alone, monkeypatch):
+def test_nothing_is_chosen_where_an_accelerator_may_be(asked, installed, file, is_alone, monkeypatch, tmp_path):
+    if file:
+        (tmp_path / file).touch()
+    monkeypatch.setattr(cpu, "Path", lambda _: tmp_path)
     config = types.SimpleNamespace(values={"jax_platforms": asked, "jax_num_cpu_devices": -1})
     monkeypatch.setattr(cpu, "jax", types.SimpleNamespace(config=config))
     monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: name == installed or None)
