@@ -249,7 +249,7 @@ def report_page(options: ReportOptions) -> None:
     out = read_out(options.out, files=[".html"], overwrite=options.overwrite)
     in_run = out == Output(None, None) and len(runs) == 1
     file = out.file or (out.folder or (runs[0] if in_run else Path())) / "report.html"
-    if file.exists() and not in_run and not options.overwrite:
+    if runs and file.exists() and not in_run and not options.overwrite:
         raise UserError(f"{file} exists: name another file with --out, or replace it with --overwrite")
     report(write_report(runs, file, seed=options.seed, drawing=options.reverse))
 

@@ -21,7 +21,9 @@ from ddpm_jax.evaluation.report.page import write_report
 from ddpm_jax.evaluation.report.reverse_process import draw_reverse, read_reverse
 from ddpm_jax.generation import job as sampling
 from ddpm_jax.generation.sampler_config import SamplerConfig
+from ddpm_jax.run.build import build_network
 from ddpm_jax.run.command import parse_run
+from ddpm_jax.run.trained import TrainedRun
 from ddpm_jax.system import pictures
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import read_json, write_json
@@ -179,9 +181,11 @@ def test_the_reverse_process_ends_in_the_samples_of_the_job(runs, run):
 
 
 def test_what_would_take_long_is_not_drawn_unasked(runs, run, tmp_path):
-    config = runs.make_config(data=DataConfig("folder", str(tmp_path), height=16384, width=16384, channels=3))
+    config = runs.make_config(data=DataConfig("folder", str(tmp_path), height=64, width=64, channels=3))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, width=4096))
+    large = TrainedRun(config, build_network(config), None, 7, tmp_path)
     with pytest.raises(UserError, match=r"about \d+ minutes on this machine \(4 images, 12 steps\).*--reverse always$"):
-        draw_reverse(runs.make_trained(config), seed=0)
+        draw_reverse(large, seed=0)
     assert read_reverse(run) is None
     frames = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), np.uint8)
     pictures.save_gif(tmp_path / "samples" / "job" / "reverse.gif", pictures.enlarge(frames, side=64), 0.1)

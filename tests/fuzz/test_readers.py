@@ -41,6 +41,8 @@ from ddpm_jax.data.fingerprint import check_same_set, read_class_names
 from ddpm_jax.data.source import in_memory
 from ddpm_jax.evaluation.features import INCEPTION
 from ddpm_jax.evaluation.image_sets import open_npz
+from ddpm_jax.evaluation.report.charts import make_charts
+from ddpm_jax.evaluation.report.contents import read_contents
 from ddpm_jax.evaluation.statistics import is_statistics, read_statistics
 from ddpm_jax.generation.store import Parts, StoredImages, checksum_of
 from ddpm_jax.interop.checkpoints import read_checkpoint
@@ -254,14 +256,16 @@ def read_record(folder):
 def sealed(files):
     """Writes JSON anew with the checksum that it should have."""
 
-    def seal(content):
-        try:
-            value = json.loads(content)
-            return dump_checked({name: each for name, each in value.items() if name != "checksum"}, indent=2) + b"\n"
-        except (ValueError, RecursionError, AttributeError):
-            return content
+    return {name: with_right_checksum(content, indent=2) for name, content in files.items()}
 
-    return {name: seal(content) for name, content in files.items()}
+
+def with_right_checksum(content, *, indent=None):
+    """Writes JSON anew with the checksum that it should have; other content is left as it is."""
+    try:
+        value = json.loads(content)
+        return dump_checked({name: each for name, each in value.items() if name != "checksum"}, indent=indent) + b"\n"
+    except (ValueError, RecursionError, AttributeError):
+        return content
 
 
 def metrics_file():
@@ -444,6 +448,48 @@ def read_statistics_files(folder):
     each(read, sorted(folder.iterdir()))
 
 
+def run_files():
+    """Of a run's folder, what its report reads besides config.json."""
+    job = {"checkpoint": 7, "seed": 1, "sampler": "ddim", "steps": 5, "labels": [1], "diffusion.num_steps": 9}
+    bits = {"bits_per_dim": 3.5, "standard_error": 0.1, "rate_bits": 1.5, "distortion_bits": 2.0, "rmse": 1.0}
+    bits |= {"l_simple": 0.5, "images": 8, "trained_on": 0}
+    bits["job"] = {**job, "split": "test", "data.source": "digits", "num_strata": 5, "sigma": "model", "cdf": "tanh"}
+    quality = {"images": 8, "confidence": 0.5, "confidence_of_real": 0.5, "accuracy": None, "counts": {"0": 8}}
+    quality |= {"fd_own": 2.0, "fd_own_of_real": 1.0, "ratio": 2.0, "images_compared": 8, "real": "a", "held_out": None}
+    scores = {
+        "scores": {"FID": 1.0, "sFID": 1.0, "IS": 2.0, "IS_std": 0.1, "KID": 0.1, "KID_standard_error": 0.1},
+        "images": {"name": "a", "number": 8, "drawn": job},
+        "reference": {"images": "digits, train", "number": 9},
+        "features": {"name": "Inception", "sha256": "0" * 64, "resize": "bilinear"},
+        "settings": {"a": "b"},
+        "versions": {"jax": "0"},
+    }
+    found = {
+        "fid/a_train/scores.json": scores,
+        "likelihood/a/likelihood.json": bits,
+        "samples/a/job.json": job,
+        "samples/a/quality.json": quality,
+        "data.json": {"images": 9, "shape": [8, 8, 3], "class_names": []},
+        "timing.jsonl": {"step": 1, "seconds": 2.0, "images_per_second": 64.0, "peak_memory_gib": 0.5},
+    }
+    files = {name: json.dumps(value).encode() for name, value in found.items()}
+    return {**files, **metrics_file(), "samples/step_0000001.png": pictures()["a.png"]}
+
+
+def in_a_run(files):
+    """Writes JSON, and every line of metrics, with the checksum that it should have, beside a configuration."""
+    lines = {name: content.split(b"\n") for name, content in files.items() if name.endswith("l")}
+    lined = {name: b"".join(map(with_right_checksum, each)) for name, each in lines.items()}
+    others = {name: content for name, content in files.items() if name not in lines}
+    return {**sealed(others), **lined, **sealed(config_file())}
+
+
+def read_report(folder):
+    contents = read_contents(folder, name="run")
+    assert all(map(str.isprintable, contents.notices))
+    json.dumps([chart._asdict() for chart in make_charts([contents])], allow_nan=False)
+
+
 TINY = Config(
     data=DataConfig(height=32, width=32, channels=3),
     diffusion=DiffusionConfig(variance="fixed_large"),
@@ -512,6 +558,7 @@ READERS = {
     "data.json, sealed": Reader(set_file, read_set_file, sealed),
     "metrics.jsonl": Reader(metrics_file, read_metrics),
     "data.json": Reader(set_file, read_set_file),
+    "a report's, sealed": Reader(run_files, read_report, in_a_run, 10),
     "weights": Reader(weights_file, read_weights),
     "weights, their header": Reader(header_of_weights, read_weights, with_header),
     "PyTorch": Reader(torch_files, read_torch_tree),
@@ -727,6 +774,9 @@ FOUND = [
     ("parts, sealed", "images.npy!", lambda content: content.replace(b"}", b"(", 1)),
     ("parts, sealed", "images.npy!", lambda content: content.replace(b"(2, 8", b"(9**9")),
     ("data.json, sealed", "data.json", lambda content: content.replace(b'"class_names"', b'"class_names": null, "a"')),
+    ("a report's, sealed", "metrics.jsonl", lambda content: content.replace(b"0.5,", b"1" + b"0" * 400 + b",")),
+    ("a report's, sealed", "metrics.jsonl", lambda content: content.replace(b'"step": 1', b'"step": 1' + b"0" * 40)),
+    ("a report's, sealed", "samples/a/quality.json", lambda content: content.replace(b"0.5", b"1" + b"0" * 400)),
     ("TFDS", "found/1.0.0/dataset_info.json", lambda content: content.replace(b'"train"', b'"' + b"9" * 5000 + b'"')),
     ("statistics", "b.pkl", lambda content: content[:2] + b"\x95" + b"\xff" * 8 + content[2:]),
     ("TFDS", "found/1.0.0/features.json", lambda content: b"[" * 10**5),

@@ -1,6 +1,7 @@
 """The commands that made a run and what lies in its folder, as far as its files tell."""
 
 import dataclasses
+import functools
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,18 +35,22 @@ def train_command(config: Config, folder: Path) -> str | None:
       the command; None if the run is far from all of them.
     """
     found = []
-    for file in sorted(CONFIGS.glob("*.py")):
-        base = load_config(file)
+    for stem, base in _shipped().items():
         changed = [name for name in leaves(Config) if name != "name" and value_of(config, name) != value_of(base, name)]
-        found.append((file.stem != config.name, len(changed), file.stem, changed))
+        found.append((len(changed), base.name != config.name, stem, changed))
     if not found:
         return None
-    _, number, stem, changed = min(found, key=lambda each: (each[1], each[0]))
+    number, is_named, stem, changed = min(found)
     if number > _MOST_OPTIONS:
         return None
-    name = ["--name", config.name] if config.name != value_of(load_config(CONFIGS / f"{stem}.py"), "name") else []
+    name = ["--name", config.name] if is_named else []
     options = [word for field in changed for word in _option(field, value_of(config, field))]
     return shlex.join(["python", "train.py", f"configs/{stem}.py", *options, *name, "--workdir", str(folder)])
+
+
+@functools.cache
+def _shipped() -> dict[str, Config]:
+    return {file.stem: load_config(file) for file in sorted(CONFIGS.glob("*.py"))}
 
 
 def sample_command(job: Mapping[str, Any], run: Path, number: int) -> str:

@@ -23,6 +23,7 @@ from ddpm_jax.training.metrics import check_lines
 _MOST_GRIDS, _MOST_GRID_BYTES = 40, 8_000_000
 _MOST_DRAWN = 6
 _MOST_FILES = 60
+_LARGEST, _LARGEST_STEP = 1e300, 2**53  # that JavaScript has
 
 
 class Shown(typing.NamedTuple):
@@ -164,7 +165,7 @@ class _Reader:
             yield
         except (Damage, UserError, OSError) as error:
             self._note(file, f"is damaged ({error}) and left out")
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError):
             self._note(file, "does not hold what ddpm_jax writes there, and is left out")
 
     def _note(self, file: Path, what: str) -> None:
@@ -185,7 +186,8 @@ class _Reader:
                 word = "line" if len(lines.damaged) == 1 else "lines"
                 numbers = ", ".join(map(str, lines.damaged[:10])) + (", .." if len(lines.damaged) > 10 else "")
                 self._note(file, f"is damaged in {word} {numbers}, left out")
-            return sorted((values for _, values in lines.intact), key=lambda values: values["step"])
+            found = [values for _, values in lines.intact if 0 <= values["step"] <= _LARGEST_STEP]
+            return sorted(found, key=lambda values: values["step"])
         return []
 
     def grids(self, files: Sequence[Path]) -> list[Shown]:
@@ -384,7 +386,8 @@ def series(lines: Iterable[Mapping[str, Any]], name: str, at: int | None = None)
         value = line.get(name)
         if at is not None:
             value = value[at] if isinstance(value, list) and len(value) > at else None
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            found.append((line["step"], value))
+        # Integers of a user's own metric may be larger than any float.
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf:
+            found.append((line["step"], float(min(max(value, -_LARGEST), _LARGEST))))
     steps, values = zip(*found, strict=True) if found else ((), ())
     return np.asarray(steps, np.int64), np.asarray(values, np.float64)

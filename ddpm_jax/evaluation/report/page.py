@@ -75,7 +75,7 @@ def write_report(folders: Sequence[Path], out: Path, *, seed: int = 0, drawing: 
             say(f"{each.folder}: {notice}")
     runs = [_described(each, seed=seed, drawing=drawing) for each in contents]
     text = _render(runs, folders, out)
-    write_whole(out, lambda file: file.write(text.encode()))
+    write_whole(out, lambda file: file.write(text.encode(errors="replace")))
     return out
 
 
