@@ -1,14 +1,14 @@
 """What the paper's models need on accelerators, from compiling for them: `python benchmarks/aot_table.py`.
 
-No accelerator is needed, only the compilers' plug-ins (docs/running.md). Each row compiles for minutes; what is done is
-kept in docs/results/accelerators.json, so that the command can be stopped and run again; `--rows N` does N more rows.
-docs/results/accelerators.md is written anew after each.
+No accelerator is needed, only the compilers' plug-ins (docs/accelerators.md). Each row compiles for minutes; what is done is
+kept in docs/results/accelerators.json, so that the command can be stopped and run again.
 """
 
 import argparse
 import dataclasses
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results"
 ROWS, PAGE = RESULTS / "accelerators.json", RESULTS / "accelerators.md"
 
 SLICES = {
-    "v3:2x2": "TPU v3-8",
-    "v5e:2x4": "TPU v5e-8",
-    "v5p:2x2x1": "TPU v5p-8",
-    "v6e:2x4": "TPU v6e-8",
     "h100:1": "1 H100",
     "h100:8": "8 H100",
+    "v5e:2x4": "TPU v5e-8",
+    "v6e:2x4": "TPU v6e-8",
+    "v5p:2x2x1": "TPU v5p-8",
+    "v3:2x2": "TPU v3-8",
 }
 MODELS = {
     "cifar10": "CIFAR-10, 35.7M",
@@ -188,9 +188,10 @@ def write_page(rows: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=10**6, help="compile this many more rows at most")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no row after so many minutes")
     rows = json.loads(ROWS.read_text()) if ROWS.exists() else {}
-    for _ in range(parser.parse_args().rows):
+    stop = time.monotonic() + 60 * parser.parse_args().minutes
+    while time.monotonic() < stop:
         row = next_row(rows)
         if row is None:
             print("all rows are done")
@@ -198,6 +199,7 @@ def main() -> None:
         rows[name_of(*row)] = compile_row(*row)
         print(name_of(*row), rows[name_of(*row)], flush=True)
         ROWS.write_text(json.dumps(rows, indent=1) + "\n")
+        write_page(rows)
     write_page(rows)
 
 
