@@ -1,7 +1,7 @@
 """What the paper's models need on accelerators, from compiling for them: `python benchmarks/aot_table.py`.
 
-No accelerator is needed, only the compilers' plug-ins (docs/accelerators.md). Each row compiles for minutes; what is done is
-kept in docs/results/accelerators.json, so that the command can be stopped and run again.
+No accelerator is needed, only the compilers' plug-ins (docs/accelerators.md). Each row compiles for minutes; what is
+done is kept in docs/results/accelerators.json, so that the command can be stopped and run again.
 """
 
 import argparse
@@ -110,7 +110,10 @@ def next_batch(rows: dict[str, Any], name: str, topology: str) -> int | None:
         near.append((0.0, 0, 1.25 * memory["arguments"] if memory else 0))
     (_, a, at_a), (_, b, at_b) = near
     guess = a + math.floor((limit - at_a) * (a - b) / (at_a - at_b))
-    return int(min(max(guess, low + 1), high - 1))
+    if high == math.inf:
+        return max(guess, low + max(1, low // 8))
+    # Near the limit the compiler recomputes by itself, and the line bends.
+    return guess if low < guess < high else int(low + high) // 2
 
 
 def next_row(rows: dict[str, Any]) -> tuple[str, str, str, dict[str, Any]] | None:
