@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax.generation.sampler_config import SamplerConfig, make_chain
+from ddpm_jax.generation.chains import make_chain
+from ddpm_jax.generation.sampler_config import SamplerConfig
+from ddpm_jax.names import SamplerName
 from ddpm_jax.networks import parameter_shapes
 from ddpm_jax.run.build import image_shape
-from ddpm_jax.samplers.by_name import SamplerName
 from ddpm_jax.samplers.chain import sample
 from ddpm_jax.training.setup import make_setup
 from ddpm_jax.training.step import Batch
