@@ -13,6 +13,14 @@ def test_every_folder_is_in_the_wheel():
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages
 
 
+def test_every_other_file_is_in_the_wheel():
+    for file in (ROOT / "ddpm_jax").rglob("*"):
+        if file.is_file() and file.suffix not in (".py", ".pyc"):
+            package = ".".join(file.parent.relative_to(ROOT).parts)
+            patterns = PROJECT["tool"]["setuptools"]["package-data"].get(package, [])
+            assert any(file.match(pattern) for pattern in patterns), file
+
+
 def test_requirements_are_whole():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     required = {line.split("#")[0].strip() for line in lines}

@@ -265,6 +265,19 @@ def test_the_train_command_gives_the_configuration(words, tmp_path):
     assert parse_run(NoOptions, command[2:-2]).config == config
 
 
+def test_scores_of_an_average_name_its_width(copy, tmp_path):
+    (file,) = (copy / "fid").glob("*/scores.json")
+    found = read_json(file)
+    found["images"]["drawn"] |= {"sigma_rel": 0.125}
+    write_json(file, found)
+    pictures.save_png(copy / "averages" / "step_0000007_l_simple.png", np.zeros((8, 8, 3), np.uint8))
+    page = Page(write_report([copy], tmp_path / "page.html", drawing="never"))
+    words = "--features efficientnet-lite0 --num 16 --step 7 --ema 0.125 --sampler ddim --steps 12"
+    assert f"python evaluate.py fid {copy} {words}" in page.text
+    assert "checkpoint 7, sigma_rel 0.125, ddim" in page.text
+    assert "averages/step_0000007_l_simple.png" in page.text
+
+
 def test_fields_that_differ_from_the_defaults_stand_out(run):
     fields = fields_of([read_contents(run, name="tiny")])
     found = {f"{section}.{name}" for section, rows in fields.items() for name, _, stands_out in rows if stands_out}

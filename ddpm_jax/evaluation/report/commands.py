@@ -74,7 +74,7 @@ def fid_command(found: Mapping[str, Any], run: Path, file: Path) -> str | None:
 
 def likelihood_command(job: Mapping[str, Any], run: Path, file: Path, *, number: int) -> str:
     """Returns the command that computes bits/dim again, by the description of its job."""
-    words = ["python", "evaluate.py", "likelihood", str(run), "--step", str(job["checkpoint"])]
+    words = ["python", "evaluate.py", "likelihood", str(run), *_weights(job)]
     given = {
         "split": (job["split"], "test"),
         "num": (number if f"_num_{number}_" in file.parent.name else 0, 0),
@@ -94,8 +94,9 @@ def describe_drawn(job: Mapping[str, Any]) -> str:
     names = ["eta", "spacing", "clip", "guidance_scale", "guidance_interval", "labels"]
     chosen = [f"{name.replace('_', ' ')} {job[name]}" for name in names if _is_chosen(job.get(name), default[name])]
     steps = job.get("steps") or job.get("diffusion.num_steps")
-    step = f"checkpoint {job['checkpoint']:,}"
-    return ", ".join([step, str(job["sampler"]), f"{steps} steps", *chosen, f"seed {job['seed']}"])
+    width = f", sigma_rel {job['sigma_rel']:g}" if job.get("sigma_rel") is not None else ""
+    weights = f"checkpoint {job['checkpoint']:,}{width}"
+    return ", ".join([weights, str(job["sampler"]), f"{steps} steps", *chosen, f"seed {job['seed']}"])
 
 
 def number_drawn(file: Path) -> int | None:
@@ -109,12 +110,17 @@ def number_drawn(file: Path) -> int | None:
 
 
 def _sampling(job: Mapping[str, Any]) -> list[str]:
-    default, words = dataclasses.asdict(SamplerConfig()), ["--step", str(job["checkpoint"])]
+    default, words = dataclasses.asdict(SamplerConfig()), _weights(job)
     words += ["--seed", str(job["seed"])] if job["seed"] else []
     for name, value in default.items():
         if _is_chosen(job.get(name), value):
             words += _option(name, job[name])
     return words
+
+
+def _weights(job: Mapping[str, Any]) -> list[str]:
+    width = job.get("sigma_rel")
+    return ["--step", str(job["checkpoint"]), *([] if width is None else ["--ema", f"{width:g}"])]
 
 
 def _is_chosen(value: Any, default: Any) -> bool:

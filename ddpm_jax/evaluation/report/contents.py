@@ -16,6 +16,7 @@ from ddpm_jax.evaluation.scores import names_of_scores
 from ddpm_jax.run.fields import leaves, value_of
 from ddpm_jax.run.pretrained import is_pretrained
 from ddpm_jax.run.record import is_run, read_config
+from ddpm_jax.run.snapshots import FOLDER as AVERAGES
 from ddpm_jax.system.errors import Damage, UserError, printable
 from ddpm_jax.system.files import read_json
 from ddpm_jax.training.metrics import check_lines
@@ -86,6 +87,8 @@ class Contents(typing.NamedTuple):
     """Grids that sample.py drew, the newest first."""
     scores: list[Score]
     """Evaluations of the run, by kind."""
+    widths: list[Shown]
+    """Plots of scores against the width of the average, by evaluate.py ema."""
     files: list[FileEntry]
     """All that is in the folder."""
     num_bytes: int
@@ -139,6 +142,7 @@ def read_contents(folder: Path, *, name: str) -> Contents:
         num_grids=len(grids),
         drawn=list(reader.drawn()),
         scores=sorted(scores, key=lambda score: score.kind),
+        widths=list(reader.widths()),
         files=files,
         num_bytes=num_bytes,
         commands={
@@ -231,6 +235,11 @@ class _Reader:
                 with self._noting(file):
                     yield read(file, read_json(file))
 
+    def widths(self) -> Iterator[Shown]:
+        for file in sorted(self._run.glob(f"{AVERAGES}/*.png"))[-_MOST_DRAWN:]:
+            with self._noting(file):
+                yield Shown(printable(self._name(file)), embed(read_frames(file, most=1)[0]))
+
     def _name(self, file: Path) -> str:
         return file.relative_to(self._run).as_posix()
 
@@ -248,7 +257,7 @@ class _Reader:
         return Score(
             f"Frechet distance ({features['name']})",
             int(drawn.get("checkpoint", 0)),
-            {"images": f"{images['number']:,}", **values},
+            {**_width(drawn), "images": f"{images['number']:,}", **values},
             {
                 "samples": commands.describe_drawn(drawn) if drawn else str(images["name"]),
                 "reference": f"{reference.get('statistics') or reference['images']}{of}",
@@ -268,6 +277,7 @@ class _Reader:
             "Bits/dim (variational bound)",
             int(job["checkpoint"]),
             {
+                **_width(job),
                 "images": f"{found['images']:,}",
                 "bits/dim": bits,
                 "rate": f"{found['rate_bits']:.4f}",
@@ -297,6 +307,7 @@ class _Reader:
             "Quality (a small classifier of the real images)",
             int(job["checkpoint"]),
             {
+                **_width(job),
                 "images": f"{found['images']:,}",
                 "confidence": _percent(found["confidence"]),
                 "FD-own": f"{found['fd_own']:.3f}",
@@ -314,6 +325,10 @@ class _Reader:
             self._name(file),
             commands.quality_command(job, self._run, found["images"]),
         )
+
+
+def _width(job: Mapping[str, Any]) -> dict[str, str]:
+    return {"sigma_rel": f"{job['sigma_rel']:g}"} if job.get("sigma_rel") is not None else {}
 
 
 def _percent(value: float | None) -> str:

@@ -121,7 +121,8 @@ def _tiles(run: Contents) -> list[tuple[str, str, str]]:
         tiles.append(("Images/s", f"{statistics.median(speeds):,.0f}", "median"))
     newest: dict[str, Score] = {}
     for score in sorted(run.scores, key=lambda score: score.step):
-        newest[score.kind] = score
+        if "sigma_rel" not in score.values:
+            newest[score.kind] = score
     for score in newest.values():
         name = next((name for name in score.values if name not in ("images", "confidence")), "")
         tiles.append((name, score.values[name].partition(" ")[0], f"{score.values['images']} images"))
