@@ -96,7 +96,9 @@ def _described(contents: Contents, *, seed: int, drawing: DrawReverse) -> _Run:
     except UserError:  # the user's own file is missing
         parameters = "unknown"
     reverse, why_not = None, "--reverse never leaves it out"
-    if drawing != "never":
+    if not contents.checkpoints:
+        why_not = "the run has no checkpoint yet"
+    elif drawing != "never":
         try:
             reverse, why_not = draw_reverse(load_run(contents.folder), seed=seed, drawing=drawing), ""
         except UserError as error:
