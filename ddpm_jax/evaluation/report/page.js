@@ -13,11 +13,14 @@
   const font = getComputedStyle(document.documentElement).fontFamily;
   const touch = matchMedia("(pointer: coarse)").matches;
 
-  const trace = (curve) => {
+  const trace = (curve, _, curves) => {
     const stroke = color(`series-${curve.color % 8}`), faint = curve.style === "faint";
+    // The nearest point of a curve may be at another step than that under the cursor.
+    const isAligned = curves.every((other) => String(other.x) === String(curves[0].x));
     return {
       name: curve.name, x: curve.x, y: curve.y, type: "scatter", showlegend: curve.legend, opacity: faint ? 0.35 : 1,
-      mode: curve.style === "points" || curve.x.length === 1 ? "lines+markers" : "lines", hovertemplate: "%{y:.4~g}",
+      mode: curve.style === "points" || curve.x.length === 1 ? "lines+markers" : "lines",
+      hovertemplate: isAligned ? "%{y:.4~g}" : "%{y:.4~g} at %{x:,}",
       line: { color: stroke, width: faint ? 1 : 2, dash: curve.style === "points" ? "dot" : "solid" },
       marker: { color: stroke, size: 6 }, hoverinfo: faint && !curve.legend ? "skip" : "all",
     };
@@ -43,10 +46,13 @@
   const layout = (chart) => {
     const axis = { gridcolor: color("line"), linecolor: color("line"), zeroline: false, automargin: true, fixedrange: touch };
     return {
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: font, size: 12, color: color("muted") },
+      paper_bgcolor: color("card"), plot_bgcolor: color("card"), font: { family: font, size: 12, color: color("muted") },
       margin: { l: 8, r: 8, t: 8, b: 8 }, hovermode: "x unified", hoverdistance: -1, dragmode: touch ? false : "zoom",
       showlegend: chart.curves.length > 1, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 12 } },
-      xaxis: { ...axis, title: { text: "step", standoff: 6 }, tickformat: ",d", hoverformat: ",d", nticks: 7, rangemode: "tozero" },
+      xaxis: {
+        ...axis, title: { text: "step", standoff: 6 }, tickformat: ",d", hoverformat: ",d", nticks: 7,
+        rangemode: "tozero", spikecolor: color("muted"), spikethickness: 1, spikedash: "solid",
+      },
       yaxis: {
         ...axis, type: chart.is_log ? "log" : "linear", exponentformat: "e", minexponent: 4, nticks: 7,
         ...(chart.is_log ? ticks(chart) : { rangemode: "tozero" }),
