@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast"
 # name = SHAPE kind(operands: asynchronous ones are a start and a done, and count at their start.
 _INSTRUCTION = re.compile(rf"^[^=\n]*= (.*?) ({_KINDS})(-start)?\(", re.MULTILINE)
+_NUMBERS_OF_AN_IMAGE = 16  # that a step may gather: its place, timestep, loss, and the keys of its random numbers
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
@@ -87,6 +88,3 @@ def moved_activations(
         return size > _NUMBERS_OF_AN_IMAGE * batch_size and size not in parameter_sizes
 
     return [each for each in collectives if each.kind in moving and any(map(is_activation, each.results))]
-
-
-_NUMBERS_OF_AN_IMAGE = 16  # its place, timestep, loss, and the keys of its random numbers
