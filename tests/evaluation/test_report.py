@@ -165,6 +165,10 @@ def test_runs_side_by_side_are_told_apart_and_their_differences_marked(runs, run
     expected["model.num_classes"] = ("10", "0")
     assert {cells[0]: tuple(cells[1:]) for kind, cells in page.rows if kind == "differs"} == expected
     assert "No grids yet" in page.text
+    assert "No loss on held-out images" not in page.text
+    alone = Page(write_report([other], tmp_path / "page.html", drawing="never")).text
+    for missing in ("No loss on held-out images", "No scores yet: python evaluate.py likelihood", "No samples drawn"):
+        assert missing in alone
     assert "8×8×1" in page.text
     assert "16×12×3" in page.text
 

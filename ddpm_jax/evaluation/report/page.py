@@ -82,7 +82,7 @@ def write_report(folders: Sequence[Path], out: Path, *, seed: int = 0, drawing: 
 def _names(folders: Sequence[Path]) -> list[str]:
     """Returns the shortest names that tell the folders apart."""
     parts = [folder.resolve().parts for folder in folders]
-    for depth in range(1, max(map(len, parts))):
+    for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-depth:]) for each in parts]
         if len(set(names)) == len(names):
             break
@@ -136,8 +136,8 @@ def _facts(run: Contents, parameters: str) -> list[tuple[str, str]]:
     data, model, diffusion, train = config.data, config.model, config.diffusion, config.train
     shape = "×".join(str(size) for size in (data.height, data.width, data.channels) if size is not None)
     images = f"{run.data['images']:,} images, " if isinstance(run.data.get("images"), int) else ""
-    mult = "·".join(map(str, model.channel_mult))
-    network = printable(model.network) or f"the paper's U-Net, width {model.width}, levels {mult}"
+    mult = ", ".join(map(str, model.channel_mult))
+    network = printable(model.network) or f"the paper's U-Net, width {model.width}, channel_mult ({mult})"
     done = max([0, *(line["step"] for line in run.metrics)])
     _, seconds = series(run.timing, "seconds")
     _, memory = series(run.timing, "peak_memory_gib")
@@ -233,6 +233,7 @@ def _render(runs: Sequence[_Run], folders: Sequence[Path], out: Path) -> str:
         plotly_js=plotly_js,
         charts=charts,
         frames=frames,
+        has_eval=any("eval_loss" in line for run in contents for line in run.metrics),
         fields=(fields := fields_of(contents)),
         differ=any(stands_out for rows in fields.values() for _, _, stands_out in rows),
         tables=_tables(runs),
@@ -242,7 +243,7 @@ def _render(runs: Sequence[_Run], folders: Sequence[Path], out: Path) -> str:
         most_pixels=MOST_PIXELS,
         num_pictures=num_pictures,
         plotly_bytes=len(plotly_js),
-        plotly_version=plotly.__version__,
+        plotly_version=plotly.offline.get_plotlyjs_version(),
         version=ddpm_jax.__version__,
         written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         command=shlex.join(["python", "evaluate.py", "report", *map(str, folders)]),
