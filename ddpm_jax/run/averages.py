@@ -83,6 +83,8 @@ def reconstruct_averages(
       UserError: a width is out of range, the snapshots are too few or too far apart for it, the one of `step` is
         damaged, or a file cannot be read or written.
     """
+    if not sigma_rels:
+        raise UserError("--sigma-rel needs at least one width, such as 0.1")
     for sigma_rel in sigma_rels:
         if not 0 < sigma_rel <= WIDEST:
             raise UserError(f"--sigma-rel must be above 0 and at most {WIDEST}, not {sigma_rel:g}")

@@ -11,7 +11,8 @@ from PIL import Image
 from ddpm_jax.config import EmaConfig
 from ddpm_jax.evaluation.bits_per_dim import Request
 from ddpm_jax.evaluation.verification import verify_run
-from ddpm_jax.evaluation.widths import likelihood_scorer, save_scores, score_widths, summary
+from ddpm_jax.evaluation.widths import likelihood_scorer, quality_scorer, save_scores, score_widths, summary
+from ddpm_jax.generation.sampler_config import SamplerConfig
 from ddpm_jax.run.averages import reconstruct_averages
 from ddpm_jax.run.snapshots import save_snapshot
 from ddpm_jax.run.trained import load_run
@@ -31,16 +32,32 @@ def run(runs, tmp_path_factory):
     return folder
 
 
-def test_the_script_writes_weights_that_others_take(run, run_script):
-    status, out, _ = run_script("evaluate.py", "ema", run, "--sigma-rel", "0.07", "0.1", "--score", "none")
+def test_the_script_writes_weights_that_others_take(run, run_script, tmp_path, monkeypatch):
+    monkeypatch.setenv("DDPM_JAX_CACHE", str(tmp_path))
+    (tmp_path / "own.py").write_text("def thirds(images): return images.reshape(len(images), -1)[:, ::3] / 16\n")
+    scored = (
+        "--score",
+        "fid",
+        "--features",
+        tmp_path / "own.py:thirds",
+        "--num",
+        16,
+        "--sampler",
+        "ddim",
+        "--steps",
+        3,
+    )
+    status, out, _ = run_script("evaluate.py", "ema", run, "--sigma-rel", "0.07", "0.1", *scored)
     assert not status
-    first, second = out.splitlines()
+    first, second, *table, plot = out.splitlines()
+    assert [line.split(": FD-thirds ")[0] for line in table] == ["sigma_rel 0.07", "sigma_rel 0.1", "plain average"]
+    assert plot == f"{run}/averages/step_0000020_FD-thirds.png"
     assert first.startswith(f"{run}/averages/step_0000020_sigma_rel_0.07.safetensors: sigma_rel 0.07, error of the pro")
     assert second.endswith("error of the profile 0.00%")
-    status, out, _ = run_script("sample.py", run, "--ema", "0.07", "--num", "2", "--format", "npz")
+    status, out, _ = run_script("sample.py", run, "--ema", "0.07", *drawn)
     assert not status
-    assert out.startswith("2 images of checkpoint 20, EMA of sigma_rel 0.07: ")
-    job = json.loads((run / "samples" / "checkpoint_20_ema_0.07_seed_0" / "job.json").read_text())
+    assert out.startswith("16 images of checkpoint 20, EMA of sigma_rel 0.07: ")
+    job = json.loads((run / "samples" / "checkpoint_20_ema_0.07_seed_0_sampler_ddim_steps_3" / "job.json").read_text())
     assert (job["checkpoint"], job["sigma_rel"]) == (20, 0.07)
     status, out, _ = run_script("evaluate.py", "export", run, "--ema", "0.1")
     assert out == f"{run}/weights_20_ema_0.1.safetensors\n"
@@ -51,6 +68,7 @@ def test_the_script_writes_weights_that_others_take(run, run_script):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
+        (("ema", "--sigma-rel"), "--sigma-rel needs at least one width, such as 0.1"),
         (("ema", "--sigma-rel", "0.3"), "--sigma-rel must be above 0 and at most 0.28, not 0.3"),
         (("ema", "--sigma-rel", "0.1", "--steps", "5"), "--score loss draws no images: options of the sampler apply"),
         (("ema", "--sigma-rel", "0.1", "--reference", "digits"), "--features, --weights and --reference apply only to"),
@@ -81,6 +99,9 @@ def test_the_score_of_each_width_is_tabulated_and_plotted(runs, run):
     assert len(set(losses)) == 3
     names = {path.name for path in (run / "likelihood").iterdir()}
     assert names == {f"checkpoint_20{name}_test_num_8_strata_4_model_seed_0" for name in ("", "_ema_0.07", "_ema_0.1")}
+    sampler = SamplerConfig(sampler="ddim", steps=3)
+    judged = quality_scorer(sampler, seed=0, number=8, batch_size=8)(trained._replace(network=network))
+    assert [*judged] == ["FD-own", "ratio", "confidence"]
     picture = save_scores(run, 20, found, title="tiny")
     with Image.open(picture) as opened:
         assert opened.width > 500
