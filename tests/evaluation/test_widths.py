@@ -35,18 +35,8 @@ def run(runs, tmp_path_factory):
 def test_the_script_writes_weights_that_others_take(run, run_script, tmp_path, monkeypatch):
     monkeypatch.setenv("DDPM_JAX_CACHE", str(tmp_path))
     (tmp_path / "own.py").write_text("def thirds(images): return images.reshape(len(images), -1)[:, ::3] / 16\n")
-    scored = (
-        "--score",
-        "fid",
-        "--features",
-        tmp_path / "own.py:thirds",
-        "--num",
-        16,
-        "--sampler",
-        "ddim",
-        "--steps",
-        3,
-    )
+    drawn = ("--num", 16, "--sampler", "ddim", "--steps", 3)
+    scored = ("--score", "fid", "--features", tmp_path / "own.py:thirds", *drawn)
     status, out, _ = run_script("evaluate.py", "ema", run, "--sigma-rel", "0.07", "0.1", *scored)
     assert not status
     first, second, *table, plot = out.splitlines()
