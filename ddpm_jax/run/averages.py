@@ -153,7 +153,7 @@ def _check_error(
     number = f"the {len(steps)} snapshots" if len(steps) > 1 else "the only snapshot"
     raise UserError(
         f"--sigma-rel {width:g} cannot be reconstructed from {number} of {run} up to step {step} (error of the "
-        f"profile {found.error:.0%}, at most {LARGEST_ERROR:.0%}): choose a width from {min(possible):.3g} to "
+        f"profile {found.error:.1%}, at most {LARGEST_ERROR:.0%}): choose a width from {min(possible):.3g} to "
         f"{max(possible):.3g}, or train with a smaller --ema.snapshots-every than {config.ema.snapshots_every}"
     )
 
