@@ -126,7 +126,7 @@ def test_what_cannot_be_reconstructed_is_one_line(run, tmp_path):
     with pytest.raises(
         UserError,
         match=r"^--sigma-rel 0\.01 cannot be reconstructed from the 16 snapshots of .* up to step 400 \(error of the "
-        r"profile 3\d\.\d%, at most 10%\): choose a width from 0\.02\d* to 0\.2\d*, or train with a smaller --ema\.snap",
+        r"profile 3\d\.\d%, at most 10%\): choose a width from 0\.02\d* to 0\.2\d*, or train with a smaller --ema\.sn",
     ):
         reconstructed(run, 0.01)
     with pytest.raises(UserError, match=r"0\.2 cannot be reconstructed from the only snapshot of .* up to step 25 "):
