@@ -1,6 +1,7 @@
 """What the tests of compiling ahead of time share: a topology that is there, and the smallest configuration."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -22,14 +23,15 @@ class Convolution(nn.Module):
 
     @nn.compact
     def __call__(self, x, t):
+        place = lambda x: x
         if self.fault == "gathered batch":
-            x = jax.lax.with_sharding_constraint(x, replicated(self.mesh))
+            place = functools.partial(jax.lax.with_sharding_constraint, shardings=replicated(self.mesh))
         if self.fault == "cannot be lowered":
             unknown = jax.extend.core.Primitive("unknown")
             unknown.def_abstract_eval(lambda x: x)
             x = jax.lax.stop_gradient(unknown.bind(jax.lax.stop_gradient(x)))
         dtype = jnp.float32 if self.fault == "float32 convolution" else jnp.bfloat16
-        return nn.Conv(3, (3, 3), dtype=dtype)(x).astype(jnp.float32)
+        return place(nn.Conv(3, (3, 3), dtype=dtype)(place(x))).astype(jnp.float32)
 
 
 @pytest.fixture(scope="session")
