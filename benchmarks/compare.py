@@ -83,6 +83,8 @@ PROCESSES = ("start", "start-cold")
 SYSTEMS = ("ours", "diffusers", "diffusers compiled", "lucidrains", "flax example")
 MACHINE = "machine"
 STEPS = {"ancestral": 1000, "ddim": 50}
+COUNTED = {"flops", "bytes"}
+"""Of one call, where they are known; per second, of the machine."""
 
 
 class Row(typing.NamedTuple):
@@ -156,6 +158,7 @@ def ours(row: Row) -> Work:
     from ddpm_jax.keys import image_keys, make_key
     from ddpm_jax.run.build import build_network, image_shape
     from ddpm_jax.samplers.chain import initial_noise
+    from ddpm_jax.system.mesh import batch_sharding
     from ddpm_jax.training.setup import make_setup
     from ddpm_jax.training.speed import forward_flops
 
@@ -181,9 +184,13 @@ def ours(row: Row) -> Work:
     driver = Driver(config, batch_size=row.batch_size)
     params = driver.place(params)
     if row.task == "forward":
-        apply = driver.compile(lambda params, x, t: network.apply(params, driver.shard(x), driver.shard(t)))
-        x = jax.device_put(random.normal(size=(row.batch_size, *shape)).astype(np.float32))
-        t = jnp.arange(row.batch_size, dtype=jnp.int32)
+        batch = (
+            random.normal(size=(row.batch_size, *shape)).astype(np.float32),
+            np.arange(row.batch_size, dtype=np.int32),
+        )
+        x, t = jax.device_put(batch, batch_sharding(driver.mesh))
+        apply = jax.jit(network.apply).lower(params, x, t).compile()
+        facts["bytes"] = (apply.cost_analysis() or {}).get("bytes accessed", math.nan) * jax.device_count()
         return Work(lambda: jax.block_until_ready(apply(params, x, t)), facts)
     sampler_config = SamplerConfig() if row.task == "ancestral" else SamplerConfig(sampler="ddim", steps=STEPS["ddim"])
 
@@ -428,7 +435,7 @@ def machine(row: Row) -> Work:
     def measure() -> dict[str, float]:
         gemm = max(2 * size**3 / _seconds(multiply, 2) for multiply, _, _ in candidates)
         memory = max(arrays * 4 * length / _seconds(add, 2) for _, add, arrays in candidates)
-        return {"gemm": gemm, "memory": memory}
+        return {"flops": gemm, "bytes": memory}
 
     return Work(measure, {})
 
@@ -538,12 +545,12 @@ def measure(row: Row, systems: Sequence[str], *, rounds: int, seconds: float, tu
         ended = process.end()
         if name == MACHINE:
             continue
-        facts = {key: value for key, value in process.facts.items() if key != "flops"}
-        found["systems"][name] = _summary([scale * each for each in times[name]]) | facts | ended
-        if "flops" in process.facts:
-            found["flops"] = process.facts["flops"]
-            found["flops_per_second"] = process.facts["flops"] / statistics.median(times[name])
-    found["machine"] = {key: statistics.median(each[key] for each in limits) for key in ("gemm", "memory")}
+        rates = {
+            f"{key}_per_second": process.facts.pop(key) / statistics.median(times[name])
+            for key in COUNTED & {*process.facts}
+        }
+        found["systems"][name] = _summary([scale * each for each in times[name]]) | process.facts | rates | ended
+    found["machine"] = {key: statistics.median(each[key] for each in limits) for key in COUNTED}
     return found
 
 
@@ -649,24 +656,24 @@ def report(results: dict[str, Any]) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in run["about"]["versions"].items() if version)
         text += f"\n## Python {python}\n\n{run['about']['cpu']}, {run['about']['cores']} cores; {versions}.\n\n"
         names = [name for name in SYSTEMS if any(name in each["systems"] for each in run["rows"].values())]
-        head = ["model, batch", "task", *names, "best peer / ours", "of GEMM", "memory, GiB: ours, diffusers"]
+        head = ["model, batch", "task", *names, "best peer / ours", "of GEMM, of memory", "peak GiB: ours, diffusers"]
         lines = []
         for key, row in _in_order(run["rows"]):
             model, task = key.split("/")
             cells = [_seconds_cell(row["systems"][name]) if name in row["systems"] else "" for name in names]
             peers = [each["median"] for name, each in row["systems"].items() if name != "ours"]
-            own, limits = row["systems"]["ours"], row.get("machine")
+            own, limits = row["systems"]["ours"], row.get("machine", {})
             ratio = f"**{min(peers) / own['median']:.2f}**" if peers else ""
-            share = f"{row['flops_per_second'] / limits['gemm']:.0%}" if limits else ""
+            shares = [f"{own[f'{key}_per_second'] / limits[key]:.0%}" for key in limits if f"{key}_per_second" in own]
             memory = ", ".join(f"{row['systems'][n]['peak_gib']:.2f}" for n in names[:2] if n in row["systems"])
             few = row.get("timed_steps", math.inf) < STEPS.get(task, 0)
             steps = f" ({row['timed_steps']} steps timed)" if few else ""
-            lines.append([f"{model}, {row['batch_size']}", f"{task}{steps}", *cells, ratio, share, memory])
+            lines.append([f"{model}, {row['batch_size']}", f"{task}{steps}", *cells, ratio, ", ".join(shares), memory])
         text += _table(head, lines)
         text += "\nParameters: " + "; ".join(_parameters(run["rows"])) + ".\n"
         limits = [row["machine"] for row in run["rows"].values() if "machine" in row]
         if limits:
-            rates = [statistics.median(each[key] for each in limits) / 1e9 for key in ("gemm", "memory")]
+            rates = [statistics.median(each[key] for each in limits) / 1e9 for key in ("flops", "bytes")]
             text += f"\nThe machine in these rows, medians: {rates[0]:.0f} GFLOP/s, {rates[1]:.1f} GB/s.\n"
     return text
 
@@ -679,7 +686,9 @@ launch of a command to its image on disk; the median of the rounds, and in brack
 systems and tasks are is in the docstring of [the program](../../benchmarks/compare.py), every number in
 [speed.json](speed.json). "best peer / ours" is how many times as long the fastest other system takes; "of GEMM" is our
 rate in floating-point operations of the network (a step counts as three forward passes), relative to that of float32
-matrix products on the machine, measured in the same minutes.
+matrix products on the machine, measured in the same minutes; "of memory", for a forward pass, is the bytes that the
+compiled program reads and writes, as XLA counts them, per second, relative to the bandwidth of main memory: much of it
+is met by the caches.
 """
 
 

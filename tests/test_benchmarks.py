@@ -63,7 +63,7 @@ def test_compare_runs_resumes_and_reports(tmp_path):
     (run,) = json.loads((tmp_path / "speed.json").read_text()).values()
     assert {*run["rows"]} == {"digits/ddim", "digits/train", "digits/start"}
     assert all(row["systems"]["ours"]["median"] > 0 for row in run["rows"].values())
-    assert run["rows"]["digits/train"]["machine"]["gemm"] > 1e8
+    assert run["rows"]["digits/train"]["machine"]["flops"] > 1e8
     page = (tmp_path / "speed.md").read_text()
     assert "| digits, 4 | train |" in page
     assert "(2 steps timed)" in page
