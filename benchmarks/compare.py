@@ -401,8 +401,9 @@ def flax_example(row: Row) -> Work:
 
     @nnx.jit
     def step(network: Any, optimizer: Any, rngs: Any, x1: jax.Array) -> jax.Array:
+        t, x0 = nnx.sigmoid(rngs.normal((row.batch_size,))), rngs.normal(x1.shape)
+
         def loss(network: Any) -> jax.Array:
-            t, x0 = nnx.sigmoid(rngs.normal((row.batch_size,))), rngs.normal(x1.shape)
             mixed = t[:, None, None, None]
             return jnp.mean((network((1 - mixed) * x0 + mixed * x1, t) - (x1 - x0)) ** 2)
 
@@ -521,37 +522,34 @@ class Process:
 
 
 def measure(row: Row, systems: Sequence[str], *, rounds: int, seconds: float, turn: float) -> dict[str, Any]:
-    """Measures a row whose systems take turns, until the rounds or (after three of them) the seconds are over."""
-    began = time.monotonic()
+    """Measures a row whose systems take turns."""
     processes = {name: Process(name, row, turn) for name in [MACHINE, *systems_of(row, systems)]}
-    times: dict[str, list[float]] = {name: [] for name in processes if name != MACHINE}
-    limits: list[dict[str, float]] = []
-    ready = time.monotonic()
-    for number in range(rounds):
-        spent = time.monotonic() - ready
-        if number >= 3 and time.monotonic() - began + spent / number > seconds:
-            break
-        for name, process in processes.items():
-            found = process.turn()
-            if name == MACHINE:
-                limits.append(found)
-            else:
-                times[name].append(found["seconds"])
+    turns = take_turns(processes, rounds=rounds, seconds=seconds)
     scale = STEPS[row.task] / row.timed_steps if row.task in STEPS else 1
     found: dict[str, Any] = {"batch_size": row.batch_size, "systems": {}}
     if row.task in STEPS:
         found["timed_steps"] = row.timed_steps
     for name, process in processes.items():
-        ended = process.end()
+        ended, facts = process.end(), process.facts
         if name == MACHINE:
+            found["machine"] = {key: statistics.median(each[key] for each in turns[name]) for key in COUNTED}
             continue
-        rates = {
-            f"{key}_per_second": process.facts.pop(key) / statistics.median(times[name])
-            for key in COUNTED & {*process.facts}
-        }
-        found["systems"][name] = _summary([scale * each for each in times[name]]) | process.facts | rates | ended
-    found["machine"] = {key: statistics.median(each[key] for each in limits) for key in COUNTED}
+        times = [each["seconds"] for each in turns[name]]
+        rates = {f"{key}_per_second": facts.pop(key) / statistics.median(times) for key in COUNTED & {*facts}}
+        found["systems"][name] = _summary([scale * each for each in times]) | facts | rates | ended
     return found
+
+
+def take_turns(processes: dict[str, Process], *, rounds: int, seconds: float) -> dict[str, list[dict[str, float]]]:
+    """Runs the rounds, at least three if they are so many, then no other that would end after the seconds."""
+    turns: dict[str, list[dict[str, float]]] = {name: [] for name in processes}
+    began = time.monotonic()
+    for number in range(rounds):
+        if number >= 3 and (time.monotonic() - began) * (1 + 1 / number) > seconds:
+            break
+        for name, process in processes.items():
+            turns[name].append(process.turn())
+    return turns
 
 
 def _summary(times: list[float]) -> dict[str, Any]:
@@ -730,7 +728,9 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=["*"], help=f"patterns of {', '.join(every)}")
     parser.add_argument("--again", action="store_true", help="measure rows anew that the results have")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="no round of a row begins later, after three")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="of a row's rounds, of which it has three at least"
+    )
     parser.add_argument("--turn", type=float, default=1.0, help="seconds of one turn, at least one call")
     parser.add_argument("--systems", nargs="+", default=SYSTEMS, choices=SYSTEMS)
     parser.add_argument("--out", type=Path, default=RESULTS, help="files to write, without .json and .md")
