@@ -22,6 +22,7 @@ Adam.
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -31,7 +32,7 @@ import sys
 import tempfile
 import time
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,11 @@ LAUNCHES = {
 
 
 class Part(typing.NamedTuple):
-    """A process, and its share of the time."""
+    """A process."""
 
     name: str
     share: float
+    """Of the time, relative to the shares of the others."""
     flags: str = ""
     """Of XLA."""
     argument: str = ""
@@ -79,13 +81,13 @@ def parts() -> list[Part]:
     """Returns the parts in their order."""
     exact = "--xla_gpu_deterministic_ops=true"
     return [
-        Part("correct", 0.14),
-        *(Part("resume", 0.05, exact, which) for which in ("0:6", "0:3", "3:6")),
-        Part("train", 0.28),
-        Part("train-torch", 0.20),
-        Part("sample", 0.10),
-        Part("sample-torch", 0.08),
-        *(Part("launch", 0.03, flags, name) for name, flags in LAUNCHES.items()),
+        Part("correct", 55),
+        *(Part("resume", 25, exact, which) for which in ("0:6", "3:6")),
+        Part("train", 150),
+        Part("train-torch", 80),
+        Part("sample", 60),
+        Part("sample-torch", 40),
+        *(Part("launch", 15, flags, name) for name, flags in LAUNCHES.items()),
     ]
 
 
@@ -93,27 +95,27 @@ class Cases:
     """Runs the cases of a part one after the other, as long as time is left for another like the longest so far."""
 
     def __init__(self, seconds: float):
-        self._began, self._end, self._longest = time.monotonic(), time.monotonic() + seconds, 0.0
+        self._end, self._longest = time.monotonic() + seconds, 0.0
 
     def run(self, name: str, case: Callable[[], dict[str, Any]]) -> None:
         """Runs a case and writes what it returns; what it raises is written too, and the next one runs."""
         now = time.monotonic()
         if now + self._longest > self._end:
-            write(case=name, skipped="no time left")
+            write(part=sys.argv[2], case=name, skipped="no time left")
             return
         try:
-            write(case=name, **case())
+            write(part=sys.argv[2], case=name, **case())
         except Exception as error:  # out of memory, an operation that does not compile
-            write(case=name, failed=f"{type(error).__name__}: {error}".splitlines()[0][:300])
+            write(part=sys.argv[2], case=name, failed=f"{type(error).__name__}: {error}".splitlines()[0][:300])
         self._longest = max(self._longest, time.monotonic() - now)
 
 
 def write(**found: Any) -> None:
-    """Writes a result for the parent."""
-    os.write(RESULTS_TO, (json.dumps(found) + "\n").encode())
-
-
-RESULTS_TO = 1
+    """Appends a result to the file of them all."""
+    line = json.dumps(found)
+    with open(os.environ["ACCELERATOR_RESULTS"], "a") as file:
+        file.write(line + "\n")
+    print(line, flush=True)
 
 
 def seconds_of(call: Callable[[], Any], *, at_least: float) -> float:
@@ -145,6 +147,8 @@ def unet_of(
     dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
     if model == "small":
         return UNet(32, (1, 2), 1, (4,), num_groups=8, dropout=0.0, out_channels=1, dtype=dtype), (8, 8, 1)
+    if model == "medium":
+        return UNet(64, (1, 2), 1, (16,), dropout=0.1, dtype=dtype), (32, 32, 3)
     if QUICK:
         return UNet(8, (1, 2), 1, (4,), num_groups=4, dropout=dropout or 0.0, dtype=dtype), (8, 8, 3)
     if model == "256x256":
@@ -247,35 +251,37 @@ def correct(seconds: float, argument: str) -> None:
         error = abs(float(drawn.std()) - 1)
         return verdict(error < 0.02, error, "N(0, 1) through 1000 steps, standard deviation")
 
-    def on_cpu(precision: str, tolerance: float) -> dict[str, Any]:
-        unet, shape = unet_of("cifar10", precision, dropout=0.0)
-        params, x = params_of(unet, shape, draw=True), np.random.default_rng(2).normal(size=(4, *shape))
-        x, t = x.astype(np.float32), np.array([0, 10, 500, 999], np.int32)
-        reference_unet, _ = unet_of("cifar10", "float32", dropout=0.0)
-        apply = lambda unet: jax.jit(lambda params, x, t: unet.apply({"params": params}, x, t))
-        with jax.default_device(jax.devices("cpu")[0]):
-            expected = apply(reference_unet)(*jax.device_put((params, x, t), jax.devices("cpu")[0]))
+    def unet(precision: str) -> tuple[Any, tuple[int, int, int]]:
+        return unet_of("cifar10", precision, dropout=0.0)
+
+    params = params_of(*unet("float32"), draw=True)
+    x = np.random.default_rng(2).normal(size=(4, *unet("float32")[1])).astype(np.float32)
+    t = np.array([0, 10, 500, 999], np.int32)
+
+    def outputs(precision: str, device: Any) -> np.ndarray:
+        apply = jax.jit(lambda params, x, t: unet(precision)[0].apply({"params": params}, x, t))
         with precision_of(precision):
-            found = apply(unet)(params, x, t)
-        error = relative(np.asarray(found), np.asarray(expected))
-        return verdict(error < tolerance, error, f"U-Net in {precision} against float32 on the CPU, of its scale")
+            return np.asarray(apply(*jax.device_put((params, x, t), device)))
+
+    @functools.cache
+    def on_cpu() -> np.ndarray:
+        return outputs("float32", jax.devices("cpu")[0])
+
+    def here(precision: str, tolerance: float) -> dict[str, Any]:
+        error = relative(outputs(precision, jax.devices()[0]), on_cpu())
+        return verdict(error < tolerance, error, f"the U-Net in {precision} against the CPU's, of its scale")
 
     def against_torch() -> dict[str, Any]:
         import torch
         from torch_unet import TorchUNet
 
-        unet, shape = unet_of("cifar10", dropout=0.0)
-        params, x = params_of(unet, shape, draw=True), np.random.default_rng(2).normal(size=(4, *shape))
-        t = np.array([0, 10, 500, 999])
-        twin = TorchUNet(unet, image_size=shape[0], channels=shape[2]).eval()
+        network, shape = unet("float32")
+        twin = TorchUNet(network, image_size=shape[0], channels=shape[2]).eval()
         twin.load(params)
         with torch.no_grad():
-            expected = twin(torch.from_numpy(x.transpose(0, 3, 1, 2)).float(), torch.from_numpy(t)).numpy()
-        with precision_of("float32"):
-            apply = jax.jit(lambda params, x, t: unet.apply({"params": params}, x, t))
-            found = apply(params, x.astype(np.float32), t.astype(np.int32))
-        error = relative(np.asarray(found), expected.transpose(0, 2, 3, 1))
-        return verdict(error < 1e-4, error, "U-Net against PyTorch's on the CPU, of its scale")
+            expected = twin(torch.from_numpy(x.transpose(0, 3, 1, 2)), torch.from_numpy(t)).numpy()
+        error = relative(outputs("float32", jax.devices()[0]), expected.transpose(0, 2, 3, 1))
+        return verdict(error < 1e-4, error, "the U-Net against PyTorch's on the CPU, of its scale")
 
     def ends_in_the_data(name: str) -> dict[str, Any]:
         mean, std, number = np.linspace(-0.5, 0.5, 4), np.linspace(0.1, 1.0, 4), 4096
@@ -297,15 +303,15 @@ def correct(seconds: float, argument: str) -> None:
 
     cases.run("parameters", counts)
     cases.run("noise stays noise", bound)
-    cases.run("U-Net, float32", lambda: on_cpu("float32", 1e-4))
+    cases.run("U-Net, float32", lambda: here("float32", 1e-4))
     for name in SAMPLERS:
         cases.run(name, lambda name=name: ends_in_the_data(name))
     with contextlib.suppress(ImportError):
         import torch  # noqa: F401
 
         cases.run("U-Net, PyTorch", against_torch)
-    cases.run("U-Net, TF32", lambda: on_cpu("TF32", 2e-2))
-    cases.run("U-Net, bfloat16", lambda: on_cpu("bfloat16", 1e-1))
+    cases.run("U-Net, TF32", lambda: here("TF32", 2e-2))
+    cases.run("U-Net, bfloat16", lambda: here("bfloat16", 1e-1))
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
@@ -319,11 +325,11 @@ def verdict(right: bool, error: float, what: str) -> dict[str, Any]:
 
 
 def resume(seconds: float, argument: str) -> None:
-    """Trains from one step to another: saves at step 3, reads what is saved there; at step 6 writes a checksum."""
+    """Trains to the last step from the first one, whose state is read if it is not 0; saves step 3 on the way."""
     import jax
 
     first, last = map(int, argument.split(":"))
-    unet, shape = unet_of("cifar10", "bfloat16")
+    unet, shape = unet_of("medium", "bfloat16")
     saved = Path(os.environ["ACCELERATOR_SCRATCH"]) / "state.npz"
 
     def train() -> dict[str, Any]:
@@ -333,11 +339,11 @@ def resume(seconds: float, argument: str) -> None:
             with np.load(saved) as file:
                 leaves = [jax.numpy.asarray(file[f"arr_{i}"]) for i in range(len(leaves))]
         state, compiled = tree.unflatten(leaves), jax.jit(step)
-        for _ in range(first, last):
+        for number in range(first, last):
+            if number == 3 and not first:
+                np.savez(saved, *map(np.asarray, jax.tree.leaves(state)))
             state, _ = compiled(state, pixels(16, shape))
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
-        if last == 3:
-            np.savez(saved, *leaves)
         return {"checksum": hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves)).hexdigest()[:16]}
 
     Cases(seconds).run(f"steps {argument}", train)
@@ -619,41 +625,22 @@ PARTS: dict[str, Callable[[float, str], None]] = {
 # ---- the run ----
 
 
-def run_part(part: Part, seconds: float, scratch: str) -> Iterator[dict[str, Any]]:
-    """Runs a part in a process, and yields its results as they come; it is ended when its time is over."""
-    words = ["--part", part.name, str(seconds * 0.85), part.argument, *(["--quick"] if QUICK else [])]
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {part.flags}".strip(),
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "JAX_ENABLE_COMPILATION_CACHE": str(QUICK).lower(),  # the seconds to compile are a result
-        "ACCELERATOR_SCRATCH": scratch,
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH")))),
-    }
-    errors = Path(scratch) / "errors"
-    with errors.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, __file__, *words], stdout=subprocess.PIPE, stderr=file, text=True, env=environment
-        )
-        assert process.stdout is not None
-        os.set_blocking(process.stdout.fileno(), False)
-        end, rest = time.monotonic() + seconds, ""
-        while True:
-            done = process.poll() is not None
-            rest += process.stdout.read() or ""
-            *lines, rest = rest.split("\n")
-            yield from map(json.loads, lines)
-            if done:
-                break
-            if time.monotonic() > end:
-                process.kill()
-                process.wait()
-                yield {"case": part.argument or "the rest", "skipped": "its time was over"}
-                return
-            time.sleep(0.1)
-    if process.returncode:
-        last = errors.read_text().strip().splitlines()
-        yield {"case": part.argument or "all", "failed": (last or [f"status {process.returncode}"])[-1][:300]}
+def run_part(part: Part, seconds: float, environment: Mapping[str, str]) -> None:
+    """Runs a part in a process, which writes its results itself; it is ended when its time is over."""
+    words = ["--part", part.name, str(seconds - 8), part.argument, *(["--quick"] if QUICK else [])]
+    environment = {**environment, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {part.flags}".strip()}
+    rest = {"part": part.name, "case": part.argument or "the rest"}
+    with tempfile.TemporaryFile("w+") as errors:
+        try:
+            done = subprocess.run(
+                [sys.executable, __file__, *words], stderr=errors, env=environment, timeout=max(seconds, 1)
+            )
+        except subprocess.TimeoutExpired:
+            write(**rest, skipped="its time was over")
+            return
+        if done.returncode:
+            errors.seek(0)
+            write(**rest, failed=(errors.read().strip().splitlines() or [f"status {done.returncode}"])[-1][:300])
 
 
 def about() -> dict[str, Any]:
@@ -669,11 +656,8 @@ def about() -> dict[str, Any]:
 
 
 def main() -> None:
-    global RESULTS_TO
     if sys.argv[1:2] == ["--part"]:
         name, seconds, argument = sys.argv[2:5]
-        RESULTS_TO = os.dup(1)
-        os.dup2(2, 1)  # what libraries print
         PARTS[name](float(seconds), argument)
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -682,36 +666,37 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("accelerator"), help="files to write, without .jsonl and .md")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, one repetition: to try the program")
     given = parser.parse_args()
-    began, found = time.monotonic(), about()
-    with_torch = "torch" in found
-    chosen = [each for each in parts() if each.name in given.parts and (with_torch or "torch" not in each.name)]
-    lines: list[dict[str, Any]] = []
-    with given.out.with_suffix(".jsonl").open("w") as file, tempfile.TemporaryDirectory() as scratch:
-
-        def keep(line: dict[str, Any]) -> None:
-            lines.append(line)
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            print(json.dumps(line), flush=True)
-
-        keep({"part": "about", **found, "minutes": given.minutes, "quick": given.quick})
+    began, found, results = time.monotonic(), about(), given.out.with_suffix(".jsonl").resolve()
+    chosen = [each for each in parts() if each.name in given.parts and ("torch" in found or "torch" not in each.name)]
+    results.write_text("")
+    os.environ["ACCELERATOR_RESULTS"] = str(results)
+    write(part="about", **found, minutes=given.minutes, quick=given.quick)
+    with tempfile.TemporaryDirectory() as scratch:
+        environment = {
+            **os.environ,
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "JAX_ENABLE_COMPILATION_CACHE": str(QUICK).lower(),  # the seconds to compile are a result
+            "ACCELERATOR_SCRATCH": scratch,
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH")))),
+        }
         for index, part in enumerate(chosen):
             left = 60 * given.minutes - (time.monotonic() - began)
             # What earlier parts left over is shared out too.
-            share = part.share / sum(each.share for each in chosen[index:])
-            for line in run_part(part, max(left, 0) * share, scratch):
-                keep({"part": part.name, **line})
-        ends = [
-            line["checksum"] for line in lines if line.get("case") in ("steps 0:6", "steps 3:6") and "checksum" in line
-        ]
-        if len(ends) == 2:
-            keep(
-                {"part": "correct", "case": "resume", **verdict(ends[0] == ends[1], 0.0, "bit for bit, over processes")}
-            )
-        keep({"part": "about", "seconds": round(time.monotonic() - began, 1)})
-    given.out.with_suffix(".md").write_text(report(lines))
-    if any(line.get("right") is False for line in lines):
+            run_part(part, left * part.share / sum(each.share for each in chosen[index:]), environment)
+    ends = [line["checksum"] for line in read(results) if "checksum" in line]
+    if len(ends) == 2:
+        write(
+            part="resume", case="resume", **verdict(ends[0] == ends[1], 0.0, "six steps at once, or in two processes")
+        )
+    write(part="about", case="all", seconds=round(time.monotonic() - began, 1))
+    given.out.with_suffix(".md").write_text(report(read(results)))
+    if any(line.get("right") is False for line in read(results)):
         sys.exit("not all results are right")
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    """Reads the results so far."""
+    return [json.loads(line) for line in results.read_text().splitlines()]
 
 
 def report(lines: list[dict[str, Any]]) -> str:
