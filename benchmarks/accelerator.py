@@ -57,6 +57,8 @@ TRAINING = [
     ("cifar10", "float32", 1024),
 ]
 SAMPLING = [("ddim", 64), ("ancestral", 64), ("ddim", 256), ("ancestral", 256), ("ddim", 1024), ("ancestral", 1024)]
+if QUICK:
+    TRAINING, SAMPLING = [each for each in TRAINING if each[2] == 128], SAMPLING[:2]
 STEPS = {"ancestral": 1000, "ddim": 50}
 TIMED = 50
 LAUNCHES = {

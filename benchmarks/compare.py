@@ -149,6 +149,14 @@ def ours(row: Row) -> Work:
     config = config_of(row.model)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=row.batch_size))
 
+    from ddpm_jax.system.compilation_cache import use_compilation_cache
+    from ddpm_jax.system.cpu import set_devices, set_flags
+
+    work: typing.Literal["training", "sampling"] = "training" if row.task == "train" else "sampling"
+    set_flags(work)
+    set_devices(work, row.batch_size)
+    use_compilation_cache()
+
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -167,6 +175,7 @@ def ours(row: Row) -> Work:
     facts: dict[str, Any] = {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "devices": jax.device_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "flops": (forward_flops(network, shape) or math.nan) * row.batch_size,
     }
     random = np.random.default_rng(0)
@@ -669,6 +678,13 @@ def report(results: dict[str, Any]) -> str:
             lines.append([f"{model}, {row['batch_size']}", f"{task}{steps}", *cells, ratio, ", ".join(shares), memory])
         text += _table(head, lines)
         text += "\nParameters: " + "; ".join(_parameters(run["rows"])) + ".\n"
+        chosen = {
+            (own["devices"], own["xla_flags"])
+            for own in (row["systems"]["ours"] for row in run["rows"].values())
+            if "devices" in own
+        }
+        shown = [f"{number} device{'s' * (number > 1)} ({flags or 'no flags'})" for number, flags in sorted(chosen)]
+        text += f"\nOurs chose, by row: {'; '.join(shown)}.\n" if shown else ""
         limits = [row["machine"] for row in run["rows"].values() if "machine" in row]
         if limits:
             rates = [statistics.median(each[key] for each in limits) / 1e9 for key in ("flops", "bytes")]
