@@ -149,20 +149,20 @@ def ours(row: Row) -> Work:
     config = config_of(row.model)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=row.batch_size))
 
-    from ddpm_jax.system.compilation_cache import use_compilation_cache
-    from ddpm_jax.system.cpu import set_devices, set_flags
+    from ddpm_jax.run.process import choose_devices, prepare
+    from ddpm_jax.system.host_options import Hosts
 
     work: typing.Literal["training", "sampling"] = "training" if row.task == "train" else "sampling"
-    set_flags(work)
-    set_devices(work, row.batch_size)
-    use_compilation_cache()
+    prepare(work)
+    choose_devices(Hosts(), work, row.batch_size)
 
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from ddpm_jax.generation.batches import Driver, cut
-    from ddpm_jax.generation.sampler_config import SamplerConfig, make_chain
+    from ddpm_jax.generation.chains import make_chain
+    from ddpm_jax.generation.sampler_config import SamplerConfig
     from ddpm_jax.keys import image_keys, make_key
     from ddpm_jax.run.build import build_network, image_shape
     from ddpm_jax.samplers.chain import initial_noise
