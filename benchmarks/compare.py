@@ -481,13 +481,14 @@ def work(system: str, row: Row, turn: float) -> None:
     part = WORKERS[system](row)
     part.call()
     part.facts["first_call"] = time.perf_counter() - began  # compiles
-    calls = 1 if row.quick else max(1, round(turn / _seconds(part.call)))
+    seconds = _seconds(part.call)
     answer(part.facts)
     for _ in sys.stdin:
         if system == MACHINE:
             answer(part.call())
-        else:
-            answer({"seconds": _seconds(part.call, calls)})
+            continue
+        seconds = _seconds(part.call, 1 if row.quick else max(1, round(turn / seconds)))
+        answer({"seconds": seconds})
     answer({"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20})
 
 
@@ -499,11 +500,12 @@ class Process:
 
     def __init__(self, system: str, row: Row, turn: float):
         words = ["--worker", system, row.model, row.task, str(turn), *(["--quick"] if row.quick else [])]
+        self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [sys.executable, __file__, *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._errors,
             text=True,
         )
         self.facts = self._answer()
@@ -511,7 +513,9 @@ class Process:
     def _answer(self) -> dict[str, Any]:
         line = self._process.stdout.readline() if self._process.stdout else ""
         if not line:
-            sys.exit(f"a process failed:\n{self._process.communicate()[1]}")
+            self._process.wait()
+            self._errors.seek(0)
+            sys.exit(f"a process failed:\n{self._errors.read()}")
         return json.loads(line)
 
     def turn(self) -> dict[str, float]:
