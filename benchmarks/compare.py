@@ -500,7 +500,7 @@ class Process:
 
     def __init__(self, system: str, row: Row, turn: float):
         words = ["--worker", system, row.model, row.task, str(turn), *(["--quick"] if row.quick else [])]
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
         self._process = subprocess.Popen(
             [sys.executable, __file__, *words],
             stdin=subprocess.PIPE,
