@@ -164,6 +164,7 @@ def ours(row: Row) -> Work:
     from ddpm_jax.generation.chains import make_chain
     from ddpm_jax.generation.sampler_config import SamplerConfig
     from ddpm_jax.keys import image_keys, make_key
+    from ddpm_jax.networks import parameter_shapes
     from ddpm_jax.run.build import build_network, image_shape
     from ddpm_jax.samplers.chain import initial_noise
     from ddpm_jax.system.mesh import batch_sharding
@@ -171,9 +172,8 @@ def ours(row: Row) -> Work:
     from ddpm_jax.training.speed import forward_flops
 
     network, shape = build_network(config), image_shape(config)
-    params = network.init(make_key(0))
     facts: dict[str, Any] = {
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(network))),
         "devices": jax.device_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "flops": (forward_flops(network, shape) or math.nan) * row.batch_size,
@@ -191,7 +191,7 @@ def ours(row: Row) -> Work:
 
         return Work(train, {**facts, "flops": 3 * facts["flops"]})
     driver = Driver(config, batch_size=row.batch_size)
-    params = driver.place(params)
+    params = driver.place(jax.jit(network.init)(make_key(0)))
     if row.task == "forward":
         batch = (
             random.normal(size=(row.batch_size, *shape)).astype(np.float32),
