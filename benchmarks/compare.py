@@ -7,9 +7,10 @@
 
 A row is a model and a task. Each system that takes part is a process of its own, which compiles and warms up alone and
 then waits; the processes take turns of about a second, round after round, so that a change in the machine's speed meets
-all of them. A row reports the median over the rounds, with the smallest and the largest. In the same rounds another
-process measures what the machine can do: the rate of float32 matrix products and of reading and writing memory, each
-with PyTorch and JAX, the better of the two.
+all of them. A row reports the least and the median over the rounds; systems are compared by the least, which is what
+remains where other programs or other guests of a virtual machine take their share. In the same rounds another process
+measures what the machine can do: the rate of float32 matrix products and of reading and writing memory, each with
+PyTorch and JAX, the better of the two.
 
 Systems:
 - ours, as the scripts run it: with the flags of XLA and the number of devices that they choose.
@@ -84,7 +85,7 @@ SYSTEMS = ("ours", "diffusers", "diffusers compiled", "lucidrains", "flax exampl
 MACHINE = "machine"
 STEPS = {"ancestral": 1000, "ddim": 50}
 COUNTED = {"flops", "bytes"}
-"""Of one call, where they are known; per second, of the machine."""
+"""Of what is timed, where they are known; per second, of the machine."""
 
 
 class Row(typing.NamedTuple):
@@ -547,9 +548,8 @@ def measure(row: Row, systems: Sequence[str], *, rounds: int, seconds: float, tu
         if name == MACHINE:
             found["machine"] = {key: statistics.median(each[key] for each in turns[name]) for key in COUNTED}
             continue
-        times = [each["seconds"] for each in turns[name]]
-        rates = {f"{key}_per_second": facts.pop(key) / statistics.median(times) for key in COUNTED & {*facts}}
-        found["systems"][name] = _summary([scale * each for each in times]) | facts | rates | ended
+        counts = {key: scale * facts[key] for key in COUNTED & {*facts}}
+        found["systems"][name] = _summary([scale * each["seconds"] for each in turns[name]]) | facts | counts | ended
     return found
 
 
@@ -672,10 +672,14 @@ def report(results: dict[str, Any]) -> str:
         for key, row in _in_order(run["rows"]):
             model, task = key.split("/")
             cells = [_seconds_cell(row["systems"][name]) if name in row["systems"] else "" for name in names]
-            peers = [each["median"] for name, each in row["systems"].items() if name != "ours"]
+            peers = [each["least"] for name, each in row["systems"].items() if name != "ours"]
             own, limits = row["systems"]["ours"], row.get("machine", {})
-            ratio = f"**{min(peers) / own['median']:.2f}**" if peers else ""
-            shares = [f"{own[f'{key}_per_second'] / limits[key]:.0%}" for key in limits if f"{key}_per_second" in own]
+            ratio = f"**{min(peers) / own['least']:.2f}**" if peers else ""
+            shares = [
+                f"{own[key] / own['least'] / limits[key]:.0%}"
+                for key in ("flops", "bytes")
+                if key in limits and key in own
+            ]
             memory = ", ".join(f"{row['systems'][n]['peak_gib']:.2f}" for n in names[:2] if n in row["systems"])
             few = row.get("timed_steps", math.inf) < STEPS.get(task, 0)
             steps = f" ({row['timed_steps']} steps timed)" if few else ""
@@ -700,13 +704,13 @@ _HEAD = """\
 # Speed beside the peers'
 
 As `python benchmarks/compare.py` measured it: seconds per forward pass, per training step, per 64 images, or from the
-launch of a command to its image on disk; the median of the rounds, and in brackets the smallest and largest. What the
-systems and tasks are is in the docstring of [the program](../../benchmarks/compare.py), every number in
-[speed.json](speed.json). "best peer / ours" is how many times as long the fastest other system takes; "of GEMM" is our
-rate in floating-point operations of the network (a step counts as three forward passes), relative to that of float32
-matrix products on the machine, measured in the same minutes; "of memory", for a forward pass, is the bytes that the
-compiled program reads and writes, as XLA counts them, per second, relative to the bandwidth of main memory: much of it
-is met by the caches.
+launch of a command to its image on disk: the least over the rounds, and in brackets the median. What the systems and
+tasks are is in the docstring of [the program](../../benchmarks/compare.py), every number in [speed.json](speed.json).
+"best peer / ours" is how many times as long the fastest other system takes, by the least; "of GEMM" is our rate in
+floating-point operations of the network (a step counts as three forward passes), relative to that of float32 matrix
+products on the machine in the same minutes; "of memory", for a forward pass, is the bytes that the compiled program
+reads and writes, as XLA counts them, per second, relative to the bandwidth of main memory: much of it is met by the
+caches.
 """
 
 
@@ -719,7 +723,7 @@ def _in_order(rows: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _seconds_cell(found: dict[str, float]) -> str:
     show = lambda value: f"{value:.3g}" if value < 100 else f"{value:.0f}"
-    return f"{show(found['median'])} ({show(found['least'])}-{show(found['most'])})"
+    return f"{show(found['least'])} ({show(found['median'])})"
 
 
 def _parameters(rows: dict[str, Any]) -> Iterator[str]:
