@@ -65,8 +65,17 @@ def describe_collectives(collectives: Iterable[Collective]) -> str:
     kinds: dict[str, list[int]] = collections.defaultdict(list)
     for each in collectives:
         kinds[each.kind].append(each.bytes)
-    words = [f"{len(sizes)} {kind} of {sum(sizes) / 1e6:,.1f} MB" for kind, sizes in sorted(kinds.items())]
+    words = [f"{len(sizes)} {kind} of {in_figures(sum(sizes) / 1e6)} MB" for kind, sizes in sorted(kinds.items())]
     return ", ".join(words) or "none"
+
+
+def in_figures(value: float) -> str:
+    """Returns a number with one decimal, or three significant figures if it is small.
+
+    >>> in_figures(1234.56), in_figures(0.0123456)
+    ('1,234.6', '0.0123')
+    """
+    return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"
 
 
 def moved_activations(

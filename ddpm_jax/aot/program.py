@@ -5,7 +5,7 @@ import typing
 
 import jax
 
-from ddpm_jax.aot.collectives import find_collectives, moved_activations
+from ddpm_jax.aot.collectives import find_collectives, in_figures, moved_activations
 from ddpm_jax.networks import Network, parameter_shapes
 
 
@@ -53,7 +53,9 @@ def faults(program: Program, compiled: str | None = None) -> list[str]:
     sizes = {leaf.size for leaf in jax.tree.leaves(parameter_shapes(program.network))} if program.sharded else set()
     for each in moved_activations(find_collectives(compiled), batch_size=program.batch_size, parameter_sizes=sizes):
         arrays = ", ".join(str(list(array.shape)) for array in each.results[:3])
-        found.append(f"{each.kind} moves {each.bytes / 1e6:,.1f} MB of activations between the devices: {arrays}")
+        found.append(
+            f"{each.kind} moves {in_figures(each.bytes / 1e6)} MB of activations between the devices: {arrays}"
+        )
     kept = program.donated - donated_arrays(compiled)
     if kept > 0:
         found.append(f"{kept} of the {program.donated} arrays of the state are not donated, and are there twice")

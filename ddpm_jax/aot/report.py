@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from ddpm_jax.aot.collectives import Collective, describe_collectives, find_collectives
+from ddpm_jax.aot.collectives import Collective, describe_collectives, find_collectives, in_figures
 from ddpm_jax.aot.program import Program, faults
 from ddpm_jax.system import progress
 from ddpm_jax.system.errors import UserError
@@ -167,21 +167,20 @@ def report(program: Program, topology: Topology) -> Report:
 
 def describe(report: Report) -> str:
     """Returns a report as lines of text."""
-    gib = lambda number: f"{number / 2**30:,.2f} GiB"
     lines = [
         f"{report.name} on {report.devices} {report.chip} ({report.topology}), {report.precision}; "
         f"compiled in {report.compile_seconds:.1f} s, nothing was run"
     ]
     verdict = "fits" if report.fits else "does not fit"
-    needed = "unknown" if report.needed is None else gib(report.needed)
+    needed = "unknown" if report.needed is None else _size(report.needed)
     lines.append(
-        f"memory of a device: {needed} of {gib(report.available)}{report.share and f' ({report.share})'}: {verdict}"
+        f"memory of a device: {needed} of {_size(report.available)}{report.share and f' ({report.share})'}: {verdict}"
     )
     if report.memory is not None:
         named = report.memory
         lines.append(
-            f"  arguments {gib(named.arguments)}, temporaries {gib(named.temporaries)}, outputs {gib(named.outputs)} "
-            f"(of which {gib(named.aliased)} in donated arguments), code {gib(named.code)}"
+            f"  arguments {_size(named.arguments)}, temporaries {_size(named.temporaries)}, "
+            f"outputs {_size(named.outputs)} (of which {_size(named.aliased)} in donated arguments), code {_size(named.code)}"
         )
     lines.append(
         f"one {report.unit} on a device: "
@@ -203,8 +202,8 @@ def describe(report: Report) -> str:
         lines.append(f"collectives: {describe_collectives(report.collectives)}")
     if report.images_per_second is not None and report.estimated_seconds is not None:
         lines.append(
-            f"assumed: {1e3 * report.estimated_seconds:,.1f} ms, {report.images_per_second:,.1f} images/s, at "
-            f"{report.utilization}; the paper's 21 steps/s on a TPU v3-8 are that"
+            f"assumed: {in_figures(1e3 * report.estimated_seconds)} ms, {in_figures(report.images_per_second)} images/s, "
+            f"at {report.utilization}; the paper's 21 steps/s on a TPU v3-8 are that"
         )
     return "\n".join([*lines, *(f"wrong: {fault}" for fault in report.faults)])
 
@@ -218,18 +217,23 @@ def check(report: Report, program: Program) -> None:
     if report.faults:
         raise UserError(f"the {report.name} is wrong on {report.topology}: {'; '.join(report.faults)}")
     if not report.fits:
-        needed = "more memory" if report.needed is None else f"{report.needed / 2**30:,.2f} GiB"
+        needed = "more memory" if report.needed is None else _size(report.needed)
         raise UserError(
-            f"the {report.name} needs {needed} of the {report.available / 2**30:,.2f} GiB of a device of "
+            f"the {report.name} needs {needed} of the {_size(report.available)} of a device of "
             f"{report.topology}: {program.advice}"
         )
 
 
 def _known(*figures: tuple[str, float | None, float, str]) -> str:
     """Returns figures in words, each in units of its scale, and the names of those that are not known."""
-    known = [f"{name} {value / scale:,.2f} {unit}" for name, value, scale, unit in figures if value is not None]
+    known = [f"{name} {in_figures(value / scale)} {unit}" for name, value, scale, unit in figures if value is not None]
     unknown = [name for name, value, *_ in figures if value is None]
     return ", ".join(known + [f"not known here: {', '.join(unknown)}"] * bool(unknown))
+
+
+def _size(number: int) -> str:
+    unit, name = (2**30, "GiB") if number >= 2**27 else (2**20, "MiB")
+    return f"{number / unit:,.2f} {name}"
 
 
 def _memory(compiled: jax.stages.Compiled) -> Memory:

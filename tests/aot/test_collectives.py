@@ -26,7 +26,7 @@ def test_kinds_and_bytes():
         ("all-gather", 24 * 8 * 8 * 3),  # the result alone, not what it is made of
         ("collective-permute", 4 * 6),
     ]
-    assert describe_collectives(find_collectives(TPU)) == "1 all-gather of 0.0 MB, 1 all-reduce of 0.0 MB"
+    assert describe_collectives(find_collectives(TPU)) == "1 all-gather of 0.00819 MB, 1 all-reduce of 0.00358 MB"
     assert describe_collectives([]) == "none"
 
 
