@@ -180,7 +180,8 @@ def describe(report: Report) -> str:
         named = report.memory
         lines.append(
             f"  arguments {_size(named.arguments)}, temporaries {_size(named.temporaries)}, "
-            f"outputs {_size(named.outputs)} (of which {_size(named.aliased)} in donated arguments), code {_size(named.code)}"
+            f"outputs {_size(named.outputs)} "
+            f"(of which {_size(named.aliased)} in donated arguments), code {_size(named.code)}"
         )
     lines.append(
         f"one {report.unit} on a device: "
@@ -202,8 +203,8 @@ def describe(report: Report) -> str:
         lines.append(f"collectives: {describe_collectives(report.collectives)}")
     if report.images_per_second is not None and report.estimated_seconds is not None:
         lines.append(
-            f"assumed: {in_figures(1e3 * report.estimated_seconds)} ms, {in_figures(report.images_per_second)} images/s, "
-            f"at {report.utilization}; the paper's 21 steps/s on a TPU v3-8 are that"
+            f"assumed: {in_figures(1e3 * report.estimated_seconds)} ms, "
+            f"{in_figures(report.images_per_second)} images/s, at {report.utilization}; the paper's 21 steps/s on a TPU v3-8 are that"
         )
     return "\n".join([*lines, *(f"wrong: {fault}" for fault in report.faults)])
 
