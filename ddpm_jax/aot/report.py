@@ -204,7 +204,8 @@ def describe(report: Report) -> str:
     if report.images_per_second is not None and report.estimated_seconds is not None:
         lines.append(
             f"assumed: {in_figures(1e3 * report.estimated_seconds)} ms, "
-            f"{in_figures(report.images_per_second)} images/s, at {report.utilization}; the paper's 21 steps/s on a TPU v3-8 are that"
+            f"{in_figures(report.images_per_second)} images/s, at {report.utilization}; "
+            "the paper's 21 steps/s on a TPU v3-8 are that"
         )
     return "\n".join([*lines, *(f"wrong: {fault}" for fault in report.faults)])
 
