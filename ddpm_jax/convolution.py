@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,13 +42,58 @@ def convolve(
         (above, below), (left, right) = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     else:
         (above, below), (left, right) = padding
+    return _on_any_mesh(functools.partial(_convolve, strides, ((above, below), (left, right))), x, kernel)
+
+
+def convolve_doubled(x: Array, kernel: Array) -> Array:
+    r"""Computes the convolution of images whose every pixel is repeated twice in both directions.
+
+    The result is that of `convolve(double(x), kernel, padding="SAME")`. CPUs do not make the repeated images: of the
+    three rows under the kernel two are equal, and of the columns likewise, so that each of the four pixels which come
+    from one is a convolution with a kernel of 2 x 2, sums of the entries of the given one. Accelerators do.
+
+    Args:
+      x: images, (B, H, W, C).
+      kernel: (3, 3, C, O), of the type of `x`.
+
+    Returns:
+      (B, 2 H, 2 W, O).
+    """
+    repeated = lambda x, kernel: convolve(double(x), kernel, padding="SAME")
+    by_platform = lambda x, kernel: jax.lax.platform_dependent(x, kernel, cpu=_by_parity, default=repeated)
+    return _on_any_mesh(by_platform, x, kernel)
+
+
+def double(x: Array) -> Array:
+    """Repeats every pixel of images (B, H, W, C) twice in both directions."""
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
+    # One pair of axes at a time: a mesh with explicit axes refuses both at once.
+    return x.reshape(batch, 2 * height, width, 2, channels).reshape(batch, 2 * height, 2 * width, channels)
+
+
+def _by_parity(x: Array, kernel: Array) -> Array:
+    batch, height, width, _ = x.shape
+    for axis in (0, 1):
+        # Under an even row of the result lie the rows i - 1, i, i of x, under an odd one i, i, i + 1.
+        first, second, third = jnp.split(kernel, 3, axis)
+        even, odd = jnp.concatenate([first, second + third], axis), jnp.concatenate([first + second, third], axis)
+        kernel = jnp.concatenate([even, odd], -1)  # channels: the parity of the columns, that of the rows, O
+    y = convolve(x, kernel, padding=((1, 1), (1, 1)))
+    y = y.reshape(batch, height + 1, width + 1, 2, 2, -1)
+    # Windows of the odd rows begin one row later.
+    y = jnp.stack([y[:, :, :-1, 0], y[:, :, 1:, 1]], 3)
+    y = jnp.stack([y[:, :-1, :, :, 0], y[:, 1:, :, :, 1]], 2)
+    return y.reshape(batch, 2 * height, 2 * width, -1)
+
+
+def _on_any_mesh(function: Callable[[Array, Array], Array], x: Array, kernel: Array) -> Array:
     x, kernel = _varying_alike(x, kernel)
-    run = functools.partial(_convolve, strides, ((above, below), (left, right)))
     sharding = jax.typeof(x).sharding
     if AxisType.Explicit in sharding.mesh.axis_types:
         # JAX cannot differentiate a convolution on a mesh with explicit axes: they are automatic inside.
-        run = jax.sharding.auto_axes(run, out_sharding=sharding)
-    return run(x, kernel)
+        function = jax.sharding.auto_axes(function, out_sharding=sharding)
+    return function(x, kernel)
 
 
 def _varying_alike(*arrays: Array) -> list[Array]:

@@ -6,7 +6,7 @@ Parameter names are those of the released TensorFlow checkpoints, with `_` inste
 import itertools
 import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from ddpm_jax import keys as per_image_keys
-from ddpm_jax.convolution import convolve
+from ddpm_jax.convolution import convolve, convolve_doubled, double
 from ddpm_jax.forward import as_floats
 from ddpm_jax.guidance import check_labels
 
@@ -81,14 +81,6 @@ def dropout(x: Array, keys: Array | None, rate: float) -> Array:
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 
-def _upsample(x: Array) -> Array:
-    """Repeats every pixel twice in both directions."""
-    batch, height, width, channels = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
-    # One pair of axes at a time: a mesh with explicit axes refuses both at once.
-    return x.reshape(batch, 2 * height, width, 2, channels).reshape(batch, 2 * height, 2 * width, channels)
-
-
 def _embed(classes: nn.Embed, labels: Array) -> Array:
     # As `classes(labels)`, which does not say where its result lies, as a mesh with explicit axes needs.
     table, sharding = classes.embedding.astype(classes.dtype), jax.typeof(labels).sharding
@@ -103,7 +95,7 @@ def _downsample(x: Array) -> Array:
     return x.reshape(batch, height // 2, width // 2, 2, channels).mean(3)
 
 
-_RESAMPLE = {"": lambda x: x, "down": _downsample, "up": _upsample}
+_RESAMPLE = {"": lambda x: x, "down": _downsample, "up": double}
 
 
 class ResnetBlock(nn.Module):
@@ -204,6 +196,10 @@ def _convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any, **o
     return convolve(x, kernel, strides=strides, padding=padding)  # whose layout, and no dilation, are Flax's defaults
 
 
+def _convolve_doubled(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
+    return convolve_doubled(x, kernel)
+
+
 def _conv(
     block: "ResnetBlock | UNet",
     channels: int,
@@ -212,6 +208,7 @@ def _conv(
     strides: int = 1,
     padding: str | int = "SAME",
     init: nn.initializers.Initializer = _DEFAULT,
+    convolution: Callable[..., Array] = _convolve,
 ) -> nn.Conv:
     # At stride 2, "SAME" pads one row and column of zeros, at the bottom and right only, as TensorFlow does.
     return nn.Conv(
@@ -221,7 +218,7 @@ def _conv(
         padding=padding,
         kernel_init=init,
         dtype=block.dtype,
-        conv_general_dilated=_convolve,
+        conv_general_dilated=convolution,
         name=name,
     )
 
@@ -390,7 +387,7 @@ class UNet(nn.Module):
                 h = (
                     resnet(h, channels, name, "up")
                     if self.resblock_updown
-                    else _conv(self, channels, name)(_upsample(h))
+                    else _conv(self, channels, name, convolution=_convolve_doubled)(h)
                 )
 
         h = nn.swish(_norm(self, "norm_out")(h))

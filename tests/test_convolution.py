@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
-from ddpm_jax.convolution import convolve
+from ddpm_jax.convolution import convolve, convolve_doubled
 
 CANONICAL = {"b01f_01io->b01f"}
 
@@ -103,6 +103,17 @@ def test_accelerators_run_what_jax_derives(options, platform):
 
     assert len(convolutions(plain)) == 3
     assert convolutions(convolve) == convolutions(plain)
+
+
+@pytest.mark.parametrize("image", [(1, 1), (3, 2), (4, 5)])
+def test_repeated_pixels_are_convolved_without_being_repeated(image):
+    x, kernel = draw((2, *image, 2), (3, 3, 2, 3))
+
+    def expected(x, kernel):
+        return jnp.square(plain(x.repeat(2, 1).repeat(2, 2), kernel, **SAME)).sum()
+
+    derive = lambda f: jax.jit(jax.value_and_grad(f, (0, 1)))(x, kernel)
+    chex.assert_trees_all_equal(derive(energy(convolve_doubled)), derive(expected))
 
 
 def test_mesh_of_explicit_axes_and_shard_map():
