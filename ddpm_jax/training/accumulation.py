@@ -16,20 +16,19 @@ Gradient = Callable[[Params, Rows], tuple[tuple[Array, Array], Params]]
 """(params, rows) to ((mean loss, losses of the images), gradient of the mean loss)."""
 
 
-def in_parts(gradient: Gradient, params: Params, rows: Rows, *, parts: int, unroll: bool) -> Any:
+def in_parts(gradient: Gradient, params: Params, rows: Rows, *, parts: int) -> Any:
     r"""Computes a mean loss and its gradient part by part.
 
     .. math:: L = \frac{1}{k} \sum_{j<k} L_j, \quad \text{part } j = \text{rows } j, j + k, j + 2k, \dots
 
-    Part j takes every k-th row, not B/k neighbors: so each device has its share of every part among its own rows.
+    Part j takes every k-th row, not B/k neighbors: so each device has its share of every part among its own rows. The
+    parts are a loop, so that they are in memory one at a time.
 
     Args:
       gradient: of one part.
       params: the parameters.
       rows: the whole batch's, or one device's share of them; B of them.
       parts: k, which divides B (and, over a mesh, B / devices).
-      unroll: whether the parts are written out one after the other; as a loop they are sure to be in memory one at a
-        time.
 
     Returns:
       ((mean loss, (B,) losses in the order of the rows), gradient), as `gradient` of the whole batch.
@@ -45,5 +44,5 @@ def in_parts(gradient: Gradient, params: Params, rows: Rows, *, parts: int, unro
         return jax.tree.map(lambda total, new: total + new / parts, sums, (loss, slope)), losses
 
     nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    (loss, slope), losses = jax.lax.scan(add, nothing, jax.tree.map(cut, rows), unroll=unroll)
+    (loss, slope), losses = jax.lax.scan(add, nothing, jax.tree.map(cut, rows))
     return (loss, typing.cast(Array, jnp.swapaxes(losses, 0, 1).reshape(-1))), slope

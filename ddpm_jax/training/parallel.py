@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,13 +81,11 @@ def make_layout(
             f"use {_way_that_works(batch_size, len(devices), parts, fsdp)}, or, for a new run, a --train.batch-size "
             f"that is a multiple of {shares}"
         )
-    # The gradient of a convolution in a loop is 20 times slower on a CPU; elsewhere a loop compiles sooner.
-    steps = {"parts": parts, "unroll": devices[0].platform == "cpu"}
     if parallel == "jit":
-        return _jit_layout(make_mesh(devices, fsdp=fsdp), batch_size, steps)
+        return _jit_layout(make_mesh(devices, fsdp=fsdp), batch_size, parts)
     if jax.process_count() > 1:
         raise UserError("train.parallel=pmap is for the devices of one host: use --train.parallel jit for many")
-    return _pmap_layout(devices, steps)
+    return _pmap_layout(devices, parts)
 
 
 def _way_that_works(batch_size: int, devices: int, parts: int, fsdp: int) -> str:
@@ -105,13 +102,13 @@ def _way_that_works(batch_size: int, devices: int, parts: int, fsdp: int) -> str
     return "another number of devices" if fsdp == 1 else f"another --train.fsdp than {fsdp}"
 
 
-def _jit_layout(mesh: jax.sharding.Mesh, batch_size: int, steps: dict[str, Any]) -> Layout:
+def _jit_layout(mesh: jax.sharding.Mesh, batch_size: int, parts: int) -> Layout:
     whole, shared_out = replicated(mesh), batch_sharding(mesh)
 
     def on_mesh(make_step: Callable[..., TrainingStep], state: TrainState) -> jax.stages.Wrapped:
         lies = shardings(mesh, state)
         inside, outside = (whole, lies, None), (lies, whole)  # the data lie where they were placed
-        step = make_step(gather=functools.partial(gather, mesh), **steps)
+        step = make_step(gather=functools.partial(gather, mesh), parts=parts)
         return jax.jit(step, donate_argnums=1, in_shardings=inside, out_shardings=outside)
 
     def lift(make_step: Callable[..., TrainingStep]) -> TrainingStep:
@@ -190,14 +187,14 @@ def _of_first_device(leaf: Array) -> Array:
     return leaf.addressable_data(0)[0]
 
 
-def _pmap_layout(devices: Sequence[jax.Device], steps: dict[str, Any]) -> Layout:
+def _pmap_layout(devices: Sequence[jax.Device], parts: int) -> Layout:
     alone = jax.sharding.SingleDeviceSharding(devices[0])
 
     def lift(make_step: Callable[..., TrainingStep]) -> TrainingStep:
         step = make_step(
             device_mean=functools.partial(jax.lax.pmean, axis_name=_AXIS),
             whole_batch=functools.partial(jax.lax.all_gather, axis_name=_AXIS, tiled=True),
-            **steps,
+            parts=parts,
         )
         lifted = jax.pmap(step, axis_name=_AXIS, in_axes=(None, 0, 0), donate_argnums=1, devices=devices)
 

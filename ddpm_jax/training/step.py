@@ -67,7 +67,8 @@ class _Rows(typing.NamedTuple):
     dropout: Array
 
 
-TrainingStep = Callable[[Array, TrainState, Batch], tuple[TrainState, StepInfo]]
+TrainingStep = Callable[[typing.Any, TrainState, typing.Any], tuple[TrainState, StepInfo]]
+"""(key, state, batch) to (state, info); also of what `input_pipeline` makes of it, whose arguments are others."""
 
 
 def step_keys(key: Array, step: Array, indices: Array) -> StepKeys:
@@ -150,7 +151,6 @@ def make_training_step(
     random_flip: bool = False,
     label_dropout: float = 0.0,
     parts: int = 1,
-    unroll: bool = True,
     gather: Callable[[Params], Params] = lambda params: params,
     device_mean: Callable[[typing.Any], typing.Any] = lambda tree: tree,
     whole_batch: Callable[[Array], Array] = lambda shard: shard,
@@ -168,7 +168,6 @@ def make_training_step(
       random_flip: whether each image is mirrored left to right with probability 0.5.
       label_dropout: the probability that the label of an image is hidden from a class-conditional network.
       parts: in how many parts the gradient is computed; it changes no more than the rounding of sums.
-      unroll: whether these are written out one after the other, instead of as a loop (see `accumulation`).
       gather: brings parameters together that are shared out over devices; the identity where each has a copy.
       device_mean: the mean of a pytree over devices that each see their share of the batch; the identity where
         the step sees the whole batch.
@@ -207,7 +206,7 @@ def make_training_step(
 
         rows = _Rows(x0, t, weights, labels, keys.noise, keys.dropout)
         gradient_of = jax.value_and_grad(batch_loss, has_aux=True)
-        (loss, losses), gradient = in_parts(gradient_of, state.params, rows, parts=parts, unroll=unroll)
+        (loss, losses), gradient = in_parts(gradient_of, state.params, rows, parts=parts)
         loss, gradient = device_mean((loss, gradient))
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -26,12 +26,11 @@ def example(number=24, width=6):
     return {"kernel": draw(width, width)}, {"x": draw(number, width), "y": draw(number, width), "weight": draw(number)}
 
 
-@pytest.mark.parametrize("unroll", [True, False])
 @pytest.mark.parametrize("parts", [1, 2, 3, 8, 24])
-def test_parts_make_the_whole(parts, unroll):
+def test_parts_make_the_whole(parts):
     params, rows = example()
-    (loss, losses), slope = jax.jit(in_parts, static_argnames=("gradient", "parts", "unroll"))(
-        gradient, params, rows, parts=parts, unroll=unroll
+    (loss, losses), slope = jax.jit(in_parts, static_argnames=("gradient", "parts"))(
+        gradient, params, rows, parts=parts
     )
     (expected, each), expected_slope = gradient(params, rows)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
@@ -46,17 +45,16 @@ def test_keys_and_missing_labels_may_be_among_the_rows():
         noise = jax.vmap(jax.random.normal)(rows["key"])
         return (jnp.mean(params * noise), noise), jnp.mean(noise)
 
-    (_, noises), _ = in_parts(noisy, jnp.ones(()), {"key": keys, "label": None}, parts=4, unroll=True)
+    (_, noises), _ = in_parts(noisy, jnp.ones(()), {"key": keys, "label": None}, parts=4)
     np.testing.assert_array_equal(noises, jax.vmap(jax.random.normal)(keys))
 
 
-@pytest.mark.parametrize("unroll", [True, False])
-def test_no_row_leaves_its_device(unroll):
+def test_no_row_leaves_its_device():
     params, rows = example(number=32)
     mesh = make_mesh()
 
     def run(params, rows):
-        return in_parts(gradient, params, rows, parts=4, unroll=unroll)
+        return in_parts(gradient, params, rows, parts=4)
 
     places = ((replicated(mesh), batch_sharding(mesh)), replicated(mesh))
     text = jax.jit(run, in_shardings=(replicated(mesh), batch_sharding(mesh)), out_shardings=places).lower(params, rows)
@@ -75,7 +73,7 @@ def test_parts_are_in_memory_one_at_a_time():
     rows = {name: jax.ShapeDtypeStruct((256, *shape), jnp.float32) for name, shape in (("x", (8,)), ("weight", ()))}
 
     def bytes_of(parts):
-        run = lambda params, rows: in_parts(wide, params, rows, parts=parts, unroll=False)
+        run = lambda params, rows: in_parts(wide, params, rows, parts=parts)
         return jax.jit(run).lower(params, rows).compile().memory_analysis().temp_size_in_bytes
 
     assert bytes_of(16) < bytes_of(1) / 4
