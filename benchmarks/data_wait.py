@@ -88,12 +88,12 @@ def trained(pipeline: InputPipeline, parts: Setup, steps: int) -> tuple[float, f
     state = parts.layout.init(parts.init, parts.keys.init)
     in_flight: collections.deque[jax.Array] = collections.deque()
     with pipeline.open(0, steps + 3) as opened:
-        for number, data in opened:
-            state, info = step(parts.keys.run, state, data)
-            in_flight.append(info.loss)
+        for steps_of_call, data in opened:
+            state, infos = step(parts.keys.run, state, data)
+            in_flight.append(infos.loss)
             if len(in_flight) > 2:
                 jax.block_until_ready(in_flight.popleft())
-            if number == 2:
+            if steps_of_call.stop == 3:
                 jax.block_until_ready(state)
                 began, waited = time.perf_counter(), opened.seconds_waited
         jax.block_until_ready(state)

@@ -236,6 +236,8 @@ class TrainConfig:
     """Number of devices that share one copy of parameters, EMA weights and optimizer state."""
     grad_accum_steps: Count = field(default=1, metadata=_FREE)
     """Compute the gradient of a step in this many parts, for batches that do not fit the devices at once."""
+    steps_per_call: Count = field(default=1, metadata=_FREE)
+    """Run up to this many steps as one compiled program, for small networks on fast devices."""
     remat: bool = field(default=False, metadata=_FREE)
     """Recompute each block in the backward pass instead of keeping its activations: less memory, slower."""
 

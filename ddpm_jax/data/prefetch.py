@@ -5,7 +5,7 @@ import concurrent.futures
 import time
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -18,14 +18,19 @@ _AHEAD = 2
 
 
 class Prefetch(typing.Generic[Item]):
-    """Iterates over what is read for each of a range of steps, in the background and ahead of need.
+    """Iterates over what is read for each of a row of steps or calls, in the background and ahead of need.
 
     Use it in a `with` block, or call `close`: it ends the background thread. An error in reading is raised by the
     `next` whose step it befell.
     """
 
     def __init__(
-        self, read: Callable[[int], Item], steps: range, *, ahead: int = _AHEAD, finish: Callable[[], object] = int
+        self,
+        read: Callable[[typing.Any], Item],
+        steps: Iterable[typing.Any],
+        *,
+        ahead: int = _AHEAD,
+        finish: Callable[[], object] = int,
     ) -> None:
         if ahead < 1:
             raise ValueError(f"ahead must be at least 1, not {ahead}")

@@ -16,7 +16,7 @@ from ddpm_jax.system import environment
 from ddpm_jax.system.errors import UserError
 
 # What a step computes does not depend on these, but in which order.
-_ORDERING = ("train.parallel", "train.fsdp", "train.grad_accum_steps", "train.remat")
+_ORDERING = ("train.parallel", "train.fsdp", "train.grad_accum_steps", "train.steps_per_call", "train.remat")
 
 
 class ComputedOn(typing.NamedTuple):

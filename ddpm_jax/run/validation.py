@@ -153,6 +153,20 @@ def warnings_of(config: Config) -> list[str]:
         found.append(
             f"train.decay_steps={train.decay_steps}: the learning rate is 0 from there to train.steps={train.steps}"
         )
+    periods = (
+        "log.every",
+        "log.samples_every",
+        "eval.every",
+        "eval.fid_every",
+        "ema.snapshots_every",
+        "checkpoints.every",
+    )
+    every, name = min((value_of(config, name), name) for name in periods if value_of(config, name))
+    if train.steps_per_call > every:
+        found.append(
+            f"train.steps_per_call={train.steps_per_call}: a call ends where something is due, here after "
+            f"{name}={every} steps, so --train.steps-per-call {every} does the same"
+        )
     left = train.ema_decay**train.steps
     if left > 0.1:
         found.append(

@@ -3,7 +3,7 @@
 import functools
 import time
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,29 @@ class Periodic(typing.NamedTuple):
     def is_regular(self, step: int) -> bool:
         """Returns whether the hook runs after a step wherever the run ends."""
         return self.every > 0 and step % self.every == 0
+
+
+def calls(first: int, last: int, *, periods: Iterable[int], most: int) -> Iterator[range]:
+    """Cuts the steps of a run into calls of the compiled program, so that hooks run between two calls.
+
+    Args:
+      first: the number of steps done.
+      last: the number of steps at the end.
+      periods: the `every` of each hook.
+      most: the largest number of steps of a call.
+
+    Yields:
+      the 0-based steps of each call.
+
+    >>> list(calls(6, 20, periods=(10, 0), most=4))
+    [range(6, 10), range(10, 14), range(14, 18), range(18, 20)]
+    """
+    periods = [every for every in periods if every]
+    while first < last:
+        due = (first - first % every + every for every in periods)
+        stop = min(first + most, last, *due)
+        yield range(first, stop)
+        first = stop
 
 
 def append_metrics(run: Path, writers: MetricWriters, line: dict[str, Any]) -> None:

@@ -35,8 +35,8 @@ from ddpm_jax.system.progress import Progress, say
 from ddpm_jax.system.signals import stop_signals
 from ddpm_jax.training import plots
 from ddpm_jax.training.held_out import check_held_out, evaluating, load_test_split
-from ddpm_jax.training.hooks import Event, Periodic, Saving, append_metrics, drawing, logging, snapshotting
-from ddpm_jax.training.input_pipeline import make_input_pipeline, with_inputs
+from ddpm_jax.training.hooks import Event, Periodic, Saving, append_metrics, calls, drawing, logging, snapshotting
+from ddpm_jax.training.input_pipeline import RunKey, make_input_pipeline, with_inputs
 from ddpm_jax.training.metric_writers import check_packages, open_metric_writers
 from ddpm_jax.training.metrics import Diagnostics, StepNumbers, read_lines, rewind
 from ddpm_jax.training.setup import Setup, make_setup
@@ -44,7 +44,7 @@ from ddpm_jax.training.speed import SpeedMeter, forward_flops, peak_tflops
 from ddpm_jax.training.start import first_state
 from ddpm_jax.training.state import learning_rate
 
-# Steps dispatched before the first of them is waited for: the device never waits for the host, nor runs far ahead.
+# Calls dispatched before the first of them is waited for: the device never waits for the host, nor runs far ahead.
 _IN_FLIGHT = 2
 
 
@@ -163,6 +163,7 @@ def _train(
         labeled=config.model.num_classes > 0,
         device_gib=config.data.device_gib,
         workers=config.data.workers,
+        most=config.train.steps_per_call,
     )
     with Checkpoints(
         run, keep=rules.keep, keep_every=rules.keep_every, keep_best=rules.keep_best, warn=say
@@ -192,15 +193,8 @@ def _train(
         diagnostics = Diagnostics(notes, check=functools.partial(_check_finite, run, checkpoints))
         saving = Saving(checkpoints, diagnostics, rules, computed_on)
         agree = Agreement(2, lag=_IN_FLIGHT)
-        with (
-            open_metric_writers(config, run, first=first) as writers,
-            pipeline.open(first, num_steps) as batches,
-            Progress(num_steps, initial=first, unit="step", description=config.name) as progress,
-        ):
-            begun(parts.rates)
-            _rewind(run, first, config, ends=False)
-            say("compiling the training step")
-            meter = _make_meter(parts, first, lambda: batches.seconds_waited)
+        with open_metric_writers(config, run, first=first) as writers:
+            meter = _make_meter(parts, first, lambda: inputs.seconds_waited)
             log = functools.partial(append_metrics, run, writers)
             hooks = [
                 Periodic(
@@ -213,33 +207,42 @@ def _train(
                 Periodic(config.ema.snapshots_every, snapshotting(run, config)),
                 Periodic(rules.every, saving),
             ]
-            for number, data in batches:
-                state, info = training_step(parts.keys.run, state, data)
-                step = number + 1
-                diagnostics.add(step, info)
-                diagnostics.collect(in_flight=_IN_FLIGHT)
-                checkpoints.poll()
-                progress.update(1, **diagnostics.recent())
+            cut = calls(first, num_steps, periods=[hook.every for hook in hooks], most=pipeline.most)
+            with (
+                pipeline.open(first, num_steps, cut) as inputs,
+                Progress(num_steps, initial=first, unit="step", description=config.name) as progress,
+            ):
+                begun(parts.rates)
+                _rewind(run, first, config, ends=False)
+                say("compiling the training step")
+                for steps, data in inputs:
+                    key = parts.keys.run if pipeline.most == 1 else RunKey(parts.keys.run, np.int32(len(steps)))
+                    state, infos = training_step(key, state, data)
+                    step = steps.stop
+                    diagnostics.add(steps, infos)
+                    diagnostics.collect(in_flight=_IN_FLIGHT)
+                    checkpoints.poll()
+                    progress.update(len(steps), **diagnostics.recent())
 
-                stopped_by, overdue = agree((received[0] if received else 0, saving.is_overdue()))
-                due = [hook for hook in hooks if hook.is_due(step, is_last=step == num_steps)]
-                if (stopped_by or overdue) and hooks[-1] not in due:
-                    due.append(hooks[-1])
-                if not due:
-                    continue
-                diagnostics.collect()
-                event = Event(step, functools.partial(layout.saved_state, state), log)
-                with meter:
-                    for hook in due:
-                        event.is_extra = not hook.is_regular(step)
-                        hook.run(event)
-                if stopped_by and step < num_steps:
-                    checkpoints.wait()
-                    name = signal.Signals(stopped_by).name
-                    raise Stopped(
-                        stopped_by,
-                        f"stopped by {name} at step {step}; checkpoint saved. Run the same command to resume.",
-                    )
+                    stopped_by, overdue = agree((received[0] if received else 0, saving.is_overdue()))
+                    due = [hook for hook in hooks if hook.is_due(step, is_last=step == num_steps)]
+                    if (stopped_by or overdue) and hooks[-1] not in due:
+                        due.append(hooks[-1])
+                    if not due:
+                        continue
+                    diagnostics.collect()
+                    event = Event(step, functools.partial(layout.saved_state, state), log)
+                    with meter:
+                        for hook in due:
+                            event.is_extra = not hook.is_regular(step)
+                            hook.run(event)
+                    if stopped_by and step < num_steps:
+                        checkpoints.wait()
+                        name = signal.Signals(stopped_by).name
+                        raise Stopped(
+                            stopped_by,
+                            f"stopped by {name} at step {step}; checkpoint saved. Run the same command to resume.",
+                        )
         checkpoints.wait()
     if is_primary_host():
         plots.plot_run(run)

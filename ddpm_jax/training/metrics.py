@@ -78,20 +78,27 @@ class Diagnostics:
         self.window = [StepNumbers(*numbers) for numbers in notes.get("window", [])]
         self.since_save = RunningMean(*notes.get("since_save", ()))
         self._check = check
-        self._in_flight: collections.deque[tuple[int, StepInfo]] = collections.deque()
+        self._in_flight: collections.deque[tuple[range, StepInfo]] = collections.deque()
 
-    def add(self, step: int, info: StepInfo) -> None:
-        """Adds a step that was dispatched; does not wait for it."""
-        self._in_flight.append((step, info))
+    def add(self, steps: range, infos: StepInfo) -> None:
+        """Adds the steps of a call that was dispatched; does not wait for it.
+
+        Args:
+          steps: their 0-based numbers.
+          infos: their diagnostics, each with a first axis of at least as many entries.
+        """
+        self._in_flight.append((steps, infos))
 
     def collect(self, *, in_flight: int = 0) -> None:
-        """Waits for all steps but the last `in_flight`."""
+        """Waits for all calls but the last `in_flight`."""
         while len(self._in_flight) > in_flight:
-            step, info = self._in_flight.popleft()
-            numbers = StepNumbers(*(value.tolist() for value in jax.device_get(info)))
-            self._check(step, numbers)
-            self.window.append(numbers)
-            self.since_save.add(numbers.loss)
+            steps, infos = self._in_flight.popleft()
+            rows = zip(*(values.tolist() for values in jax.device_get(infos)), strict=True)
+            for step, row in zip(steps, rows, strict=False):
+                numbers = StepNumbers(*row)
+                self._check(step + 1, numbers)
+                self.window.append(numbers)
+                self.since_save.add(numbers.loss)
 
     def recent(self) -> dict[str, float]:
         """Returns the mean loss of up to 50 steps since the last line of metrics; {} if there are none."""

@@ -39,9 +39,11 @@ def test_another_one_is_named_and_remembered_and_exact_refuses():
 
 def test_how_a_step_is_spread_and_cut_is_part_of_it():
     config = Config()
-    spread = dataclasses.replace(config, train=TrainConfig(devices=4, fsdp=2, grad_accum_steps=2, remat=True))
+    spread = dataclasses.replace(
+        config, train=TrainConfig(devices=4, fsdp=2, grad_accum_steps=2, steps_per_call=2, remat=True)
+    )
     one, other = describe(config), describe(spread)
     assert {name for name in one if one[name] != other[name]} == {
-        *("devices", "train.fsdp", "train.grad_accum_steps", "train.remat")
+        *("devices", "train.fsdp", "train.grad_accum_steps", "train.steps_per_call", "train.remat")
     }
     assert (one["devices"], other["devices"]) == ("8 cpu", "4 cpu")

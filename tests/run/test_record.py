@@ -185,6 +185,7 @@ def test_what_does_not_change_the_numbers_of_a_step_is_free():
         "train.devices",
         "train.fsdp",
         "train.grad_accum_steps",
+        "train.steps_per_call",
         "train.remat",
     }
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import hypothesis
 import jax
 import numpy as np
@@ -12,8 +13,10 @@ from ddpm_jax.config import CheckpointConfig, Config, DataConfig, DiffusionConfi
 from ddpm_jax.data.order import batch_indices
 from ddpm_jax.data.source import in_memory
 from ddpm_jax.data.sources import load_source
+from ddpm_jax.time_sampling import loss_aware
 from ddpm_jax.training import loop, setup
-from ddpm_jax.training.input_pipeline import make_input_pipeline, with_inputs
+from ddpm_jax.training.hooks import calls
+from ddpm_jax.training.input_pipeline import RunKey, make_input_pipeline, with_inputs
 from ddpm_jax.training.parallel import make_layout
 
 RUN_KEY = jax.random.key(3)
@@ -37,17 +40,22 @@ def pictures(number):
 
 
 def batches_of(feed, first, last):
-    take = jax.jit(feed.take)
-    with feed.open(first, last) as opened:
-        for step, data in opened:
-            yield step, jax.device_get(take(np.int32(step), data))
+    take = jax.jit(lambda data, place, step: feed.take(data)(place, step))
+    with feed.open(first, last, calls(first, last, periods=(), most=feed.most)) as opened:
+        for steps, data in opened:
+            for place, step in enumerate(steps):
+                yield step, jax.device_get(take(data, np.int32(place), np.int32(step)))
 
 
 @hypothesis.settings(max_examples=15, deadline=None)
-@hypothesis.given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 30), st.integers(0, 2**32 - 1))
-def test_the_device_finds_the_examples_of_the_order(number, batch_size, first, seed):
+@hypothesis.given(
+    st.integers(1, 40), st.integers(1, 12), st.integers(0, 30), st.integers(0, 2**32 - 1), st.integers(1, 4)
+)
+def test_the_device_finds_the_examples_of_the_order(number, batch_size, first, seed, most):
     source, layout = pictures(number), layout_of("1 device", batch_size)
-    feed = make_input_pipeline(source, layout, seed=seed, batch_size=batch_size, labeled=True, device_gib=1.0)
+    feed = make_input_pipeline(
+        source, layout, seed=seed, batch_size=batch_size, labeled=True, device_gib=1.0, most=most
+    )
     assert feed.kept == "kept on the device"
     steps = []
     for step, batch in batches_of(feed, first, first + 7):
@@ -70,7 +78,9 @@ def test_a_feed_gives_what_was_asked_for(name):
     on_disk = dataclasses.replace(source, images=None)
     assert make_input_pipeline(on_disk, layout, labeled=True, **options).kept == "streamed from disk"
     with untold.open(0, 1) as opened:
-        assert next(opened).data.labels is None
+        [item] = opened
+    data = item.data[0] if name == "pmap" else item.data
+    assert data.labels is None
 
 
 @pytest.mark.parametrize("name", ["8 devices", "8 devices, fsdp 4"])
@@ -102,6 +112,50 @@ def test_an_epoch_is_trained_without_a_copy_from_the_host_and_compiled_once(trai
     assert int(state.step) == 30
     assert len(traces) == 1
     assert not [event for event in compiled if "backend_compile" in event]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "devices", "choices", "kept"),
+    [
+        ("jit", 1, {"parts": 2}, "device"),
+        ("jit", 4, {"fsdp": 2}, "device"),
+        ("jit", 2, {}, "memory"),
+        ("pmap", 2, {}, "memory"),
+    ],
+)
+def test_the_steps_of_one_call_are_those_of_many(training, parallel, devices, choices, kept):
+    """To the last bit however they are cut into calls, and to rounding where each is a program of its own."""
+    layout = make_layout(parallel, batch_size=8, devices=jax.devices()[:devices], **choices)
+    network, optimizer, times = training.Linear(), training.adam(), loss_aware(100, history=1)
+    start = jax.device_get(training.state_of(jax.random.key(0), network, optimizer, time_sampler=times))
+
+    def run(feed, program, periods):
+        state, found = layout.place_state(start), []
+        with feed.open(0, 7, calls(0, 7, periods=periods, most=feed.most)) as opened:
+            for steps, data in opened:
+                key = RUN_KEY if feed.most == 1 else RunKey(RUN_KEY, np.int32(len(steps)))
+                old, (state, infos) = state, program(key, state, data)
+                assert jax.tree.leaves(old.params)[0].is_deleted()  # donated
+                assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(lambda leaf: leaf.sharding, old)
+                found += zip(*(value.tolist()[: len(steps)] for value in jax.device_get(infos)), strict=True)
+        return found, jax.device_get(layout.saved_state(state))
+
+    def prepared(most):
+        feed = make_input_pipeline(
+            pictures(20), layout, seed=1, batch_size=8, labeled=False, device_gib=1.0 * (kept == "device"), most=most
+        )
+        make_step = lambda **device: training.step_of(network, optimizer, times=times, **device)
+        return feed, layout.lift(with_inputs(make_step, feed))
+
+    expected, last = run(*prepared(1), ())
+    several = prepared(3)
+    (found, end), other = run(*several, (5,)), run(*several, (2,))
+    assert len({loss for loss, *_ in found}) == 7
+    assert (found, end.step) == (other[0], 7)
+    chex.assert_trees_all_equal(end, other[1])
+    for here, there in zip(found, expected, strict=True):
+        np.testing.assert_allclose(np.hstack(here), np.hstack(there), rtol=1e-5)
+    chex.assert_trees_all_close(end.time_sampling, last.time_sampling, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -247,7 +247,7 @@ def test_what_is_kept_and_that_minutes_save_too(trained, tmp_path):
         assert loss == (None if step % 2 else pytest.approx(means[step], rel=1e-12))
 
 
-def signal_at(step, number):
+def signal_at(step, number, *, every=1):
     """A hook that sends this process a signal once."""
     sent = []
 
@@ -256,7 +256,7 @@ def signal_at(step, number):
             sent.append(number)
             os.kill(os.getpid(), number)
 
-    return Periodic(1, send)
+    return Periodic(every, send)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
@@ -386,6 +386,38 @@ def test_other_optimizers_resume_in_the_same_bits(tmp_path, optimizer):
     (_, ema), (_, ema_there) = (load_ema(run, warn=pytest.fail) for run in (whole, parts))
     chex.assert_trees_all_equal(ema, ema_there)
     assert np.abs(ema["layer"]["kernel"] - kernel).max() > 1e-5
+
+
+def test_steps_in_one_call_leave_the_run_as_it_is(tmp_path):
+    """Wherever a hook is due, the run is stopped or extended; with calls of another length to rounding."""
+
+    def run_to(steps, run, steps_per_call, *, hooks=()):
+        config = dataclasses.replace(
+            with_train(steps=steps, steps_per_call=steps_per_call, devices=1),
+            log=dataclasses.replace(TINY.log, every=5),
+            checkpoints=CheckpointConfig(every=7, keep=3),
+        )
+        train(config, run, hooks=[Periodic(11, lambda event: seen.append((run.name, event.step))), *hooks])
+
+    seen, single, several, parts = [], *(tmp_path / name for name in ("single", "several", "parts"))
+    run_to(20, several, 4)
+    with pytest.raises(Stopped, match="stopped by SIGTERM at step 14; "):  # calls end at 10, 11 and 14
+        run_to(20, parts, 4, hooks=[signal_at(11, signal.SIGTERM, every=11)])
+    run_to(17, parts, 4)
+    run_to(20, parts, 4)
+    assert [step for name, step in seen if name == "several"] == [11, 20]
+    assert (parts / "metrics.jsonl").read_bytes() == (several / "metrics.jsonl").read_bytes()
+    arrays = [json.loads((run / "checkpoints/20/notes/metadata").read_text())["leaves"] for run in (several, parts)]
+    assert arrays[0] == arrays[1]  # their checksums
+    run_to(8, single, 100)
+    run_to(20, single, 1)
+    losses, losses_there = ([line["loss"] for line in read_lines(run / "metrics.jsonl")] for run in (several, single))
+    np.testing.assert_allclose(losses_there, losses, rtol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_found_at_its_step_within_a_call(tmp_path):
+    with pytest.raises(UserError, match="^step 2: loss .* no checkpoint was saved yet"):
+        train(with_train(learning_rate=1e30, steps_per_call=4), tmp_path)
 
 
 def test_a_thread_that_is_not_the_main_one_trains_without_signal_handlers(trained, tmp_path):
