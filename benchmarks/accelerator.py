@@ -149,10 +149,10 @@ def unet_of(
     dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
     if model == "small":
         return UNet(32, (1, 2), 1, (4,), num_groups=8, dropout=0.0, out_channels=1, dtype=dtype), (8, 8, 1)
-    if model == "medium":
-        return UNet(64, (1, 2), 1, (16,), dropout=0.1, dtype=dtype), (32, 32, 3)
     if QUICK:
         return UNet(8, (1, 2), 1, (4,), num_groups=4, dropout=dropout or 0.0, dtype=dtype), (8, 8, 3)
+    if model == "medium":
+        return UNet(64, (1, 2), 1, (16,), dropout=0.1, dtype=dtype), (32, 32, 3)
     if model == "256x256":
         return UNet(128, (1, 1, 2, 2, 4, 4), 2, (16,), dropout=0.0, dtype=dtype), (256, 256, 3)
     return UNet(128, (1, 2, 2, 2), 2, (16,), dropout=0.1 if dropout is None else dropout, dtype=dtype), (32, 32, 3)
@@ -294,7 +294,9 @@ def correct(seconds: float, argument: str) -> None:
         def predict(x_t: Any, t: Any) -> Any:
             return (gains[t] * (x_t.reshape(-1, 4) - means[t])).reshape(x_t.shape)
 
-        sampler = make_sampler(name, schedule, predict, num_steps=1000 if name == "ancestral" else 100, clip_x0=False)
+        sampler = make_sampler(
+            name, schedule, predict, num_steps={"ancestral": 1000, "ddim": 500}.get(name, 100), clip_x0=False
+        )
         drawn = jax.jit(lambda key: ddpm.sample(key, sampler, (number, 2, 2, 1)))(jax.random.key(0))
         drawn = np.asarray(drawn, np.float64).reshape(number, 4)
         # In units of what so many draws scatter; besides, a hundred steps are not infinitely many.

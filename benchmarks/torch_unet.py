@@ -151,7 +151,7 @@ class TorchUNet(nn.Module):
                 array = array.transpose(3, 2, 0, 1)
             elif array.ndim == 2:
                 array = array.T.reshape(tensor.shape)
-            tensor.copy_(torch.from_numpy(np.ascontiguousarray(array)))
+            tensor.copy_(torch.from_numpy(np.array(array)))
         if given:
             raise ValueError(f"PyTorch's network has no {', '.join(given)}")
 
