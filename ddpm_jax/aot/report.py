@@ -94,7 +94,8 @@ def compile_for(name: str, lower: Callable[[Topology], Program]) -> None:
     """
     topology = find_topology(name)
     try:
-        program = lower(topology)
+        with _without_cache():
+            program = lower(topology)
     except NotImplementedError as error:
         raise UserError(f"something in the program does not run on {topology.name}: {error}") from error
     found = report(program, topology)
