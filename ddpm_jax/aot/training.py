@@ -11,7 +11,7 @@ from ddpm_jax.networks import Network
 from ddpm_jax.run.build import image_shape, matmul_precision
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.topologies import Topology
-from ddpm_jax.training.input_pipeline import make_input_pipeline, with_inputs
+from ddpm_jax.training.input_pipeline import RunKey, make_input_pipeline, with_inputs
 from ddpm_jax.training.setup import make_setup
 from ddpm_jax.training.speed import forward_flops
 
@@ -43,14 +43,16 @@ def training_program(
         batch_size=train.batch_size,
         labeled=config.model.num_classes > 0,
         device_gib=config.data.device_gib,
+        most=train.steps_per_call,
     )
-    key = jax.eval_shape(lambda: parts.keys.run)
+    key = jax.eval_shape(lambda: parts.keys.run if pipeline.most == 1 else RunKey(parts.keys.run, np.int32(0)))
     state = layout.abstract_state(parts.init, parts.keys.init)
     with matmul_precision(config):
         lowered = layout.lower(with_inputs(parts.make_step, pipeline), key, state, pipeline.shapes())
     number, flops = layout.mesh.size, forward_flops(parts.network, image_shape(config))
+    calls = f", {pipeline.most} steps in a call" if pipeline.most > 1 else ""
     return Program(
-        name=f"training step of {train.batch_size} images, {pipeline.kept}",
+        name=f"training step of {train.batch_size} images, {pipeline.kept}{calls}",
         lowered=lowered,
         network=parts.network,
         precision=train.precision,

@@ -45,6 +45,12 @@ def test_the_training_step_is_reported(compiled):
     check(found, program)
 
 
+def test_several_steps_in_a_call_are_one_program(broken, config, with_train, topology):
+    program = training_program(with_train(config, steps_per_call=3), topology, network=broken("", topology))
+    assert program.name == "training step of 24 images, streamed from disk, 3 steps in a call"
+    assert "stablehlo.while" in program.lowered.as_text()
+
+
 def test_what_does_not_fit_is_refused_with_a_remedy(compiled):
     program, found = compiled
     tight = dataclasses.replace(found, fits=False, available=found.needed - 1)
