@@ -51,13 +51,20 @@ def autodiff(x: jax.Array, kernel: jax.Array, *, strides: Any, padding: Any) -> 
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
+def convolutions(convolve: Callable[..., jax.Array]) -> Any:
+    """Makes every convolution of the network one of these, also those after an upsampling."""
+    doubled = lambda x, kernel: convolve(unet.double(x), kernel, strides=(1, 1), padding="SAME")
+    return mock.patch.multiple(unet, convolve=convolve, convolve_doubled=doubled)
+
+
 VARIANTS: dict[str, Callable[[], Any]] = {
     "whole": contextlib.nullcontext,
     "without group normalization": lambda: mock.patch.object(unet, "_norm", lambda block, name: Identity(name=name)),
     "without attention": lambda: mock.patch.object(unet, "AttentionBlock", lambda *fields, name: Identity(name=name)),
     "relu for swish": lambda: mock.patch.object(nn, "swish", nn.relu),
-    "1 tap of 9 in convolutions": lambda: mock.patch.object(unet, "convolve", center_tap),
-    "convolutions with JAX's gradient": lambda: mock.patch.object(unet, "convolve", autodiff),
+    "1 tap of 9 in convolutions": lambda: convolutions(center_tap),
+    "convolutions with JAX's gradient": lambda: convolutions(autodiff),
+    "convolutions of repeated pixels": lambda: convolutions(unet.convolve),
 }
 
 
