@@ -34,7 +34,8 @@ def test_the_step_is_sound_in_bfloat16(config, with_train, name):
     program = training_program(with_train(config, precision="bfloat16"), topology)
     found = report(program, topology)
     assert (found.fits, found.faults, found.devices) == (True, (), 8)
-    size = 4 * sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(program.network)))
+    # The gradient, which TPUs sum in the type in which it is computed.
+    size = 2 * sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(program.network)))
     assert sum(each.bytes for each in found.collectives if each.kind == "all-reduce") >= size
     assert (found.optimal_seconds is None) == (topology.platform == "gpu")
     assert found.images_per_second > 0
