@@ -18,7 +18,7 @@ Systems:
   and PyTorch's fused Adam, eager; and the same with `torch.compile`.
 - lucidrains' denoising-diffusion-pytorch, at the same width, levels, image size and batch. Its network differs: two
   blocks per level both ways, attention at every level (linear where the model has none), RMS norms, a 7 x 7 first
-  convolution; its number of parameters is in the table.
+  convolution; so it is compared per floating-point operation.
 - the network of Flax's example digits_diffusion_model, written anew with NNX, for the digits alone: layer norms, max
   pooling, four levels and a bridge; with 8 features it is the nearest in parameters. It is trained by flow matching
   with AdamW and no EMA, and drawn from by an ODE solver, so there is no sampling row.
@@ -73,10 +73,10 @@ class Model(typing.NamedTuple):
 
 
 MODELS = {
-    "digits": Model("digits", 32, chain_steps=200),
-    "fashion": Model("fashion_mnist_cpu", 32, chain_steps=20),
+    "digits": Model("digits", 32, chain_steps=50),
+    "fashion": Model("fashion_mnist_cpu", 32, chain_steps=10),
     # 1.6M parameters at 28 x 28, with attention at 14 x 14 and 7 x 7.
-    "width32": Model("fashion_mnist_cpu", 64, {"num_res_blocks": 2, "attention_resolutions": (14, 7)}, chain_steps=8),
+    "width32": Model("fashion_mnist_cpu", 64, {"num_res_blocks": 2, "attention_resolutions": (14, 7)}, chain_steps=5),
     "cifar10": Model("cifar10", 4, {"dropout": 0.0}, chain_steps=2),
 }
 TASKS = ("forward", "train", "ancestral", "ddim", "start", "start-cold")
@@ -288,6 +288,7 @@ def lucidrains(row: Row) -> Work:
     torch = _torch()
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA
+    from torch.utils.flop_counter import FlopCounterMode
 
     config = config_of(row.model)
     model, data = config.model, config.data
@@ -305,8 +306,11 @@ def lucidrains(row: Row) -> Work:
     diffusion = GaussianDiffusion(
         unet, image_size=(data.height, data.width), objective="pred_noise", beta_schedule="linear", **steps
     )
-    facts, shape = {"parameters": _size(unet)}, (row.batch_size, data.channels, data.height, data.width)
-    images = torch.rand(shape)
+    images, t = torch.rand(row.batch_size, data.channels, data.height, data.width), torch.arange(row.batch_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(images, t)
+    times = 3 if row.task == "train" else row.timed_steps if row.task in STEPS else 1
+    facts = {"parameters": _size(unet), "flops": times * counter.get_total_flops()}
     if row.task == "train":
         optimizer = torch.optim.Adam(diffusion.parameters(), lr=config.train.learning_rate, fused=True)
         ema = EMA(diffusion, beta=config.train.ema_decay, update_every=1, update_after_step=0)
@@ -321,8 +325,7 @@ def lucidrains(row: Row) -> Work:
         return Work(train, facts)
     diffusion.eval()
     if row.task == "forward":
-        times = torch.arange(row.batch_size)
-        return Work(torch.inference_mode()(lambda: unet(images, times)), facts)
+        return Work(torch.inference_mode()(lambda: unet(images, t)), facts)
     if row.task == "ddim":
         return Work(lambda: diffusion.sample(row.batch_size), facts)
 
@@ -667,14 +670,25 @@ def report(results: dict[str, Any]) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in run["about"]["versions"].items() if version)
         text += f"\n## Python {python}\n\n{run['about']['cpu']}, {run['about']['cores']} cores; {versions}.\n\n"
         names = [name for name in SYSTEMS if any(name in each["systems"] for each in run["rows"].values())]
-        head = ["model, batch", "task", *names, "best peer / ours", "of GEMM, of memory", "peak GiB: ours, diffusers"]
+        head = [
+            "model, batch",
+            "task",
+            *names,
+            "diffusers / ours, lucidrains / ours",
+            "of GEMM, of memory",
+            "peak GiB: ours, diffusers",
+        ]
         lines = []
         for key, row in _in_order(run["rows"]):
             model, task = key.split("/")
             cells = [_seconds_cell(row["systems"][name]) if name in row["systems"] else "" for name in names]
-            peers = [each["least"] for name, each in row["systems"].items() if name != "ours"]
+            # The same network first; of another one, seconds per operation are compared.
+            same = [each["least"] for name, each in row["systems"].items() if name.startswith("diffusers")]
+            other = row["systems"].get("lucidrains", {}) if task not in PROCESSES else {}
             own, limits = row["systems"]["ours"], row.get("machine", {})
-            ratio = f"**{min(peers) / own['least']:.2f}**" if peers else ""
+            ratios = f"**{min(same) / own['least']:.2f}**" if same else "-"
+            if "flops" in other:
+                ratios += f", {other['least'] / other['flops'] / (own['least'] / own['flops']):.2f}"
             shares = [
                 f"{own[key] / own['least'] / limits[key]:.0%}"
                 for key in ("flops", "bytes")
@@ -683,7 +697,7 @@ def report(results: dict[str, Any]) -> str:
             memory = ", ".join(f"{row['systems'][n]['peak_gib']:.2f}" for n in names[:2] if n in row["systems"])
             few = row.get("timed_steps", math.inf) < STEPS.get(task, 0)
             steps = f" ({row['timed_steps']} steps timed)" if few else ""
-            lines.append([f"{model}, {row['batch_size']}", f"{task}{steps}", *cells, ratio, ", ".join(shares), memory])
+            lines.append([f"{model}, {row['batch_size']}", f"{task}{steps}", *cells, ratios, ", ".join(shares), memory])
         text += _table(head, lines)
         text += "\nParameters: " + "; ".join(_parameters(run["rows"])) + ".\n"
         chosen = {
@@ -706,11 +720,12 @@ _HEAD = """\
 As `python benchmarks/compare.py` measured it: seconds per forward pass, per training step, per 64 images, or from the
 launch of a command to its image on disk: the least over the rounds, and in brackets the median. What the systems and
 tasks are is in the docstring of [the program](../../benchmarks/compare.py), every number in [speed.json](speed.json).
-"best peer / ours" is how many times as long the fastest other system takes, by the least; "of GEMM" is our rate in
-floating-point operations of the network (a step counts as three forward passes), relative to that of float32 matrix
-products on the machine in the same minutes; "of memory", for a forward pass, is the bytes that the compiled program
-reads and writes, as XLA counts them, per second, relative to the bandwidth of main memory: much of it is met by the
-caches.
+"diffusers / ours" is how many times as long diffusers takes for the same network, by the least, compiled or not;
+"lucidrains / ours" compares the seconds per floating-point operation, since its network is another; "of GEMM" is our
+rate in floating-point operations of the network (a step counts as three forward passes), relative to that of float32
+matrix products on the machine in the same minutes; "of memory", for a forward pass, is the bytes that the compiled
+program reads and writes, as XLA counts them, per second, relative to the bandwidth of main memory: much of it is met by
+the caches.
 """
 
 
