@@ -11,6 +11,7 @@ from flax import traverse_util
 from ddpm_jax.averages import WIDEST, Profiles, Reconstruction, gamma_of, reconstruct
 from ddpm_jax.config import Config
 from ddpm_jax.networks import Params
+from ddpm_jax.run.fields import cast
 from ddpm_jax.run.snapshots import FOLDER, check_snapshot, identity, read_snapshot, snapshot_steps
 from ddpm_jax.run.weights import SEPARATOR, load_weights, save_weights
 from ddpm_jax.system.errors import Damage, UserError, printable
@@ -20,6 +21,7 @@ LARGEST_ERROR = 0.1
 """Largest error of a profile, relative to its norm, that counts as reconstructed."""
 
 _METADATA = "average"
+_KINDS = {"sigma_rel": float, "step": int, "error": float}
 
 
 class Average(typing.NamedTuple):
@@ -96,12 +98,16 @@ def reconstruct_averages(
     for width, each in zip(widths, found, strict=True):
         _check_error(run, width, each, given, step, steps, config)
     totals: list[dict[str, np.ndarray]] = [{} for _ in widths]
+    expected: dict[str, tuple[int, ...]] = {}
     for place, each_step in enumerate(steps):
         try:
             snapshot = read_snapshot(run, each_step, config=config)
         except Damage as damage:
             raise UserError(f"the snapshot of step {each_step} has changed ({damage}): run the command again") from None
         for number, arrays in enumerate(snapshot):
+            kinds = {name: array.shape for name, array in arrays.items()}
+            if kinds != (expected := expected or kinds):
+                raise UserError(f"the snapshots in {run / FOLDER} are not of one network (see step {each_step})")
             for total, how in zip(totals, found, strict=True):
                 weight = how.weights[place * len(gammas) + number]
                 for name, array in arrays.items():
@@ -172,12 +178,13 @@ def read_average(file: Path, *, config: Config | None) -> Average:
     if _METADATA not in metadata:
         raise UserError(f"{printable(file)} is not an average that evaluate.py ema wrote")
     try:
-        about = load_checked(metadata[_METADATA].encode())
-    except Damage as damage:
-        raise UserError(f"{printable(file)} is damaged ({damage}): write it again with evaluate.py ema") from None
-    if config is not None and about["run"] != identity(config):
+        about = load_checked(metadata[_METADATA].encode(errors="replace"))
+        width, step, error = (cast(kind, about.get(name)) for name, kind in _KINDS.items())
+    except (Damage, TypeError) as reason:
+        raise UserError(f"{printable(file)} is damaged ({reason}): write it again with evaluate.py ema") from None
+    if config is not None and about.get("run") != identity(config):
         raise UserError(f"{printable(file)} is an average of another run: use one that evaluate.py ema wrote for this")
-    return Average(about["sigma_rel"], about["step"], about["error"], params)
+    return Average(width, step, error, params)
 
 
 def load_average(run: Path, ema: str, *, step: int | None, config: Config) -> Average:

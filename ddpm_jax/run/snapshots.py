@@ -15,7 +15,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.networks import Params
 from ddpm_jax.run.fields import leaves, value_of
 from ddpm_jax.run.weights import SEPARATOR, flat
-from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.errors import Damage, UserError
 from ddpm_jax.system.files import checksum_of, open_npz, read_arrays, write_arrays
 
 FOLDER = "averages"
@@ -77,8 +77,10 @@ def read_snapshot(run: Path, step: int, *, config: Config) -> list[dict[str, np.
     """
     found: list[dict[str, np.ndarray]] = [{} for _ in config.ema.sigma_rels]
     for name, array in read_arrays(snapshot_file(run, step), _about(step, config)).items():
-        number, _, name = name.partition(SEPARATOR)
-        found[int(number)][name] = array
+        number, _, rest = name.partition(SEPARATOR)
+        if not number.isdecimal() or int(number) >= len(found) or array.dtype != np.float32:
+            raise Damage(f"it contains an array {name:.100} of {array.dtype}, as no snapshot of this run does")
+        found[int(number)][rest] = array
     return found
 
 

@@ -18,6 +18,7 @@ from ddpm_jax.run.averages import (
 from ddpm_jax.run.snapshots import save_snapshot, snapshot_file
 from ddpm_jax.run.weights import save_weights
 from ddpm_jax.system.errors import UserError
+from ddpm_jax.system.files import dump_checked
 
 EVERY, STEPS = 25, 400
 CONFIG = Config(ema=EmaConfig(snapshots_every=EVERY))
@@ -93,6 +94,11 @@ def test_other_weights_and_damage_are_refused(run, tmp_path):
     file.write_bytes(content.replace(b'\\"step\\": 400', b'\\"step\\": 300'))
     with pytest.raises(UserError, match=r"damaged \(its checksum differs\): write it again with evaluate.py ema"):
         read_average(file, config=CONFIG)
+    for about, line in (({}, "needs a number, not None"), ({"sigma_rel": 0.1, "step": "7"}, "needs an integer")):
+        more = {"average": dump_checked(about).decode()}
+        save_weights(file, average.params, config=CONFIG, step=STEPS, more=more)
+        with pytest.raises(UserError, match=rf"damaged \({line}"):
+            read_average(file, config=CONFIG)
     save_weights(file, average.params, config=CONFIG, step=STEPS)
     with pytest.raises(UserError, match="is not an average that evaluate.py ema wrote"):
         read_average(file, config=CONFIG)
