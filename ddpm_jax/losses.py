@@ -146,7 +146,7 @@ def diffuse_and_predict(keys: Array, schedule: Schedule, predict: Predict, x0: A
     Ho et al. 2020, Algorithm 1, lines 4 and 5.
     """
     chex.assert_shape(t, x0.shape[:1])
-    # A barrier: else XLA draws the noise anew, with other rounding, in each of the fused loops that use it.
+    # A barrier, so that XLA fuses what follows alike, and rounds it the same, in a step alone and in a loop of steps.
     eps = jax.lax.optimization_barrier(per_image_keys.normal(per_image_keys.for_batch(keys, x0), x0.shape[1:]))
     x_t = q_sample(schedule, x0, t, eps)
     return LossInfo(x_t, eps, predict(x_t, at(schedule.timesteps, t)))

@@ -131,11 +131,13 @@ def test_two_hosts_train_as_one(two, tmp_path, monkeypatch, record_property):
 
 
 def test_two_hosts_stream_what_they_would_read_from_memory(two, cache, tmp_path):
+    """And in several steps a call what they would do in one."""
     digits = load_source(DataConfig())
     np.save(tmp_path / "digits.npy", digits.images)
     np.save(tmp_path / "digits_labels.npy", digits.labels)
     run, data = tmp_path / "run", ["--data.source", "npy", "--data.path", str(tmp_path / "digits.npy")]
-    processes = start(run, cache, *data, "--data.memory-gib", "0", "--data.device-gib", "0")
+    words = [*data, "--data.memory-gib", "0", "--data.device-gib", "0", "--train.steps-per-call", "3"]
+    processes = start(run, cache, *words)
     assert finish(processes) == ([0, 0], [[], []])
     assert (run / "metrics.jsonl").read_bytes() == (two / "metrics.jsonl").read_bytes()
 
