@@ -37,6 +37,7 @@ The weights are random and those of different systems differ; no time depends on
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import fnmatch
 import importlib.metadata
 import json
@@ -658,6 +659,7 @@ def about() -> dict[str, Any]:
     return {
         "cpu": (models or [platform.processor() or platform.machine()])[0],
         "cores": cores(),
+        "date": f"{datetime.date.today()}",
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
@@ -668,7 +670,8 @@ def report(results: dict[str, Any]) -> str:
     text = _HEAD
     for python, run in sorted(results.items()):
         versions = ", ".join(f"{name} {version}" for name, version in run["about"]["versions"].items() if version)
-        text += f"\n## Python {python}\n\n{run['about']['cpu']}, {run['about']['cores']} cores; {versions}.\n\n"
+        machine = f"{run['about']['date']}, {run['about']['cpu']}, {run['about']['cores']} cores"
+        text += f"\n## Python {python}\n\n{machine}; {versions}.\n\n"
         names = [name for name in SYSTEMS if any(name in each["systems"] for each in run["rows"].values())]
         head = [
             "model, batch",
