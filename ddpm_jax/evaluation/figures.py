@@ -408,8 +408,8 @@ def _save(path: Path, images: np.ndarray, **texts: Any) -> None:
 def _captions(editor: Editor, drawn: list[Figure], left_out: list[str], *, num: int, real: str) -> str:
     job, trained, config = editor.job, editor.job.trained, editor.job.trained.config
     height, width, channels = editor.shape
-    average = "" if trained.sigma_rel is None else f" of sigma_rel {trained.sigma_rel:g}"
-    options = ("" if trained.sigma_rel is None else f" --ema {trained.sigma_rel:g}") + (
+    average = "" if trained.sigma_rel is None else f" of sigma_rel {trained.sigma_rel}"
+    options = ("" if trained.sigma_rel is None else f" --ema {trained.sigma_rel}") + (
         f" --steps {job.sampler.steps}" if job.sampler.steps else ""
     )
     lines = [

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from ddpm_jax.config import Config
 from ddpm_jax.run import checkpoints
-from ddpm_jax.run.averages import average_files, read_average
+from ddpm_jax.run.averages import read_average
 from ddpm_jax.run.record import read_config, read_to_resume
-from ddpm_jax.run.snapshots import check_snapshot, snapshot_file, snapshot_steps
+from ddpm_jax.run.snapshots import average_files, check_snapshot, snapshot_file, snapshot_steps
 from ddpm_jax.system.errors import Damage, UserError
 from ddpm_jax.system.files import checksum_of, open_npz, read_json
 from ddpm_jax.training.metrics import check_lines
@@ -111,7 +111,7 @@ def _check_snapshot(step: int, config: Config | None, file: Path) -> str:
 
 
 def _check_average(config: Config | None, file: Path) -> str:
-    return f"sigma_rel {read_average(file, config=config).sigma_rel:g}"
+    return f"sigma_rel {read_average(file, config=config).sigma_rel}"
 
 
 def _check_npz(file: Path) -> str:

@@ -131,7 +131,7 @@ def save_scores(run: Path, step: int, found: Sequence[Scored], *, title: str) ->
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["sigma_rel", "profile_error", *names])
     for each in found:
-        width = "plain" if each.sigma_rel is None else f"{each.sigma_rel:g}"
+        width = "plain" if each.sigma_rel is None else str(each.sigma_rel)
         error = "" if each.error is None else f"{each.error:.3g}"
         writer.writerow([width, error, *(each.scores[name] for name in names)])
     file = run / FOLDER / f"step_{step:07d}_{short_name(names[0])}.png"
@@ -147,5 +147,5 @@ def summary(found: Sequence[Scored]) -> str:
     shown: Callable[[Mapping[str, float]], str] = lambda scores: ", ".join(
         f"{name} {value:.4f}" for name, value in scores.items()
     )
-    name = lambda width: "plain average" if width is None else f"sigma_rel {width:g}"
+    name = lambda width: "plain average" if width is None else f"sigma_rel {width}"
     return "\n".join(f"{name(each.sigma_rel)}: {shown(each.scores)}" for each in found)

@@ -57,7 +57,7 @@ def describe_chain(job: SamplingJob, num_steps: int | None, *details: str) -> st
     guidance = "" if scale == 1 else f"guidance scale {scale:g}"
     chain = f"{sampler.sampler}, {num_steps} steps"
     trained = job.trained
-    average = "" if trained.sigma_rel is None else f"EMA {trained.sigma_rel:g}"
+    average = "" if trained.sigma_rel is None else f"EMA {trained.sigma_rel}"
     run = f"{trained.config.name}, training step {trained.step}"
     return ", ".join(filter(None, [run, average, chain, guidance, *details]))
 

@@ -12,7 +12,7 @@ from ddpm_jax.averages import WIDEST, Profiles, Reconstruction, gamma_of, recons
 from ddpm_jax.config import Config
 from ddpm_jax.networks import Params
 from ddpm_jax.run.fields import cast
-from ddpm_jax.run.snapshots import FOLDER, check_snapshot, identity, read_snapshot, snapshot_steps
+from ddpm_jax.run.snapshots import FOLDER, average_files, check_snapshot, identity, read_snapshot, snapshot_steps
 from ddpm_jax.run.weights import SEPARATOR, load_weights, save_weights
 from ddpm_jax.system.errors import Damage, UserError, printable
 from ddpm_jax.system.files import dump_checked, load_checked
@@ -39,12 +39,7 @@ class Average(typing.NamedTuple):
 
 def average_file(run: Path, step: int, sigma_rel: float) -> Path:
     """Returns the file of a reconstructed average."""
-    return run / FOLDER / f"step_{step:07d}_sigma_rel_{sigma_rel:g}.safetensors"
-
-
-def average_files(run: Path) -> list[Path]:
-    """Returns the files of a run's reconstructed averages, by step and width."""
-    return sorted((run / FOLDER).glob("step_*_sigma_rel_*.safetensors"))
+    return run / FOLDER / f"step_{step:07d}_sigma_rel_{sigma_rel}.safetensors"
 
 
 def choose_step(run: Path, step: int | None, *, config: Config) -> int:
@@ -89,7 +84,7 @@ def reconstruct_averages(
         raise UserError("--sigma-rel needs at least one width, such as 0.1")
     for sigma_rel in sigma_rels:
         if not 0 < sigma_rel <= WIDEST:
-            raise UserError(f"--sigma-rel must be above 0 and at most {WIDEST}, not {sigma_rel:g}")
+            raise UserError(f"--sigma-rel must be above 0 and at most {WIDEST}, not {sigma_rel}")
     steps = _intact(run, step, config, warn)
     gammas = [gamma_of(width) for width in config.ema.sigma_rels]
     given = Profiles(np.tile(gammas, len(steps)), np.repeat(np.asarray(steps, np.float64), len(gammas)))
@@ -153,14 +148,15 @@ def _check_error(
         return
     possible = [
         each
-        for each in np.arange(0.005, WIDEST, 0.005)
+        for each in sorted([*np.arange(0.005, WIDEST, 0.005), *config.ema.sigma_rels])
         if reconstruct(given, gamma=gamma_of(float(each)), time=step).error <= LARGEST_ERROR
     ]
+    choice = f"choose a width from {min(possible):.3g} to {max(possible):.3g}, or " if possible else ""
     number = f"the {len(steps)} snapshots" if len(steps) > 1 else "the only snapshot"
     raise UserError(
-        f"--sigma-rel {width:g} cannot be reconstructed from {number} of {run} up to step {step} (error of the "
-        f"profile {found.error:.1%}, at most {LARGEST_ERROR:.0%}): choose a width from {min(possible):.3g} to "
-        f"{max(possible):.3g}, or train with a smaller --ema.snapshots-every than {config.ema.snapshots_every}"
+        f"--sigma-rel {width} cannot be reconstructed from {number} of {run} up to step {step} (error of the "
+        f"profile {found.error:.1%}, at most {LARGEST_ERROR:.0%}): {choice}train with a "
+        f"smaller --ema.snapshots-every than {config.ema.snapshots_every}"
     )
 
 
@@ -205,18 +201,17 @@ def load_average(run: Path, ema: str, *, step: int | None, config: Config) -> Av
             raise UserError(f"--step {step} does not fit --ema {printable(ema)}, an average of step {found.step}")
         return found
     width = float(ema)
-    at = "*" if step is None else f"{step:07d}"
-    files = sorted((run / FOLDER).glob(average_file(run, 0, width).name.replace(f"{0:07d}", at)))
+    files = [
+        file for file, of in average_files(run).items() if step in (None, of) and file == average_file(run, of, width)
+    ]
     if not files:
         there = ", ".join(file.stem for file in average_files(run)) or "none"
         of_step = "" if step is None else f" --step {step}"
         raise UserError(
-            f"{run} has no average of sigma_rel {width:g}{'' if step is None else f' of step {step}'} (there are: "
-            f"{there}): make it with python evaluate.py ema {run} --sigma-rel {width:g}{of_step}"
+            f"{run} has no average of sigma_rel {width}{'' if step is None else f' of step {step}'} (there are: "
+            f"{there}): make it with python evaluate.py ema {run} --sigma-rel {width}{of_step}"
         )
     found = read_average(files[-1], config=config)
     if average_file(run, found.step, found.sigma_rel) != files[-1]:
-        raise UserError(
-            f"{printable(files[-1])} was renamed: it is of step {found.step}, sigma_rel {found.sigma_rel:g}"
-        )
+        raise UserError(f"{printable(files[-1])} was renamed: it is of step {found.step}, sigma_rel {found.sigma_rel}")
     return found

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ddpm_jax.config import Config
-from ddpm_jax.run.fields import check_kinds, nearest, sections
+from ddpm_jax.run.fields import nearest, sections, with_kinds
 from ddpm_jax.system.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -53,10 +53,9 @@ def load_config(path: str | Path) -> Config:
     if not isinstance(config, Config):
         raise UserError(f"{found} does not set a configuration: it must contain `config = Config(...)`")
     try:
-        check_kinds(config)
+        return with_kinds(config)
     except UserError as error:
         raise UserError(f"{found}: {error}") from None
-    return config
 
 
 def _fault(path: Path, error: Exception) -> str:

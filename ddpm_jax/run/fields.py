@@ -138,17 +138,21 @@ def nearest(name: str, names: Iterable[str], *, form: Callable[[str], str] = str
     return f": did you mean {' or '.join(map(form, found[:3]))}?" if found else ""
 
 
-def check_kinds(config: Config) -> None:
-    """Checks that every field of a configuration has its declared type; raises `UserError`."""
+def with_kinds(config: Config) -> Config:
+    """Returns a configuration with each field cast to its declared type; raises `UserError` if one has another."""
+    found: dict[str, dict[str, Any]] = {}
     for name, leaf in leaves(Config).items():
         section, _, last = name.rpartition(".")
         owner = value_of(config, section) if section else config
         if not hasattr(owner, last):
             raise UserError(f"{section} must be a {sections()[section].__name__}, not {owner!r:.40}")
         try:
-            cast(leaf.kind, getattr(owner, last))
+            found.setdefault(section, {})[last] = cast(leaf.kind, getattr(owner, last))
         except TypeError as error:
             raise UserError(f"{name} {error}") from None
+    whole = found.pop("")
+    parts = {name: dataclasses.replace(value_of(config, name), **values) for name, values in found.items()}
+    return dataclasses.replace(config, **whole, **parts)
 
 
 def sections() -> dict[str, Any]:

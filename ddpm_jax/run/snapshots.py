@@ -13,7 +13,7 @@ import numpy as np
 
 from ddpm_jax.config import Config
 from ddpm_jax.networks import Params
-from ddpm_jax.run.fields import leaves, value_of
+from ddpm_jax.run.fields import leaves, value_of, with_kinds
 from ddpm_jax.run.weights import SEPARATOR, flat
 from ddpm_jax.system.errors import Damage, UserError
 from ddpm_jax.system.files import checksum_of, open_npz, read_arrays, write_arrays
@@ -26,7 +26,7 @@ _PLACES = ("model.network", "data.source")
 
 def identity(config: Config) -> str:
     """Returns a checksum of the configuration: of what never changes in a run, and is not the default."""
-    default = Config()
+    config, default = with_kinds(config), Config()
     names = [name for name, leaf in leaves(Config).items() if not leaf.free and name not in _PLACES]
     values = {name: value_of(config, name) for name in names}
     return checksum_of({name: value for name, value in values.items() if value != value_of(default, name)})
@@ -41,6 +41,13 @@ def snapshot_steps(run: Path) -> list[int]:
     """Returns the steps of a run's snapshots in ascending order."""
     names = (re.fullmatch(r"step_(\d+)\.npz", path.name) for path in (run / FOLDER).glob("*.npz"))
     return sorted(int(name[1]) for name in names if name)
+
+
+def average_files(run: Path) -> dict[Path, int]:
+    """Returns the files of a run's reconstructed averages, by step and width, and their steps."""
+    names = {file: re.match(r"step_(\d+)_", file.name) for file in (run / FOLDER).glob("*_sigma_rel_*.safetensors")}
+    found = {file: int(name[1]) for file, name in names.items() if name}
+    return dict(sorted(found.items(), key=lambda each: (each[1], each[0])))
 
 
 def save_snapshot(run: Path, step: int, averages: Sequence[Params], *, config: Config) -> None:
@@ -98,6 +105,8 @@ def check_snapshot(run: Path, step: int, *, config: Config | None) -> str:
 def rewind_snapshots(run: Path, step: int, *, every: int, ends: bool = False) -> None:
     """Deletes the snapshots that a run resumed from a step writes again, or that a longer run would not have.
 
+    What was reconstructed from those after the step is deleted too.
+
     Args:
       run: the run's folder.
       step: the last step to keep.
@@ -107,12 +116,14 @@ def rewind_snapshots(run: Path, step: int, *, every: int, ends: bool = False) ->
     Raises:
       UserError: a file cannot be deleted.
     """
-    for each in snapshot_steps(run):
-        if each > step or not (ends or (every and each % every == 0)):
-            try:
-                snapshot_file(run, each).unlink(missing_ok=True)
-            except OSError as error:
-                raise UserError(f"cannot delete {snapshot_file(run, each)}: {error.strerror}") from error
+    is_kept = lambda each: each <= step and (ends or (every and each % every == 0))
+    files = [snapshot_file(run, each) for each in snapshot_steps(run) if not is_kept(each)]
+    files += [file for file, each in average_files(run).items() if each > step]
+    for file in files:
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot delete {file}: {error.strerror}") from error
 
 
 def _about(step: int, config: Config) -> dict[str, Any]:

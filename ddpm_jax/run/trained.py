@@ -46,12 +46,12 @@ class TrainedRun(typing.NamedTuple):
     @property
     def weights_name(self) -> str:
         """Which of the run's weights these are, as in names of folders: the step, and the width of their average."""
-        return f"{self.step}{'' if self.sigma_rel is None else f'_ema_{self.sigma_rel:g}'}"
+        return f"{self.step}{'' if self.sigma_rel is None else f'_ema_{self.sigma_rel}'}"
 
     @property
     def title(self) -> str:
         """Which of the run's weights these are, in words."""
-        return f"checkpoint {self.step}{'' if self.sigma_rel is None else f', EMA of sigma_rel {self.sigma_rel:g}'}"
+        return f"checkpoint {self.step}{'' if self.sigma_rel is None else f', EMA of sigma_rel {self.sigma_rel}'}"
 
 
 def load_run(

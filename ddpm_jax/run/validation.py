@@ -7,7 +7,7 @@ import numpy as np
 from ddpm_jax.config import Config
 from ddpm_jax.reverse import LEARNED_VARIANCES
 from ddpm_jax.run.build import build_betas, unet_of
-from ddpm_jax.run.fields import check_kinds, leaves, members, value_of
+from ddpm_jax.run.fields import leaves, members, value_of, with_kinds
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.unet import check_unet
 
@@ -23,7 +23,7 @@ def validate(config: Config) -> None:
     Raises:
       UserError: one line for the first error found: the field, its value, and what it must be.
     """
-    check_kinds(config)
+    config = with_kinds(config)
     for name, leaf in leaves(Config).items():
         value = value_of(config, name)
         entries = value if isinstance(value, tuple) else (value,)

@@ -23,6 +23,7 @@ from ddpm_jax.networks import Network, Params, parameter_shapes
 from ddpm_jax.run.build import check_fits, image_shape, matmul_precision
 from ddpm_jax.run.checkpoints import Checkpoints, has_saved
 from ddpm_jax.run.computed_on import describe, resumed
+from ddpm_jax.run.fields import with_kinds
 from ddpm_jax.run.folder import adopted, check_shared
 from ddpm_jax.run.record import LearningRates, rates_so_far
 from ddpm_jax.run.snapshots import rewind_snapshots
@@ -81,6 +82,7 @@ def train(
         the batch does not fit the devices, a checkpoint cannot be read or written, or the loss is not finite.
       Stopped: SIGINT, SIGTERM, SIGUSR1 or SIGHUP was received; a checkpoint is saved.
     """
+    config = with_kinds(config)
     check_packages(config)
     source = source and check_source(source, "source")
     held_out = held_out and check_source(held_out, "held_out")

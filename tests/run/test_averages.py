@@ -9,13 +9,12 @@ from ddpm_jax.averages import gamma_of
 from ddpm_jax.config import Config, EmaConfig
 from ddpm_jax.run.averages import (
     average_file,
-    average_files,
     choose_step,
     load_average,
     read_average,
     reconstruct_averages,
 )
-from ddpm_jax.run.snapshots import save_snapshot, snapshot_file
+from ddpm_jax.run.snapshots import average_files, save_snapshot, snapshot_file
 from ddpm_jax.run.weights import save_weights
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.files import dump_checked

@@ -46,7 +46,7 @@ def num_parameters(config: Config) -> int:
 
 
 def test_all_experiments_are_there():
-    assert {file.stem for file in FILES} == {*PARAMETERS, "digits", "fashion_mnist", "fashion_mnist_cpu"}
+    assert {file.stem for file in FILES} == {*PARAMETERS, "digits", "emoji32", "fashion_mnist", "fashion_mnist_cpu"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -5,12 +5,12 @@ import typing
 import pytest
 
 from ddpm_jax.config import Config, Range
-from ddpm_jax.run.fields import cast, check_kinds, leaves, nearest, value_of
+from ddpm_jax.run.fields import cast, leaves, nearest, value_of, with_kinds
 from ddpm_jax.system.errors import UserError
 
 
 def test_every_default_is_of_its_type_and_in_its_range():
-    check_kinds(Config())
+    assert with_kinds(Config()) == Config()
     for name, leaf in leaves(Config).items():
         value = value_of(Config(), name)
         if leaf.range is not None:
@@ -71,7 +71,7 @@ def test_cast_refuses_what_is_not(kind, value):
 
 def test_a_value_of_another_type_is_named(with_value):
     with pytest.raises(UserError, match="train.steps needs an integer, not 'many'"):
-        check_kinds(with_value(Config(), "train.steps", "many"))
+        with_kinds(with_value(Config(), "train.steps", "many"))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from ddpm_jax.run.record import read_config, save_config
 from ddpm_jax.run.snapshots import (
+    average_files,
     identity,
     read_snapshot,
     rewind_snapshots,
@@ -52,6 +54,12 @@ def test_the_identity_does_not_depend_on_places_nor_on_what_is_free(small, with_
     assert len(found | {identity(small)}) == 5
 
 
+def test_the_identity_is_that_of_the_configuration_as_it_is_read_back(small, with_value, tmp_path):
+    given = with_value(with_value(small, "loss.min_snr_gamma", 7), "model.channel_mult", [1, 2, 4])
+    save_config(given, tmp_path / "config.json")
+    assert identity(read_config(tmp_path / "config.json")) == identity(given)
+
+
 @pytest.mark.parametrize(
     ("step", "ends", "left"),
     [(20, False, [10, 20]), (25, False, [10, 20]), (25, True, [10, 20, 25]), (9, True, []), (40, False, [10, 20, 30])],
@@ -59,5 +67,7 @@ def test_the_identity_does_not_depend_on_places_nor_on_what_is_free(small, with_
 def test_what_is_written_again_is_deleted(small, tmp_path, step, ends, left):
     for each in (10, 20, 25, 30):  # a run of 25 steps, extended
         save_snapshot(tmp_path, each, AVERAGES, config=small)
+        (tmp_path / "averages" / f"step_{each:07d}_sigma_rel_0.1.safetensors").touch()
     rewind_snapshots(tmp_path, step, every=10, ends=ends)
     assert snapshot_steps(tmp_path) == left
+    assert [*average_files(tmp_path).values()] == [each for each in (10, 20, 25, 30) if each <= step]

@@ -94,7 +94,7 @@ def describe_drawn(job: Mapping[str, Any]) -> str:
     names = ["eta", "spacing", "clip", "guidance_scale", "guidance_interval", "labels"]
     chosen = [f"{name.replace('_', ' ')} {job[name]}" for name in names if _is_chosen(job.get(name), default[name])]
     steps = job.get("steps") or job.get("diffusion.num_steps")
-    width = f", sigma_rel {job['sigma_rel']:g}" if job.get("sigma_rel") is not None else ""
+    width = f", sigma_rel {job['sigma_rel']}" if job.get("sigma_rel") is not None else ""
     weights = f"checkpoint {job['checkpoint']:,}{width}"
     return ", ".join([weights, str(job["sampler"]), f"{steps} steps", *chosen, f"seed {job['seed']}"])
 
@@ -120,7 +120,7 @@ def _sampling(job: Mapping[str, Any]) -> list[str]:
 
 def _weights(job: Mapping[str, Any]) -> list[str]:
     width = job.get("sigma_rel")
-    return ["--step", str(job["checkpoint"]), *([] if width is None else ["--ema", f"{width:g}"])]
+    return ["--step", str(job["checkpoint"]), *([] if width is None else ["--ema", str(width)])]
 
 
 def _is_chosen(value: Any, default: Any) -> bool:

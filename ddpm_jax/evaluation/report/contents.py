@@ -328,7 +328,7 @@ class _Reader:
 
 
 def _width(job: Mapping[str, Any]) -> dict[str, str]:
-    return {"sigma_rel": f"{job['sigma_rel']:g}"} if job.get("sigma_rel") is not None else {}
+    return {"sigma_rel": str(job["sigma_rel"])} if job.get("sigma_rel") is not None else {}
 
 
 def _percent(value: float | None) -> str:
