@@ -1,6 +1,6 @@
 """Speed beside the peers': every system in turn, on the same shapes, types and threads, in one run.
 
-    pip install -r requirements-peers.txt
+    pip install -r requirements-peers.txt denoising-diffusion-pytorch
     python benchmarks/compare.py                          # all rows: an hour on two CPU cores; resumes
     python benchmarks/compare.py --rows "digits/*"        # some rows
     python benchmarks/compare.py --quick                  # every line once, in a minute; measures nothing
@@ -341,70 +341,19 @@ def lucidrains(row: Row) -> Work:
 # ---- Flax's example ----
 
 
+# The example has 64: nearest to our network's parameters are 8.
+_FLAX_FEATURES = 8
+
+
 def flax_example(row: Row) -> Work:
-    """Makes the part of the network of Flax's digits example, from its description."""
+    """Makes the part of the network of Flax's digits example."""
     import jax
     import jax.numpy as jnp
     import optax
     from flax import nnx
+    from flax_example import Network, flow_matching_loss
 
-    levels, features, embedding = 4, 8, 128
-
-    class Block(nnx.Module):
-        """Convolution, layer norm, GELU, twice, beside a 1 x 1 convolution."""
-
-        def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs):
-            self.convolutions = nnx.List([nnx.Conv(each, outputs, (3, 3), rngs=rngs) for each in (inputs, outputs)])
-            self.norms = nnx.List([nnx.LayerNorm(outputs, rngs=rngs) for _ in range(2)])
-            self.shortcut = nnx.Conv(inputs, outputs, (1, 1), rngs=rngs)
-
-        def __call__(self, x: jax.Array) -> jax.Array:
-            h = x
-            for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-                h = nnx.gelu(norm(convolution(h)))
-            return h + self.shortcut(x)
-
-    class Network(nnx.Module):
-        """Four levels, attention in the two lower ones and in the bridge; the time is added after each level."""
-
-        def __init__(self, rngs: nnx.Rngs):
-            sizes = [features << level for level in range(levels)]
-            bridge = 2 * sizes[-1]
-            self.dense = nnx.List([nnx.Linear(embedding, embedding, rngs=rngs) for _ in range(2)])
-            self.times = nnx.List([nnx.Linear(embedding, size, rngs=rngs) for size in sizes])
-            self.down = nnx.List([Block(a, b, rngs) for a, b in zip([1, *sizes], sizes, strict=False)])
-            attended = [*sizes[2:], bridge]
-            self.attention = nnx.List(
-                [nnx.MultiHeadAttention(num_heads=1, in_features=size, decode=False, rngs=rngs) for size in attended]
-            )
-            self.bridge = nnx.List([Block(sizes[-1], bridge, rngs), Block(bridge, bridge, rngs)])
-            below = [bridge, *reversed(sizes)]
-            self.up = nnx.List([Block(a + b, b, rngs) for a, b in zip(below, below[1:], strict=False)])
-            self.norm = nnx.LayerNorm(features, rngs=rngs)
-            self.out = nnx.Conv(features, 1, (3, 3), rngs=rngs)
-
-        def attend(self, x: jax.Array, number: int) -> jax.Array:
-            flat = x.reshape(len(x), -1, x.shape[-1])
-            return x + self.attention[number](flat).reshape(x.shape)
-
-        def __call__(self, x: jax.Array, t: jax.Array) -> jax.Array:
-            pool = lambda x: nnx.max_pool(x, (2, 2), strides=(2, 2), padding="SAME")
-            rates = 10000.0 ** -(jnp.arange(embedding // 2) / (embedding // 2 - 1))
-            angles = 1000 * t[:, None] * rates
-            time = self.dense[1](nnx.gelu(self.dense[0](jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1))))
-            skips: list[jax.Array] = []
-            for level in range(levels):
-                h = self.down[level](pool(skips[-1]) if skips else x)
-                h = self.attend(h, level - 2) if level >= 2 else h
-                skips.append(h + self.times[level](time)[:, None, None])
-            h = self.bridge[1](self.attend(self.bridge[0](pool(skips[-1])), 2))
-            for block in self.up:
-                skip = skips.pop()
-                h = jax.image.resize(h, (*skip.shape[:3], h.shape[-1]), "nearest")
-                h = block(jnp.concatenate([h, skip], axis=-1))
-            return self.out(nnx.gelu(self.norm(h)))
-
-    network, rngs = Network(nnx.Rngs(0)), nnx.Rngs(1)
+    network, rngs = Network(_FLAX_FEATURES, rngs=nnx.Rngs(0)), nnx.Rngs(1)
     facts = {"parameters": sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, nnx.Param)))}
     images = jax.random.normal(jax.random.key(0), (row.batch_size, 8, 8, 1))
     if row.task == "forward":
@@ -416,12 +365,7 @@ def flax_example(row: Row) -> Work:
     @nnx.jit
     def step(network: Any, optimizer: Any, rngs: Any, x1: jax.Array) -> jax.Array:
         t, x0 = nnx.sigmoid(rngs.normal((row.batch_size,))), rngs.normal(x1.shape)
-
-        def loss(network: Any) -> jax.Array:
-            mixed = t[:, None, None, None]
-            return jnp.mean((network((1 - mixed) * x0 + mixed * x1, t) - (x1 - x0)) ** 2)
-
-        value, gradient = nnx.value_and_grad(loss)(network)
+        value, gradient = nnx.value_and_grad(lambda network: flow_matching_loss(network, x1, t, x0))(network)
         optimizer.update(network, gradient)
         return value
 
@@ -774,7 +718,7 @@ def main() -> None:
         "--seconds", type=float, default=math.inf, help="of a row's rounds, of which it has three at least"
     )
     parser.add_argument("--turn", type=float, default=1.0, help="seconds of one turn, at least one call")
-    parser.add_argument("--systems", nargs="+", default=SYSTEMS, choices=SYSTEMS)
+    parser.add_argument("--systems", nargs="+", default=SYSTEMS, choices=SYSTEMS, help="beside ours")
     parser.add_argument("--out", type=Path, default=RESULTS, help="files to write, without .json and .md")
     parser.add_argument("--quick", action="store_true", help="tiny batches, two steps, one round: to try the program")
     given = parser.parse_args()
@@ -784,6 +728,7 @@ def main() -> None:
     file, python = given.out.with_suffix(".json"), ".".join(platform.python_version_tuple()[:2])
     results = json.loads(file.read_text()) if file.is_file() else {}
     run = results.setdefault(python, {"rows": {}})
+    systems = [name for name in SYSTEMS if name in ("ours", *given.systems)]
     run["about"] = about()
     for key in chosen:
         if key in run["rows"] and not given.again:
@@ -791,9 +736,9 @@ def main() -> None:
         row = Row(*key.split("/"), given.quick)
         options = {"rounds": 1 if given.quick else given.rounds, "seconds": given.seconds}
         if row.task in PROCESSES:
-            found = measure_start(row, given.systems, **options)
+            found = measure_start(row, systems, **options)
         else:
-            found = measure(row, given.systems, **options, turn=given.turn)
+            found = measure(row, systems, **options, turn=given.turn)
         run["rows"][key] = found
         print(key, {name: round(each["median"], 4) for name, each in found["systems"].items()}, flush=True)
         file.write_text(json.dumps(results, indent=1))

@@ -85,8 +85,11 @@ def flax(steps: int = 2000, features: int = 64, batch_size: int = 177, seed: int
 
     @jax.jit
     def step(params: Any, state: optax.OptState, key: jax.Array) -> tuple[Any, optax.OptState, jax.Array]:
-        x1 = jax.random.choice(jax.random.fold_in(key, 1), real, (batch_size,))
-        loss_of = lambda params: flow_matching_loss(nnx.merge(graph, params), x1, nnx.Rngs(key))
+        of_images, of_times, of_noise = jax.random.split(key, 3)
+        x1 = jax.random.choice(of_images, real, (batch_size,))
+        t = nnx.sigmoid(jax.random.normal(of_times, (batch_size,)))
+        x0 = jax.random.normal(of_noise, x1.shape)
+        loss_of = lambda params: flow_matching_loss(nnx.merge(graph, params), x1, t, x0)
         loss, gradient = jax.value_and_grad(loss_of)(params)
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, loss

@@ -68,8 +68,7 @@ class Network(nnx.Module):
         return self.out(nnx.gelu(self.norm(h)))
 
 
-def flow_matching_loss(network: Network, x1: jax.Array, rngs: nnx.Rngs) -> jax.Array:
-    """Returns the mean squared error of the velocity from noise x0 to images x1, at logit-normal times."""
-    t, x0 = nnx.sigmoid(rngs.normal((len(x1),))), rngs.normal(x1.shape)
+def flow_matching_loss(network: Network, x1: jax.Array, t: jax.Array, x0: jax.Array) -> jax.Array:
+    """Returns the mean squared error of the velocity from noise x0 to images x1, at times t, (B,), in [0, 1]."""
     mixed = t[:, None, None, None]
     return jnp.mean((network((1 - mixed) * x0 + mixed * x1, t) - (x1 - x0)) ** 2)
