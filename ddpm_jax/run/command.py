@@ -18,6 +18,7 @@ import tyro
 from ddpm_jax.config import Config
 from ddpm_jax.run.experiments import load_config
 from ddpm_jax.run.fields import Leaf, describe, leaves, nearest
+from ddpm_jax.system import interrupts
 from ddpm_jax.system.errors import UserError
 
 Options = typing.TypeVar("Options")
@@ -125,8 +126,9 @@ def parse_run(
 def _load(folder: str) -> tuple[Config, Path | None]:
     """Returns the configuration that a folder stands for, and the folder if it is that of a run."""
     # They need JAX: --help and most mistakes come before it is imported.
-    from ddpm_jax.run.pretrained import is_pretrained, load_pretrained_config
-    from ddpm_jax.run.record import is_run, read_to_resume
+    with interrupts.ending_at_once():
+        from ddpm_jax.run.pretrained import is_pretrained, load_pretrained_config
+        from ddpm_jax.run.record import is_run, read_to_resume
 
     if is_pretrained(Path(folder)):
         found = load_pretrained_config(Path(folder))

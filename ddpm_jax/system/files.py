@@ -412,8 +412,13 @@ def cache_folder() -> Path:
     """Returns the user's folder of downloaded weights, computed statistics and compiled programs.
 
     `DDPM_JAX_CACHE`, or else `ddpm_jax` in `XDG_CACHE_HOME` or in `~/.cache` (on macOS in `~/Library/Caches`).
+
+    Raises:
+      UserError: there is no home directory.
     """
-    if own := os.environ.get("DDPM_JAX_CACHE"):
-        return Path(own).expanduser()
     usual = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or usual).expanduser() / "ddpm_jax"
+    folder = os.environ.get("DDPM_JAX_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or usual, "ddpm_jax")
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:
+        raise UserError(f"{folder}: no home directory is known: set DDPM_JAX_CACHE to a folder") from None

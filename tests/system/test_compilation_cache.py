@@ -1,6 +1,8 @@
 """Compiled programs on disk: the same bits from the cache as compiled, also if several wrote it, or it is damaged."""
 
 import os
+import pwd
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +27,7 @@ print(len(hits), file=sys.stderr)
 """
 
 
-def start(folder, **variables):
+def start(folder, *, before=None, **variables):
     clean = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM],
@@ -34,12 +36,13 @@ def start(folder, **variables):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=before,
     )
 
 
-def run(folder, **variables):
+def run(folder, **options):
     """The bits of the result, the number of programs found in the cache, and what else was written to stderr."""
-    process = start(folder, **variables)
+    process = start(folder, **options)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     *lines, hits = err.splitlines()
@@ -88,6 +91,17 @@ def test_damaged_and_unfinished_programs_are_compiled_again(filled):
     assert run(folder) == (bits, len(whole), [])
 
 
+def test_a_disk_that_fails_costs_one_line_and_no_program(filled):
+    folder, bits = filled
+    whole = entries(folder)
+    # Reading an entry also writes when it was used.
+    found, _, lines = run(folder, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
+    assert found == bits
+    assert len(lines) == 1
+    assert lines[0].startswith("compiled programs are not kept from here on: ")
+    assert entries(folder) == whole
+
+
 def test_the_number_of_cores_is_part_of_what_programs_are_kept_by(filled):
     """XLA divides sums among cores as it compiles, and JAX's key leaves them out."""
     folder, bits = filled
@@ -104,6 +118,26 @@ def test_a_folder_that_cannot_be_written_costs_one_line(tmp_path):
     assert len(lines) == 1
     assert lines[0].startswith(f"compiled programs are not kept for the next start: {tmp_path}/file/compiled/")
     assert lines[0].endswith(": Not a directory")
+
+
+@pytest.mark.parametrize("kind", ["writable", "link", "no home"])
+def test_a_folder_that_is_not_the_users_own_is_not_used(kind, own_process, monkeypatch, tmp_path, capsys):
+    for name in ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME", "HOME", "DDPM_JAX_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    if kind != "no home":
+        monkeypatch.setenv("DDPM_JAX_CACHE", str(tmp_path))
+    if kind == "link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        (tmp_path / "compiled").symlink_to("elsewhere")
+    else:
+        (tmp_path / "compiled").mkdir()
+        (tmp_path / "compiled").chmod(0o770)
+    before = jax.config.jax_compilation_cache_dir
+    compilation_cache.use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == before
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("compiled programs are not kept for the next start: ")
 
 
 @pytest.mark.parametrize("chosen", ["own", ""])
