@@ -42,6 +42,10 @@ class Options:
 
 def main() -> None:
     options, config, folder = parse_run(Options, description=__doc__)
+    asked = {"summary": options.summary, "aot": options.aot, "debug-nans": options.debug_nans}
+    instead = [f"--{name}" for name, given in {**asked, "check-data": options.check_data}.items() if given]
+    if len(instead) > 1:
+        raise UserError(f"{' and '.join(instead)}: each prints something and exits; give one of them")
     with interrupts.ending_at_once():
         from ddpm_jax.data.check import check_data
         from ddpm_jax.data.sources import resolve

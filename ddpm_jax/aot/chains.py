@@ -4,15 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.aot.program import Program
+from ddpm_jax.aot.program import Program, precision_of
 from ddpm_jax.bound import Cdf
-from ddpm_jax.evaluation.bits_per_dim import bound_program
+from ddpm_jax.evaluation import bits_per_dim
 from ddpm_jax.generation import batches
 from ddpm_jax.generation.batches import Driver, cut
 from ddpm_jax.generation.job import SamplingJob, sampling_program
 from ddpm_jax.keys import make_key
 from ddpm_jax.run.build import image_shape
 from ddpm_jax.run.trained import TrainedRun
+from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.topologies import Topology
 from ddpm_jax.training.speed import forward_flops
 
@@ -24,7 +25,11 @@ def chain_program(job: SamplingJob, topology: Topology, *, batch_size: int) -> P
       job: the run and the sampler.
       topology: the devices; of several hosts each draws batches of its own.
       batch_size: images per batch of a host; rounded up to a multiple of its devices.
+
+    Raises:
+      UserError: the batch is below 1.
     """
+    _check(batch_size)
     trained = job.trained
     driver, program = sampling_program(
         trained.config, trained.network, job.sampler, batch_size=batch_size, devices=topology.one_host
@@ -60,9 +65,14 @@ def likelihood_program(
       num_strata: see `bound_program`.
       cdf: likewise.
       given_variances: whether the variances are arguments of the program, and not the model's.
+
+    Raises:
+      UserError: the batch is below 1, or there are too few strata.
     """
+    _check(batch_size)
+    bits_per_dim.check_strata(trained.config, num_strata)
     config = trained.config
-    bounds = bound_program(
+    bounds = bits_per_dim.bound_program(
         config, trained.network, batch_size=batch_size, num_strata=num_strata, cdf=cdf, devices=topology.one_host
     )
     number = bounds.driver.batch_size
@@ -80,6 +90,11 @@ def likelihood_program(
         unit="timestep",
         passes=1,
     )
+
+
+def _check(batch_size: int) -> None:
+    if batch_size < 1:
+        raise UserError(f"--batch-size and --num must be at least 1, not {batch_size}")
 
 
 def _lowered(
@@ -105,7 +120,7 @@ def _lowered(
         name=f"{name} on {driver.batch_size} images, {length} in a call",
         lowered=lowered,
         network=trained.network,
-        precision=config.train.precision,
+        precision=precision_of(config.train),
         batch_size=driver.batch_size,
         devices=number,
         sharded=driver.mesh.shape["fsdp"] > 1,

@@ -6,6 +6,7 @@ import typing
 import jax
 
 from ddpm_jax.aot.collectives import find_collectives, in_figures, moved_activations
+from ddpm_jax.config import TrainConfig
 from ddpm_jax.networks import Network, parameter_shapes
 
 
@@ -17,7 +18,7 @@ class Program(typing.NamedTuple):
     lowered: jax.stages.Lowered
     network: Network
     precision: str
-    """Type of the network's computation: float32 or bfloat16."""
+    """See `precision_of`."""
     batch_size: int
     """Images of one call, over all devices that it runs on."""
     devices: int
@@ -34,6 +35,13 @@ class Program(typing.NamedTuple):
     """Number of arrays of the state, all of which are donated."""
     advice: str = ""
     """What to change if it does not fit."""
+
+
+def precision_of(train: TrainConfig) -> str:
+    """Returns the type of the network's computation, and of float32 the precision of products: "float32, highest"."""
+    if train.precision == "bfloat16" or train.matmul_precision == "default":
+        return train.precision
+    return f"{train.precision}, {train.matmul_precision}"
 
 
 def faults(program: Program, compiled: str | None = None) -> list[str]:

@@ -98,6 +98,8 @@ def compile_for(name: str, lower: Callable[[Topology], Program]) -> None:
             program = lower(topology)
     except NotImplementedError as error:
         raise UserError(f"something in the program does not run on {topology.name}: {error}") from error
+    except jax.errors.JaxRuntimeError as error:  # the start of a chain is compiled to lower its steps
+        raise UserError(f"the start of the program does not compile for {topology.name}: {error}") from error
     found = report(program, topology)
     progress.report(describe(found))
     check(found, program)
@@ -119,10 +121,11 @@ def report(program: Program, topology: Topology) -> Report:
         with _without_cache():
             compiled = program.lowered.compile(compiler_options=topology.compiler_options)
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", str(error))
+        size = r"([\d.]+[KMGT])"
+        used = re.search(rf"Used {size} of {size} hbm|\({size}\) exceeds available HBM \({size}\)", str(error))
         if used is None:
             raise UserError(f"the {program.name} does not compile for {topology.name}: {error}") from error
-        needed, available = _bytes(used[1], used[2]), _bytes(used[3], used[4])
+        needed, available = (_bytes(each) for each in used.groups() if each)
     seconds = time.perf_counter() - start
     memory = None if compiled is None else _memory(compiled)
     needed = memory.total if memory is not None else needed
@@ -245,8 +248,8 @@ def _memory(compiled: jax.stages.Compiled) -> Memory:
     return Memory(*(int(getattr(found, f"{name}_size_in_bytes")) for name in names))
 
 
-def _bytes(number: str, unit: str) -> int:
-    return int(float(number) * 2 ** (10 * (1 + "KMGT".index(unit))))
+def _bytes(size: str) -> int:
+    return int(float(size[:-1]) * 2 ** (10 * (1 + "KMGT".index(size[-1]))))
 
 
 @contextlib.contextmanager

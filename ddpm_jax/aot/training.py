@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from ddpm_jax.aot.program import Program
+from ddpm_jax.aot.program import Program, precision_of
 from ddpm_jax.config import Config
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source
@@ -55,7 +55,7 @@ def training_program(
         name=f"training step of {train.batch_size} images, {pipeline.kept}{calls}",
         lowered=lowered,
         network=parts.network,
-        precision=train.precision,
+        precision=precision_of(train),
         batch_size=train.batch_size,
         devices=number,
         sharded=train.fsdp > 1,

@@ -86,6 +86,21 @@ class BoundProgram(typing.NamedTuple):
     """Whether the network is given class labels."""
 
 
+def check_strata(config: Config, num_strata: int) -> None:
+    """Checks the number of timesteps evaluated per image.
+
+    Raises:
+      UserError: it is neither 0 nor in the range in which the standard error means something.
+    """
+    num_steps = config.diffusion.num_steps
+    fewest = fewest_strata(num_steps)
+    if num_strata and not fewest <= num_strata <= num_steps:
+        raise UserError(
+            f"--num-strata must be in {fewest} to {num_steps}, the steps of the run's chain, or 0 for all, not "
+            f"{num_strata}: with fewer than {fewest} the estimate is so skewed that its standard error misleads"
+        )
+
+
 @functools.lru_cache(maxsize=4)
 def bound_program(
     config: Config,
@@ -334,13 +349,7 @@ def run_job(trained: TrainedRun, out: Path, request: Request, *, batch_size: int
         raise UserError(f"--seed must be in [0, 2^32), not {request.seed}")
     if batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {batch_size}")
-    num_steps = config.diffusion.num_steps
-    fewest = fewest_strata(num_steps)
-    if request.num_strata and not fewest <= request.num_strata <= num_steps:
-        raise UserError(
-            f"--num-strata must be in {fewest} to {num_steps}, the steps of the run's chain, or 0 for all, not "
-            f"{request.num_strata}: with fewer than {fewest} the estimate is so skewed that its standard error misleads"
-        )
+    check_strata(config, request.num_strata)
     estimated, images = _choose(config, request)
     description = _describe(trained, request, images, estimated)
     schedule, number = build_schedule(config), len(images.indices)

@@ -24,6 +24,11 @@ class GpuTarget(typing.NamedTuple):
     shared_memory: int
     """Bytes of shared memory of a multiprocessor; a block can have 1 KiB less."""
 
+    @property
+    def tflops_without_tensor_cores(self) -> float:
+        """Float32 products without TF32, 10^12 operations per second: each unit multiplies and adds in a cycle."""
+        return 2 * self.multiprocessors * self.lanes * self.gigahertz / 1e3
+
 
 # Multiprocessors, lanes, clocks, caches and bandwidths are those of NVIDIA's architecture papers (A100: "NVIDIA A100
 # Tensor Core GPU Architecture"; H100 and H200: "NVIDIA H100 Tensor Core GPU Architecture"; B200: the Blackwell data

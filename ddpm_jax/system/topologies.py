@@ -32,6 +32,7 @@ SLICES = {
 _GPUS_PER_HOST = 8
 # By default JAX reserves this much of a GPU's memory at its start.
 _GPU_SHARE = 0.75
+_SHARE_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 class Topology(typing.NamedTuple):
@@ -50,7 +51,8 @@ class Topology(typing.NamedTuple):
     share: str
     """Why that is less than all of its memory; "" if it is not."""
     tflops: Mapping[str, float]
-    """Peak of one device by the type of the products ("float32", "bfloat16"), 10^12 operations per second."""
+    """Peak of one device, 10^12 operations per second, by the products: "bfloat16", and "float32" by
+    `train.matmul_precision`: "float32", "float32, high" and "float32, highest"."""
     gigabytes_per_second: float
     """Bandwidth of one device's memory."""
     platform: typing.Literal["tpu", "gpu"]
@@ -98,7 +100,7 @@ def _slice(name: str, version: str, size: str) -> Topology:
     bounds = (*shape, 1, 1)[:3] if one_host else (2, 2, 1)
     _stay_on_cpu()
     _quiet_libtpu()
-    devices = _devices(platform="tpu", topology_name=name, chips_per_host_bounds=bounds)
+    devices = _devices(name, platform="tpu", topology_name=name, chips_per_host_bounds=bounds)
     chip = find_accelerator(devices[0].device_kind)
     assert chip is not None, devices[0].device_kind
     cores = len(devices) // chips
@@ -109,7 +111,10 @@ def _slice(name: str, version: str, size: str) -> Topology:
         chip=devices[0].device_kind + (f", {cores} devices a chip" if cores > 1 else ""),
         memory=int(chip.gib * 2**30 / cores),
         share="",
-        tflops={"float32": chip.tflops_float32 / cores, "bfloat16": chip.tflops / cores},
+        # Of three passes in bfloat16, and of six.
+        tflops=_tflops(
+            chip.tflops / cores, chip.tflops_float32 / cores, chip.tflops / cores / 3, chip.tflops / cores / 6
+        ),
         gigabytes_per_second=chip.gigabytes_per_second / cores,
         platform="tpu",
         compiler_options={},
@@ -127,18 +132,19 @@ def _gpus(name: str, version: str, number: int) -> Topology:
     target, per_host = GPU_TARGETS[version], min(number, _GPUS_PER_HOST)
     card = find_accelerator(target.name)
     assert card is not None, target.name
+    share, which = _gpu_share()
     _stay_on_cpu()
     config = target_config(target, cuda=int(re.findall(r"\d+", plugin)[0]))
     layout = f"1x{number // per_host}x{per_host}"
     return Topology(
         name=name,
-        devices=_devices(platform="cuda", topology=layout, target_config=config),
+        devices=_devices(name, platform="cuda", topology=layout, target_config=config),
         per_host=per_host,
         chip=target.name,
-        memory=int(_GPU_SHARE * target.memory),
-        share=f"{_GPU_SHARE:.0%} of its {target.memory / 2**30:.1f} GiB, which JAX reserves unless "
-        "XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise",
-        tflops={"float32": card.tflops_float32, "bfloat16": card.tflops},
+        memory=int(share * target.memory),
+        share=f"{share:.0%} of its {target.memory / 2**30:.1f} GiB, {which}",
+        # TF32; and the multiplications and additions of the float32 units.
+        tflops=_tflops(card.tflops, card.tflops_float32, card.tflops_float32, target.tflops_without_tensor_cores),
         gigabytes_per_second=card.gigabytes_per_second,
         platform="gpu",
         # Kernels are timed on the device to choose among them; there is none.
@@ -146,8 +152,31 @@ def _gpus(name: str, version: str, number: int) -> Topology:
     )
 
 
-def _devices(**wanted: Any) -> tuple[jax.Device, ...]:
-    found: Sequence[Any] = topologies.get_topology_desc(**wanted).devices
+def _tflops(bfloat16: float, float32: float, high: float, highest: float) -> dict[str, float]:
+    return {"bfloat16": bfloat16, "float32": float32, "float32, high": high, "float32, highest": highest}
+
+
+def _gpu_share() -> tuple[float, str]:
+    """Returns the share of a GPU's memory that JAX reserves, and why, in words."""
+    for variable in _SHARE_VARIABLES:
+        if value := os.environ.get(variable):
+            try:
+                share = float(value)
+            except ValueError:
+                share = 0.0
+            if not 0 < share <= 1:
+                raise UserError(
+                    f"{variable}={value} must be a number in (0, 1]: the share of a GPU's memory to reserve"
+                )
+            return share, f"by {variable}"
+    return _GPU_SHARE, f"which JAX reserves unless {_SHARE_VARIABLES[0]} says otherwise"
+
+
+def _devices(name: str, **wanted: Any) -> tuple[jax.Device, ...]:
+    try:
+        found: Sequence[Any] = topologies.get_topology_desc(**wanted).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"--aot {name}: the compiler's plug-in does not start: {error}") from error
     return tuple(found)
 
 
@@ -183,7 +212,9 @@ def _stay_on_cpu() -> None:
 
 
 def _quiet_libtpu() -> None:
-    """Answers what libtpu would ask the cloud's metadata server for: it would log that there is none."""
+    """Answers what libtpu would ask the cloud's metadata server for, and lets several processes compile at once."""
+    # Only one process can have a TPU, so that each locks a file of the machine: there is no TPU here.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

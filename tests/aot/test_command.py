@@ -37,6 +37,7 @@ def test_an_unknown_topology_is_one_line(run_script, words):
         (["--train.batch-size", "20"], "train.batch_size=20 cannot be shared out evenly over 8 devices"),
         (["--train.parallel", "pmap"], "--aot compiles for a mesh of devices: use --train.parallel jit"),
         (["--train.fsdp", "3"], "train.fsdp=3 does not divide the 8 devices"),
+        (["--summary"], "--summary and --aot: each prints something and exits; give one of them"),
     ],
 )
 def test_what_does_not_divide_the_slice_is_one_line(run_script, monkeypatch, topology, option, line):

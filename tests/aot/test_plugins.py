@@ -63,6 +63,7 @@ def test_every_slice_is_known_to_the_compiler(name):
         for shape in shapes:
             topology = find_topology(f"{version}:{shape}")
             assert topology.memory >= 7 * 2**30
+            assert topology.tflops["float32, highest"] == pytest.approx(topology.tflops["bfloat16"] / 6)
             assert len(topology.one_host) == topology.per_host
 
 

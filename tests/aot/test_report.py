@@ -45,8 +45,12 @@ def test_the_training_step_is_reported(compiled):
     check(found, program)
 
 
-def test_several_steps_in_a_call_are_one_program(broken, config, with_train, topology):
-    program = training_program(with_train(config, steps_per_call=3), topology, network=broken("", topology))
+def test_several_steps_in_a_call_are_one_program_and_the_precision_is_that_of_the_products(
+    broken, config, with_train, topology
+):
+    config = with_train(config, steps_per_call=3, matmul_precision="highest")
+    program = training_program(config, topology, network=broken("", topology))
+    assert program.precision == "float32, highest"
     assert program.name == "training step of 24 images, streamed from disk, 3 steps in a call"
     assert "stablehlo.while" in program.lowered.as_text()
 
@@ -59,9 +63,14 @@ def test_what_does_not_fit_is_refused_with_a_remedy(compiled):
         check(tight, program)
 
 
-def test_memory_errors_of_the_tpu_compiler_are_figures(compiled, topology):
-    message = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Used 25.50G of 15.75G hbm. Exceeded by 9.75G."
-
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Used 25.50G of 15.75G hbm. Exceeded by 9.75G.",
+        "Ran out of memory on HBM, total memory required for HLO temporaries (25.5G) exceeds available HBM (15.75G)",
+    ],
+)
+def test_memory_errors_of_the_tpu_compiler_are_figures(compiled, topology, message):
     class Lowered:
         def compile(self, compiler_options):
             raise jax.errors.JaxRuntimeError(message)
@@ -103,6 +112,16 @@ def test_a_state_that_is_not_donated_is_found(compiled, config, topology):
     assert faults(program, kept) == [
         f"{number} of the {number} arrays of the state are not donated, and are there twice"
     ]
+
+
+def test_an_empty_batch_is_one_line(runs, topology):
+    job = runs.make_job()
+    with pytest.raises(UserError, match="--batch-size and --num must be at least 1, not 0"):
+        chain_program(job, topology, batch_size=0)
+    with pytest.raises(UserError, match="--batch-size and --num must be at least 1, not -1"):
+        likelihood_program(job.trained, topology, batch_size=-1)
+    with pytest.raises(UserError, match="--num-strata must be in"):
+        likelihood_program(job.trained, topology, batch_size=8, num_strata=1)
 
 
 def test_what_cannot_be_lowered_is_one_line(broken, config, topology, monkeypatch):
