@@ -76,7 +76,7 @@ def test_compare_runs_resumes_and_reports(tmp_path):
 @pytest.mark.slow
 def test_the_accelerators_program_runs_on_a_cpu(tmp_path):
     command = [sys.executable, BENCHMARKS / "accelerator.py", "--quick", "--minutes", "10", "--out", tmp_path / "found"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=720)
     assert done.returncode == 0, done.stderr + done.stdout
     lines = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
     assert not [line for line in lines if "failed" in line or "skipped" in line]
