@@ -5,8 +5,8 @@
 
 Needs the core alone (jax, flax, optax, chex, numpy) and, for the second column, PyTorch. Every part runs in processes
 of its own, with a share of the minutes: what does not fit is skipped, and named in the table. Results are written as
-they come, one line of JSON each, to accelerator.jsonl, which must not exist; at the end as accelerator.md. The status is
-1 if a check of `correct` or `resume` is wrong, failed or was skipped.
+they come, one line of JSON each, to accelerator.jsonl, which must not exist; at the end as accelerator.md. The status
+is 1 if a check of `correct` or `resume` is wrong, failed or was skipped.
 
 - correct: parameter counts, the bound in closed form, the U-Net on this device against the CPU (and against PyTorch)
   with weights drawn at random, every sampler against the Gaussian that it must end in.
