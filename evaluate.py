@@ -93,7 +93,7 @@ def likelihood(options: LikelihoodOptions) -> None:
             ),
         )
         return
-    choose_devices(options.hosts, "sampling", options.batch_size)
+    choose_devices(options.hosts)
     folder = read_out(options.out).folder
     trained = with_images(load_run(Path(options.run), step=options.step, ema=options.ema), options.data)
     request = bits_per_dim.Request(
@@ -142,7 +142,7 @@ def quality(options: QualityOptions) -> None:
     if options.aot:
         _compile_chain(options, number=options.num)
         return
-    choose_devices(Hosts(count=1), "sampling", options.batch_size)
+    choose_devices(Hosts(count=1))
     given = Path(options.run)
     if options.num < 2:
         raise UserError(f"--num must be at least 2 to compare with real images, not {options.num}")
@@ -212,7 +212,7 @@ def figures(options: FiguresOptions) -> None:
     from ddpm_jax.run.process import choose_devices
     from ddpm_jax.run.trained import with_images
 
-    choose_devices(Hosts(count=1), "sampling", options.batch_size)
+    choose_devices(Hosts(count=1))
     run, folder = Path(options.run), read_out(options.out).folder
     sampler = SamplerConfig(steps=options.steps)
     job = load_job(run, seed=options.seed, step=options.step, ema=options.ema, sampler=sampler)
@@ -244,7 +244,7 @@ def report_page(options: ReportOptions) -> None:
     from ddpm_jax.generation.output import Output, read_out
     from ddpm_jax.run.process import choose_devices
 
-    choose_devices(Hosts(count=1), "sampling", 16)  # it draws up to 16 images at once
+    choose_devices(Hosts(count=1))
     runs = [Path(run) for run in options.runs]
     out = read_out(options.out, files=[".html"], overwrite=options.overwrite)
     in_run = out == Output(None, None) and len(runs) == 1
@@ -337,7 +337,7 @@ def ema(options: EmaOptions) -> None:
     from ddpm_jax.run.record import is_run, read_run
     from ddpm_jax.run.trained import with_images
 
-    choose_devices(Hosts(count=1), "sampling", options.batch_size)
+    choose_devices(Hosts(count=1))
     if not is_run(run):
         raise UserError(f"{run} is not the folder of a run: give one, such as runs/digits")
     config = read_run(run)
@@ -503,7 +503,7 @@ def fid(options: FidOptions) -> None:
     if options.aot:
         _compile_chain(options, number=options.num or scoring.NUMBER)
         return
-    choose_devices(options.hosts, "sampling", options.batch_size)
+    choose_devices(options.hosts)
     out, given = read_out(options.out).folder, Path(options.run).expanduser()
     if options.num is not None and options.num < 2:
         raise UserError(f"--num must be at least 2, not {options.num}")

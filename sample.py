@@ -84,8 +84,8 @@ def draw(options: Options) -> None:
             ),
         )
         return
+    choose_devices(options.hosts)
     print_classes(options.run, options.labels)
-    choose_devices(options.hosts, "sampling", min(options.num, options.batch_size))
     out = read_out(options.out, files=[*_FORMATS], overwrite=options.overwrite)
     format = _FORMATS[out.file.suffix.lower()] if out.file else options.format or "grid"
     if options.format not in (None, format):
@@ -147,15 +147,15 @@ class ModeOptions:
     data: Images = Images()
     hosts: Hosts = Hosts()
 
-    def load(self, sampler: SamplerConfig, *, images: int) -> "tuple[SamplingJob, Output]":
-        """Loads the run to draw so many images at once, and checks where results go."""
+    def load(self, sampler: SamplerConfig) -> "tuple[SamplingJob, Output]":
+        """Loads the run, and checks where results go."""
         from ddpm_jax.generation.job import load_job
         from ddpm_jax.generation.output import read_out
         from ddpm_jax.run.process import choose_devices
         from ddpm_jax.run.trained import with_images
 
+        choose_devices(self.hosts)
         print_classes(self.run, sampler.labels)
-        choose_devices(self.hosts, "sampling", images)
         out = read_out(self.out, files=[".png"], overwrite=self.overwrite)
         sampler = dataclasses.replace(sampler, guidance_scale=self.guidance_scale)
         job = load_job(Path(self.run), seed=self.seed, step=self.step, ema=self.ema, sampler=sampler)
@@ -197,10 +197,11 @@ class LabelOptions(ModeOptions):
     """Class by number or name, for class-conditional runs; if omitted, images are generated unconditionally. "help"
     prints the classes."""
 
-    def load(self, sampler: SamplerConfig, *, images: int) -> "tuple[SamplingJob, Output]":
-        """Loads the run to draw so many images at once, and checks where results go."""
+    def load(self, sampler: SamplerConfig) -> "tuple[SamplingJob, Output]":
+        """Loads the run, and checks where results go."""
+        loaded = super().load(sampler)
         print_classes(self.run, [self.label])
-        return super().load(sampler, images=images)
+        return loaded
 
     def number(self, job: "SamplingJob") -> int | None:
         """Returns the number of the class, if one is given."""
@@ -227,7 +228,7 @@ def progressive(options: ProgressiveOptions) -> None:
     """Draws the chain over time: x_t and the x_0 predicted from it, one sample per row (Fig. 6)."""
     from ddpm_jax.generation.edits import draw_progressive
 
-    job, out = options.load(dataclasses.replace(options.chain(), labels=options.labels), images=options.num)
+    job, out = options.load(dataclasses.replace(options.chain(), labels=options.labels))
     draw = lambda: draw_progressive(
         job, out.folder, num=options.num, columns=options.columns, overwrite=options.overwrite
     )
@@ -248,7 +249,7 @@ def share(options: ShareOptions) -> None:
     """Draws images that share the latent x_t of one chain and differ from there on (Fig. 7)."""
     from ddpm_jax.generation.edits import share_latents
 
-    job, out = options.load(options.chain(), images=options.draws)
+    job, out = options.load(options.chain())
     draw = lambda: share_latents(
         job,
         out.folder,
@@ -277,7 +278,7 @@ def reconstruct(options: ReconstructOptions) -> None:
     """Adds noise to an image up to t, and denoises it."""
     from ddpm_jax.generation.edits import reconstruct_picture
 
-    job, out = options.load(options.chain(), images=options.draws)
+    job, out = options.load(options.chain())
     draw = lambda: reconstruct_picture(
         job,
         options.image,
@@ -313,7 +314,7 @@ def interpolate(options: InterpolateOptions) -> None:
     from ddpm_jax.generation.edits import interpolate_pictures, interpolation_sampler
 
     sampler = interpolation_sampler(options.t, options.sampler)
-    job, out = options.load(SamplerConfig(sampler=sampler, steps=options.steps), images=options.num)
+    job, out = options.load(SamplerConfig(sampler=sampler, steps=options.steps))
     draw = lambda: interpolate_pictures(
         job,
         options.images,
@@ -344,7 +345,7 @@ def inpaint(options: InpaintOptions) -> None:
     """Repaints the black part of a mask in an image (RePaint)."""
     from ddpm_jax.generation.edits import inpaint_picture
 
-    job, out = options.load(SamplerConfig(steps=options.steps), images=options.draws)
+    job, out = options.load(SamplerConfig(steps=options.steps))
     draw = lambda: inpaint_picture(
         job,
         options.image,

@@ -78,8 +78,7 @@ def main() -> None:
         for line in check_data(config, run / "data.png"):
             report(line)
         return
-    images = config.train.batch_size // config.train.grad_accum_steps
-    choose_devices(options.hosts, "training", images, asked=config.train.devices)
+    choose_devices(options.hosts, config)
     for warning in warnings_of(config):
         say(f"warning: {warning}")
     if options.debug_nans:

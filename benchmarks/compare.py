@@ -156,7 +156,7 @@ def ours(row: Row) -> Work:
 
     work: typing.Literal["training", "sampling"] = "training" if row.task == "train" else "sampling"
     prepare(work)
-    choose_devices(Hosts(), work, row.batch_size)
+    choose_devices(Hosts(), config if work == "training" else None)
 
     import jax
     import jax.numpy as jnp
@@ -196,8 +196,8 @@ def ours(row: Row) -> Work:
     params = driver.place(jax.jit(network.init)(make_key(0)))
     if row.task == "forward":
         batch = (
-            random.normal(size=(row.batch_size, *shape)).astype(np.float32),
-            np.arange(row.batch_size, dtype=np.int32),
+            random.normal(size=(driver.batch_size, *shape)).astype(np.float32),
+            np.arange(driver.batch_size, dtype=np.int32),
         )
         x, t = jax.device_put(batch, batch_sharding(driver.mesh))
         apply = jax.jit(network.apply).lower(params, x, t).compile()

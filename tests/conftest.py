@@ -111,7 +111,7 @@ def default_precision():
 @pytest.fixture
 def own_process(monkeypatch):
     """Sets back what a script chooses for its process."""
-    names = ("jax_enable_compilation_cache", "jax_persistent_cache_min_compile_time_secs")
+    names = ("jax_enable_compilation_cache", "jax_persistent_cache_min_compile_time_secs", "jax_platforms")
     before = {name: getattr(jax.config, name) for name in names}
     monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
     yield

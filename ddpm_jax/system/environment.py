@@ -68,6 +68,9 @@ LISTS = ("cpu_features", "XLA_FLAGS", "LIBTPU_INIT_ARGS")
 # The extensions of x86 and ARM that XLA and its libraries choose their code by.
 _FEATURES = re.compile(r"s?sse|avx|fma|amx|f16c|bmi|asimd|sve|sme(?!p)|bf16|i8mm")
 
+# Packages by backend.
+_PACKAGES = {"tpu": "|libtpu.*", "gpu": r"|jax[-_].*(plugin|pjrt).*|nvidia-(cudnn|cublas|cuda-nvcc)\b.*"}
+
 # Flags of XLA that change no number: where it writes, waits, and how it compiles in parallel.
 _NEUTRAL_FLAGS = (
     "--xla_force_host_platform_device_count",
@@ -121,7 +124,7 @@ def rounding() -> dict[str, str]:
       set; or the version of the accelerator's runtime.
     """
     backend = jax.default_backend()
-    found = {"backend": backend, **_versions()}
+    found = {"backend": backend, **_versions(backend)}
     if backend == "cpu":
         found |= machine()
     else:
@@ -133,9 +136,9 @@ def rounding() -> dict[str, str]:
 
 
 @functools.cache
-def _versions() -> dict[str, str]:
-    """Returns the versions of JAX, jaxlib, and of the packages of backends and what they compute with."""
-    matched = re.compile(r"jax|jaxlib|libtpu.*|jax[-_].*(plugin|pjrt).*|nvidia-(cudnn|cublas|cuda-nvcc)\b.*")
+def _versions(backend: str) -> dict[str, str]:
+    """Returns the versions of JAX, jaxlib, and of the packages of a backend and what they compute with."""
+    matched = re.compile("jax|jaxlib" + _PACKAGES.get(backend, ""))
     found: dict[str, str] = {}
     for each in importlib.metadata.distributions():
         if each.name and matched.fullmatch(each.name):  # what a broken installation left has no name

@@ -84,9 +84,11 @@ def test_devices_in_words():
 
 
 def test_versions_are_those_that_are_imported(monkeypatch):
-    """A second one later on the path is not, and what a broken installation left has no name."""
-    there = [(None, "1"), ("jaxlib", "2"), ("jax", "3"), ("jax", "4")]
+    """A second one later on the path is not, nor is another backend's; what a broken installation left has no name."""
+    there = [(None, "1"), ("jaxlib", "2"), ("jax", "3"), ("jax", "4"), ("libtpu", "5"), ("jax-cuda13-plugin", "6")]
     found = [types.SimpleNamespace(name=name, version=version) for name, version in there]
     monkeypatch.setattr(importlib.metadata, "distributions", lambda: found)
     fresh = runpy.run_path(environment.__file__)  # they are looked up once
-    assert {"jax": "3", "jaxlib": "2"}.items() <= fresh["rounding"]().items()
+    found = fresh["rounding"]()
+    assert {"jax": "3", "jaxlib": "2"}.items() <= found.items()
+    assert not {"libtpu", "jax-cuda13-plugin"} & set(found)
