@@ -23,6 +23,7 @@ _MODULES = {
     "likelihood": ("bound_terms", "total_bits"),
     "pixels": ("to_float", "to_uint8"),
     "guidance": ("guided",),
+    "convolution": ("conv_general_dilated",),
     "unet": ("UNet", "time_embedding"),
     "networks": ("Network", "from_linen", "from_nnx", "predict_with"),
     "samplers.chain": ("sample", "sample_trajectory", "Sampler"),
@@ -45,6 +46,7 @@ __all__ = sorted(_MODULE_OF)
 
 if typing.TYPE_CHECKING:
     from ddpm_jax.config import Config as Config
+    from ddpm_jax.convolution import conv_general_dilated as conv_general_dilated
     from ddpm_jax.data.source import Source as Source
     from ddpm_jax.data.source import in_memory as in_memory
     from ddpm_jax.forward import q_posterior as q_posterior

@@ -45,12 +45,46 @@ def convolve(
     return _on_any_mesh(functools.partial(_convolve, strides, ((above, below), (left, right))), x, kernel)
 
 
+def conv_general_dilated(
+    lhs: Array, rhs: Array, window_strides: Sequence[int], padding: str | Sequence[Sequence[int]], **options: Any
+) -> Array:
+    """Computes a convolution of images as `jax.lax.conv_general_dilated` does, with gradients fast in loops on CPUs.
+
+    It is for the argument of the same name that `nn.Conv` has in Flax Linen and NNX:
+    `nn.Conv(..., conv_general_dilated=conv_general_dilated)`.
+
+    Args:
+      lhs: images, (B, H, W, C).
+      rhs: the kernel, (h, w, C, O).
+      window_strides: vertical and horizontal, static.
+      padding: as of `convolve`, static.
+      **options: what else Flax passes, each at its default.
+
+    Returns:
+      (B, H', W', O).
+
+    Raises:
+      ValueError: the images are not two-dimensional, or there are a dilation, groups or another option.
+    """
+    # Flax's layout is that of `convolve`.
+    others = {name: value for name, value in options.items() if name != "dimension_numbers"}
+    others = {name: value for name, value in others.items() if value not in (None, 1, (1, 1))}
+    if lhs.ndim != 4 or others:
+        found = ", ".join(f"{name}={value}" for name, value in others.items()) or f"images of shape {lhs.shape}"
+        raise ValueError(
+            f"conv_general_dilated of ddpm_jax takes images (B, H, W, C) and no dilation, groups or precision, not "
+            f"{found}: leave it out for this layer"
+        )
+    return convolve(lhs, rhs, strides=window_strides, padding=padding)
+
+
 def convolve_doubled(x: Array, kernel: Array) -> Array:
     r"""Computes the convolution of images whose every pixel is repeated twice in both directions.
 
-    The result is that of `convolve(double(x), kernel, padding="SAME")`. CPUs do not make the repeated images: of the
-    three rows under the kernel two are equal, and of the columns likewise, so that each of the four pixels which come
-    from one is a convolution with a kernel of 2 x 2, sums of the entries of the given one. Accelerators do.
+    The result is that of `convolve(double(x), kernel, padding="SAME")`, to rounding. CPUs do not make the repeated
+    images: of the three rows under the kernel two are equal, and of the columns likewise, so that each of the four
+    pixels which come from one is a convolution with a kernel of 2 x 2, sums of the entries of the given one, rounded to
+    their type. Accelerators do.
 
     Args:
       x: images, (B, H, W, C).

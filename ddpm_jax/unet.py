@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from ddpm_jax import keys as per_image_keys
-from ddpm_jax.convolution import convolve, convolve_doubled, double
+from ddpm_jax.convolution import conv_general_dilated, convolve_doubled, double
 from ddpm_jax.forward import as_floats
 from ddpm_jax.guidance import check_labels
 
@@ -157,7 +157,7 @@ class AttentionBlock(nn.Module):
         # A softmax whose sum divides the (smaller) result.
         weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
         h = jnp.einsum("bhqk,bhkc->bhqc", weights.astype(self.dtype), v)
-        h = h / weights.sum(-1, keepdims=True).astype(self.dtype)
+        h = (h.astype(jnp.float32) / weights.sum(-1, keepdims=True)).astype(self.dtype)
         h = h.swapaxes(1, 2).reshape(batch, height * width, channels).reshape(x.shape)
         return x + nn.Dense(channels, kernel_init=_NEAR_ZERO, dtype=self.dtype, name="proj_out")(h)
 
@@ -192,10 +192,6 @@ def _norm(block: "ResnetBlock | AttentionBlock | UNet", name: str) -> GroupNorm:
     return GroupNorm(block.num_groups, block.norm_eps, block.dtype, name=name)
 
 
-def _convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Any, **options: Any) -> Array:
-    return convolve(x, kernel, strides=strides, padding=padding)  # whose layout, and no dilation, are Flax's defaults
-
-
 def _convolve_doubled(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
     return convolve_doubled(x, kernel)
 
@@ -208,7 +204,7 @@ def _conv(
     strides: int = 1,
     padding: str | int = "SAME",
     init: nn.initializers.Initializer = _DEFAULT,
-    convolution: Callable[..., Array] = _convolve,
+    convolution: Callable[..., Array] = conv_general_dilated,
 ) -> nn.Conv:
     # At stride 2, "SAME" pads one row and column of zeros, at the bottom and right only, as TensorFlow does.
     return nn.Conv(

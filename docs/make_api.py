@@ -17,7 +17,7 @@ SECTIONS = {
     "Losses": "losses time_sampling",
     "Samplers": "samplers.chain samplers.ancestral samplers.ddim samplers.dpm_solver samplers.unipc samplers.by_name",
     "Likelihood": "likelihood",
-    "Networks": "networks unet guidance",
+    "Networks": "networks unet convolution guidance",
     "Random keys and pixels": "keys pixels",
     "Runs": "config run.experiments data.source training.loop run.trained system.errors",
 }
@@ -41,7 +41,7 @@ a function `predict(x_t, t)`. Arguments, shapes, errors and sources are in the d
 def signature(node: ast.FunctionDef | ast.ClassDef) -> str:
     """Returns a function's arguments and result, or a class's fields, with their simple defaults."""
     if isinstance(node, ast.FunctionDef):
-        for argument in (*node.args.args, *node.args.kwonlyargs):
+        for argument in filter(None, (*node.args.args, *node.args.kwonlyargs, node.args.kwarg)):
             argument.annotation = None
         return f"{node.name}({ast.unparse(node.args)}) -> {ast.unparse(node.returns) if node.returns else None}"
     fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]

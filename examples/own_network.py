@@ -7,12 +7,17 @@ The function gets the run's whole configuration. It returns a Linen module or a 
 in about [-1, 1], and t, (B,) in 0 .. T-1, to the prediction (by default of the noise), float32 shaped as x_t.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ddpm_jax import Network, from_nnx, time_embedding
+from ddpm_jax import Network, conv_general_dilated, from_nnx, time_embedding
+
+# Its gradients are fast on CPUs in loops too, as with --train.grad-accum-steps.
+Conv = functools.partial(nn.Conv, kernel_size=(3, 3), conv_general_dilated=conv_general_dilated)
 
 
 class ConvNet(nn.Module):
@@ -29,12 +34,12 @@ class ConvNet(nn.Module):
         if self.num_classes:  # label num_classes stands for "no label", which classifier-free guidance needs
             labels = jnp.full_like(t, self.num_classes) if labels is None else labels
             embedding += nn.Embed(self.num_classes + 1, self.width)(labels)
-        h = nn.Conv(self.width, (3, 3))(x_t)
+        h = Conv(self.width)(x_t)
         for _ in range(self.num_blocks):
-            update = nn.Conv(self.width, (3, 3))(nn.swish(nn.GroupNorm(4)(h)))
+            update = Conv(self.width)(nn.swish(nn.GroupNorm(4)(h)))
             update += nn.Dense(self.width)(nn.swish(embedding))[:, None, None]
-            h += nn.Conv(self.width, (3, 3))(nn.swish(nn.GroupNorm(4)(update)))
-        return nn.Conv(self.channels, (3, 3), kernel_init=nn.initializers.zeros)(nn.swish(h))
+            h += Conv(self.width)(nn.swish(nn.GroupNorm(4)(update)))
+        return Conv(self.channels, kernel_init=nn.initializers.zeros)(nn.swish(h))
 
 
 def make_network(config):

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
-from ddpm_jax.convolution import convolve, convolve_doubled
+from ddpm_jax.convolution import conv_general_dilated, convolve, convolve_doubled
 
 CANONICAL = {"b01f_01io->b01f"}
 
@@ -36,6 +37,11 @@ SAME = dict(strides=(1, 1), padding="SAME")
 HALVING = dict(strides=(2, 2), padding=((1, 1), (1, 1)))
 GROWING = dict(strides=(1, 1), padding=((2, 1), (2, 2)))
 
+
+def plain_doubled(x, kernel):
+    return plain(x.repeat(2, 1).repeat(2, 2), kernel, **SAME)
+
+
 pads = st.tuples(st.integers(0, 2), st.integers(0, 2))
 
 
@@ -57,7 +63,11 @@ def test_gradients_are_those_of_jax_at_any_shape(image, taps, strides, padding, 
     chex.assert_trees_all_equal(actual, expected)
 
 
-@pytest.mark.parametrize("options", [SAME, HALVING], ids=["same", "halving"])
+@pytest.mark.parametrize(
+    ("ours", "theirs", "options"),
+    [(convolve, plain, SAME), (convolve, plain, HALVING), (convolve_doubled, plain_doubled, {})],
+    ids=["same", "halving", "doubled"],
+)
 @pytest.mark.parametrize(
     "derive",
     [
@@ -68,9 +78,9 @@ def test_gradients_are_those_of_jax_at_any_shape(image, taps, strides, padding, 
     ],
     ids=["forward mode", "twice", "image by image", "recomputed"],
 )
-def test_every_derivative_is_that_of_jax(derive, options):
+def test_every_derivative_is_that_of_jax(derive, ours, theirs, options):
     x, kernel = draw((2, 6, 5, 2), (3, 3, 2, 1))
-    actual, expected = (jax.jit(derive(energy(each, **options)))(x, kernel) for each in (convolve, plain))
+    actual, expected = (jax.jit(derive(energy(each, **options)))(x, kernel) for each in (ours, theirs))
     chex.assert_trees_all_close(actual, expected, rtol=1e-6)
 
 
@@ -108,12 +118,24 @@ def test_accelerators_run_what_jax_derives(options, platform):
 @pytest.mark.parametrize("image", [(1, 1), (3, 2), (4, 5)])
 def test_repeated_pixels_are_convolved_without_being_repeated(image):
     x, kernel = draw((2, *image, 2), (3, 3, 2, 3))
-
-    def expected(x, kernel):
-        return jnp.square(plain(x.repeat(2, 1).repeat(2, 2), kernel, **SAME)).sum()
-
     derive = lambda f: jax.jit(jax.value_and_grad(f, (0, 1)))(x, kernel)
-    chex.assert_trees_all_equal(derive(energy(convolve_doubled)), derive(expected))
+    chex.assert_trees_all_equal(derive(energy(convolve_doubled)), derive(energy(plain_doubled)))
+
+
+@pytest.mark.parametrize("library", [linen, nnx])
+def test_flax_passes_what_is_computed_and_the_rest_is_refused(library):
+    x = draw((1, 8, 8, 4))[0]
+
+    def layer(**options):
+        options |= dict(kernel_size=(3, 3), conv_general_dilated=conv_general_dilated)
+        if library is nnx:
+            return nnx.Conv(4, 4, rngs=nnx.Rngs(0), **options)(x)
+        return linen.Conv(4, **options).init_with_output(jax.random.key(0), x)[0]
+
+    assert layer(strides=2).shape == (1, 4, 4, 4)
+    for wrong in (dict(kernel_dilation=2), dict(input_dilation=2), dict(feature_group_count=4)):
+        with pytest.raises(ValueError, match="no dilation, groups or precision, not .*=.*: leave it out"):
+            layer(**wrong)
 
 
 def test_mesh_of_explicit_axes_and_shard_map():

@@ -454,6 +454,19 @@ class TestPrecision:
         error = float(jnp.std(actual - expected) / jnp.std(expected))
         assert 1e-4 < error < 0.1
 
+    def test_attention_in_bfloat16_keeps_the_gradients_of_its_weights(self):
+        x = jax.random.normal(jax.random.key(0), (2, 16, 16, 32))
+
+        def gradient(dtype):
+            block, images = AttentionBlock(1, 4, dtype), x.astype(dtype)
+            params = draw_again(jax.eval_shape(block.init, jax.random.key(0), images)["params"])
+            params["v"]["bias"] += 4  # which cancels in the gradient
+            loss = lambda params: jnp.square(block.apply({"params": params}, images).astype(jnp.float32)).sum()
+            return jax.jit(jax.grad(loss))(params)["q"]["kernel"]
+
+        half, full = gradient(jnp.bfloat16), gradient(jnp.float32)
+        assert jnp.linalg.norm(half - full) < 0.025 * jnp.linalg.norm(full)
+
     @pytest.mark.parametrize("block", [ResnetBlock(8, 4, 0.0, jnp.float32), AttentionBlock(1, 4, jnp.float32)])
     def test_variance_is_not_lost_far_from_zero(self, block):
         # Pixels of 1000 +- 1: E[x^2] - E[x]^2 in float32 would be off by 0.1 of the variance.

@@ -9,6 +9,7 @@ from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_source
 from ddpm_jax.networks import Network
 from ddpm_jax.run.build import image_shape, matmul_precision
+from ddpm_jax.run.validation import most_steps
 from ddpm_jax.system.errors import UserError
 from ddpm_jax.system.topologies import Topology
 from ddpm_jax.training.input_pipeline import RunKey, make_input_pipeline, with_inputs
@@ -43,7 +44,7 @@ def training_program(
         batch_size=train.batch_size,
         labeled=config.model.num_classes > 0,
         device_gib=config.data.device_gib,
-        most=train.steps_per_call,
+        most=most_steps(config),
     )
     key = jax.eval_shape(lambda: parts.keys.run if pipeline.most == 1 else RunKey(parts.keys.run, np.int32(0)))
     state = layout.abstract_state(parts.init, parts.keys.init)

@@ -18,10 +18,10 @@ _AHEAD = 2
 
 
 class Prefetch(typing.Generic[Item]):
-    """Iterates over what is read for each of a row of steps or calls, in the background and ahead of need.
+    """Iterates over what is read for each of a sequence of steps or calls, in the background and ahead of need.
 
     Use it in a `with` block, or call `close`: it ends the background thread. An error in reading is raised by the
-    `next` whose step it befell.
+    `next` that would have returned what was read.
     """
 
     def __init__(
@@ -30,13 +30,14 @@ class Prefetch(typing.Generic[Item]):
         steps: Iterable[typing.Any],
         *,
         ahead: int = _AHEAD,
+        hurry: Callable[[], object] = int,
         finish: Callable[[], object] = int,
     ) -> None:
         if ahead < 1:
             raise ValueError(f"ahead must be at least 1, not {ahead}")
         self.seconds_waited = 0.0
         """How long `next` has waited, in all."""
-        self._read, self._finish = read, finish
+        self._read, self._hurry, self._finish = read, hurry, finish  # before and after the thread ends
         self._steps = iter(steps)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._pending: collections.deque[concurrent.futures.Future[Item]] = collections.deque()
@@ -59,6 +60,9 @@ class Prefetch(typing.Generic[Item]):
         begun = time.perf_counter()
         try:
             item = self._pending.popleft().result()
+        except StopIteration as error:  # of `read`, with steps left: passed on, it would be taken for the end of them
+            self.close()
+            raise RuntimeError("the data ended before the steps") from error
         except BaseException:
             self.close()
             raise
@@ -73,10 +77,11 @@ class Prefetch(typing.Generic[Item]):
             return
         self._closed = True
         self._pending.clear()
+        self._hurry()
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._finish()
         # What they hold goes now: Grain's iterators complain if they are still there when Python ends.
-        del self._read, self._finish
+        del self._read, self._hurry, self._finish
 
     def __enter__(self) -> "Prefetch[Item]":
         return self

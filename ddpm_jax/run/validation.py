@@ -1,7 +1,9 @@
 """Checks that a configuration can be trained: each value in its range, and all of them together."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from ddpm_jax.config import Config
@@ -113,6 +115,33 @@ def _check_end(config: Config) -> None:
         )
 
 
+def shortest_period(config: Config) -> tuple[int, str]:
+    """Returns the smallest number of steps after which something is due, and the field that says so."""
+    periods = (
+        "log.every",
+        "log.samples_every",
+        "eval.every",
+        "eval.fid_every",
+        "ema.snapshots_every",
+        "checkpoints.every",
+    )
+    return min((value_of(config, name), name) for name in periods if value_of(config, name))
+
+
+def most_steps(config: Config, periods: Iterable[int] = ()) -> int:
+    """Returns the largest number of steps of a call: of those asked for, as many as come before something is due.
+
+    Args:
+      config: of the run.
+      periods: the `every` of each hook that a caller adds.
+
+    Returns:
+      at least 2 where several are asked for, since a call of one is another program, which may round differently.
+    """
+    shortest = min(config.train.steps, shortest_period(config)[0], *filter(None, periods))
+    return min(config.train.steps_per_call, max(2, shortest))
+
+
 def warnings_of(config: Config) -> list[str]:
     """Lists the choices that are allowed but rarely intended.
 
@@ -153,19 +182,18 @@ def warnings_of(config: Config) -> list[str]:
         found.append(
             f"train.decay_steps={train.decay_steps}: the learning rate is 0 from there to train.steps={train.steps}"
         )
-    periods = (
-        "log.every",
-        "log.samples_every",
-        "eval.every",
-        "eval.fid_every",
-        "ema.snapshots_every",
-        "checkpoints.every",
-    )
-    every, name = min((value_of(config, name), name) for name in periods if value_of(config, name))
+    every, name = shortest_period(config)
     if train.steps_per_call > every:
         found.append(
             f"train.steps_per_call={train.steps_per_call}: a call ends where something is due, here after "
             f"{name}={every} steps, so --train.steps-per-call {every} does the same"
+        )
+    loops = [name for name in ("grad_accum_steps", "steps_per_call") if getattr(train, name) > 1]
+    if model.network and loops and jax.default_backend() == "cpu":
+        found.append(
+            f"train.{loops[0]}={getattr(train, loops[0])} runs {model.network} in a loop, where CPUs compute the "
+            "gradients of Flax's nn.Conv many times slower without its argument "
+            "conv_general_dilated=ddpm_jax.conv_general_dilated"
         )
     left = train.ema_decay**train.steps
     if left > 0.1:

@@ -8,6 +8,7 @@ passes the input of a call to the compiled program, where the pipeline's `take` 
 import dataclasses
 import functools
 import math
+import threading
 import typing
 from collections.abc import Callable, Iterable
 
@@ -123,11 +124,14 @@ def make_input_pipeline(
             then=send,
         )
 
+        closing = threading.Event()
+
         def read(steps: range) -> CallInput:
-            found = [next(batches) for _ in steps]
+            found = [next(batches) for _ in steps if not closing.is_set()]  # a call that nobody takes may lack some
             return CallInput(steps, tuple(found + found[-1:] * (most - len(found))))
 
-        return prefetch.Prefetch(read, _one_by_one(first, last) if calls is None else calls, finish=batches.close)
+        calls = _one_by_one(first, last) if calls is None else calls
+        return prefetch.Prefetch(read, calls, hurry=closing.set, finish=batches.close)
 
     def take(batches: tuple[Batch, ...]) -> Callable[[ArrayLike, Array], Batch]:
         if most == 1:

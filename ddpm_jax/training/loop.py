@@ -27,7 +27,7 @@ from ddpm_jax.run.fields import with_kinds
 from ddpm_jax.run.folder import adopted, check_shared
 from ddpm_jax.run.record import LearningRates, rates_so_far
 from ddpm_jax.run.snapshots import rewind_snapshots
-from ddpm_jax.run.validation import validate
+from ddpm_jax.run.validation import most_steps, validate
 from ddpm_jax.system import environment, pictures
 from ddpm_jax.system.errors import Stopped, UserError
 from ddpm_jax.system.exits import advice_for_memory
@@ -95,8 +95,10 @@ def train(
     if score is not None:
         hooks = [Periodic(config.eval.fid_every, score), *hooks]
     with contextlib.ExitStack() as held:
+        most = most_steps(config, [hook.every for hook in hooks])
+        after = "this step" if most == 1 else f"this call of at most {most} steps"
         received = held.enter_context(
-            stop_signals("stopping after this step and saving a checkpoint; press Ctrl-C again to quit without saving")
+            stop_signals(f"stopping after {after} and saving a checkpoint; press Ctrl-C again to quit without saving")
         )
         held.enter_context(matmul_precision(config))
         begun = held.enter_context(adopted(config, run)) if is_primary_host() else lambda rates: None
@@ -165,7 +167,7 @@ def _train(
         labeled=config.model.num_classes > 0,
         device_gib=config.data.device_gib,
         workers=config.data.workers,
-        most=config.train.steps_per_call,
+        most=most_steps(config, [hook.every for hook in hooks]),
     )
     with Checkpoints(
         run, keep=rules.keep, keep_every=rules.keep_every, keep_best=rules.keep_best, warn=say

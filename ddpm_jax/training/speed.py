@@ -1,5 +1,6 @@
 """How fast a run trains, and what share of the devices' peak speed that is."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -38,14 +39,18 @@ def forward_flops(network: Network, image_shape: Sequence[int]) -> float | None:
       image_shape: (H, W, C).
 
     Returns:
-      the operations; None where XLA does not count them for the device.
+      the operations; None where XLA cannot count them.
     """
     example = jnp.zeros((1, *image_shape)), jnp.zeros((1,), jnp.int32)
-    # As on a GPU where there is only a CPU, for which some convolutions are written with fewer operations.
-    platforms = ("cuda",) if jax.default_backend() == "cpu" else None
-    lowered = jax.jit(network.apply).trace(parameter_shapes(network), *example).lower(lowering_platforms=platforms)
-    costs = lowered.cost_analysis()
-    return (costs or {}).get("flops")
+    forward = jax.jit(network.apply)
+    # As on a GPU where there is only a CPU, for which some convolutions are written with fewer operations; a network
+    # that prints or calls back, say, can be lowered for the CPU alone.
+    for platforms in [("cuda",), None] if jax.default_backend() == "cpu" else [None]:
+        with contextlib.suppress(Exception):  # to count is no reason to end
+            lowered = forward.trace(parameter_shapes(network), *example).lower(lowering_platforms=platforms)
+            flops = (lowered.cost_analysis() or {}).get("flops", -1)  # -1 is XLA's for unknown
+            return None if flops < 0 else flops
+    return None
 
 
 def utilization(

@@ -126,6 +126,14 @@ def test_closing_ends_the_thread():
     assert list(found) == []
 
 
+def test_data_that_ends_before_the_steps_is_an_error():
+    left = iter([1, 2])
+    with prefetch.Prefetch(lambda step: next(left), range(3)) as found:
+        assert [next(found), next(found)] == [1, 2]
+        with pytest.raises(RuntimeError, match="ended before the steps"):
+            next(found)
+
+
 def test_waiting_is_measured():
     go = threading.Event()
 

@@ -111,6 +111,7 @@ def test_a_prediction_must_determine_x0_at_the_last_step(small, diffusion, passe
         ({"train.warmup_steps": 1000}, "warmup_steps=1000 does not end within train.steps=1000"),
         ({"train.ema_decay": 0.9999}, "90% of the untrained network"),
         ({"train.steps_per_call": 1000}, r"(log\.\w+)=(\d+) steps, so --train.steps-per-call \2 does the same"),
+        ({"model.network": "own.py:make", "train.grad_accum_steps": 2}, "=ddpm_jax.conv_general_dilated$"),
     ],
 )
 def test_what_is_rarely_intended_is_warned_about(small, with_value, changes, line):

@@ -1,6 +1,7 @@
 """The device, the host's memory, the disk: the same examples in the same order, and the same training."""
 
 import dataclasses
+import time
 
 import chex
 import hypothesis
@@ -81,6 +82,15 @@ def test_a_feed_gives_what_was_asked_for(name):
         [item] = opened
     data = item.data[0] if name == "pmap" else item.data
     assert data.labels is None
+
+
+def test_closing_does_not_wait_for_the_rest_of_a_call():
+    source, read = pictures(20), []
+    slow = lambda indices: time.sleep(0.01) or read.append(1) or source.images[indices]
+    options = {"seed": 5, "batch_size": 8, "labeled": False, "device_gib": 0.0, "most": 300}
+    feed = make_input_pipeline(dataclasses.replace(source, read_images=slow), layout_of("1 device"), **options)
+    feed.open(0, 300, [range(300)]).close()
+    assert len(read) < 300
 
 
 @pytest.mark.parametrize("name", ["8 devices", "8 devices, fsdp 4"])

@@ -38,6 +38,18 @@ def test_cost_of_one_product_by_hand():
     assert forward_flops(network, (4, 6, 16)) == 2 * 4 * 6 * 16 * 16
 
 
+def test_cost_of_a_network_for_the_cpu_alone():
+    def apply(params, x_t, t):
+        jax.debug.print("{}", x_t.mean())
+        return x_t @ params["w"]
+
+    assert forward_flops(Network(lambda key: {"w": jnp.zeros((16, 16))}, apply), (4, 6, 16)) >= 2 * 4 * 6 * 16 * 16
+
+
+def test_cost_that_cannot_be_counted_is_none():
+    assert forward_flops(Network(lambda key: {}, lambda params, x_t, t: 1 / 0), (4, 6, 16)) is None
+
+
 def test_utilization_is_work_done_by_work_possible():
     assert utilization(1000.0, 12e9, devices=2, tflops=100.0) == pytest.approx(0.18)
     assert utilization(1000.0, 12e9, devices=2, tflops=None) is None
