@@ -99,7 +99,13 @@ def compile_for(name: str, lower: Callable[[Topology], Program]) -> None:
     except NotImplementedError as error:
         raise UserError(f"something in the program does not run on {topology.name}: {error}") from error
     except jax.errors.JaxRuntimeError as error:  # the start of a chain is compiled to lower its steps
-        raise UserError(f"the start of the program does not compile for {topology.name}: {error}") from error
+        wrong = f"does not compile for {topology.name}: {error}"
+        if sizes := _sizes(error):
+            wrong = (
+                f"needs {_size(sizes[0])} of the {_size(sizes[1])} of a device of {topology.name}: use a smaller "
+                "--batch-size"
+            )
+        raise UserError(f"the start of the program {wrong}") from error
     found = report(program, topology)
     progress.report(describe(found))
     check(found, program)
@@ -121,11 +127,10 @@ def report(program: Program, topology: Topology) -> Report:
         with _without_cache():
             compiled = program.lowered.compile(compiler_options=topology.compiler_options)
     except jax.errors.JaxRuntimeError as error:
-        size = r"([\d.]+[KMGT])"
-        used = re.search(rf"Used {size} of {size} hbm|\({size}\) exceeds available HBM \({size}\)", str(error))
-        if used is None:
+        sizes = _sizes(error)
+        if not sizes:
             raise UserError(f"the {program.name} does not compile for {topology.name}: {error}") from error
-        needed, available = (_bytes(each) for each in used.groups() if each)
+        needed, available = sizes
     seconds = time.perf_counter() - start
     memory = None if compiled is None else _memory(compiled)
     needed = memory.total if memory is not None else needed
@@ -248,8 +253,13 @@ def _memory(compiled: jax.stages.Compiled) -> Memory:
     return Memory(*(int(getattr(found, f"{name}_size_in_bytes")) for name in names))
 
 
-def _bytes(size: str) -> int:
-    return int(float(size[:-1]) * 2 ** (10 * (1 + "KMGT".index(size[-1]))))
+def _sizes(error: jax.errors.JaxRuntimeError) -> list[int]:
+    """Returns the bytes that a program needs and those that there are, if that is why it does not compile."""
+    size = r"([\d.]+)([KMGT])"
+    found = re.search(rf"Used {size} of {size} hbm|\({size}\) exceeds available HBM \({size}\)", str(error))
+    numbers = [each for each in found.groups() if each] if found else []
+    pairs = zip(numbers[::2], numbers[1::2], strict=True)
+    return [int(float(number) * 2 ** (10 * (1 + "KMGT".index(unit)))) for number, unit in pairs]
 
 
 @contextlib.contextmanager
