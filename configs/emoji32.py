@@ -4,8 +4,9 @@
     python examples/emoji/draw.py data/emoji
     python train.py configs/emoji32.py
 
-Not from the paper: a small U-Net with class labels, the paper's diffusion. docs/results/emoji.md has samples by class,
-guidance, scores, and what the network has memorized. No flips: many emoji hold text or point somewhere.
+Not from the paper: a small U-Net with class labels, the paper's diffusion. examples/emoji/results.py draws samples by
+class, measures guidance and scores, and looks for what the network has memorized. No flips: many emoji hold text or
+point somewhere.
 """
 
 from ddpm_jax.config import (

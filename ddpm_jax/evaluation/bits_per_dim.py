@@ -376,7 +376,7 @@ def run_job(trained: TrainedRun, out: Path, request: Request, *, batch_size: int
         if log_variances is None and config.diffusion.variance not in LEARNED_VARIANCES:
             log_variances = _fixed(schedule, config.diffusion.variance)
         if is_primary_host():
-            _write(out, description, likelihood, per_timestep, log_variances)
+            _write(out, description, request.number, likelihood, per_timestep, log_variances)
         wait_for_all("the results are written")
         return likelihood
 
@@ -495,11 +495,12 @@ def _describe(trained: TrainedRun, request: Request, images: Images, estimated: 
 def _write(
     out: Path,
     description: dict[str, Any],
+    number: int,
     likelihood: Likelihood,
     per_timestep: PerTimestep,
     log_variances: Array | None,
 ) -> None:
-    write_json(out / "likelihood.json", {**dataclasses.asdict(likelihood), "job": description})
+    write_json(out / "likelihood.json", {**dataclasses.asdict(likelihood), "num": number, "job": description})
     (terms, x0_mse, eps_mse, _), (terms_error, x0_error, eps_error, _) = per_timestep.means, per_timestep.errors
     rmse = 127.5 * np.sqrt(x0_mse)
     # The relative error of sqrt(m) is half that of m.

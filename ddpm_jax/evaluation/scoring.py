@@ -37,6 +37,7 @@ from ddpm_jax.evaluation.statistics import (
     write_statistics,
 )
 from ddpm_jax.generation.job import SamplingJob, default_folder, describe_job
+from ddpm_jax.generation.sampler_config import SamplerConfig
 from ddpm_jax.generation.store import Parts, Range, job_folder
 from ddpm_jax.run.experiments import load_config
 from ddpm_jax.run.pretrained import LOOKED_FOR, is_pretrained
@@ -60,6 +61,8 @@ class Reference(typing.NamedTuple):
     """As it was given, for the names of folders."""
     images: ImageSet | None = None
     statistics: Statistics | None = None
+    options: tuple[str, ...] = ()
+    """Of the command that opens it."""
 
     @property
     def identity(self) -> str:
@@ -73,7 +76,7 @@ class Reference(typing.NamedTuple):
         images = {} if self.images is None else {"images": self.images.name, "checksum": self.images.identity}
         known = {} if self.statistics is None else {"statistics": self.statistics.name}
         number = self.statistics.number if self.statistics is not None else self.images and self.images.number
-        return {**images, **known, "number": number}
+        return {**images, **known, "number": number, "options": [*self.options]}
 
 
 def load_features(name: str, weights: str | None = None) -> Features:
@@ -163,12 +166,14 @@ def open_reference(
       UserError: there is no such reference, or it is what is evaluated.
     """
     part = f"_{number}" if number else ""
+    options = {"reference": given, "reference-num": number or None, "data.path": path}
+    words = tuple(f"--{name}={value}" for name, value in options.items() if value is not None)
     if given is None:
         if config is None:
             raise UserError(
                 "--reference is missing: name the real images (a config such as cifar10, a folder, an .npz)"
             )
-        return Reference(f"train{part}", _training_images(config).spaced(number))
+        return Reference(f"train{part}", _training_images(config).spaced(number), options=words)
     place = Path(given).expanduser()
     if evaluated is not None and place.exists():
         here, there = place.resolve(), evaluated.resolve()
@@ -180,14 +185,14 @@ def open_reference(
     if is_run(place) or is_pretrained(place):
         raise UserError(f"--reference {printable(given)} is a model: name real images, or an .npz file of its samples")
     if not (place.is_file() and is_statistics(place)):
-        return Reference(f"{_named(place)[1]}{part}", open_images(given, path=path).spaced(number))
+        return Reference(f"{_named(place)[1]}{part}", open_images(given, path=path).spaced(number), options=words)
     if number:
         raise UserError(
             f"--reference-num does not apply to {printable(given)}, which contains statistics: leave it out"
         )
     statistics = read_statistics(place, features=features.name)
     images = open_npz(place) if place.suffix == ".npz" and ARRAY in members_of(place) else None
-    return Reference(place.stem, images, statistics)
+    return Reference(place.stem, images, statistics, words)
 
 
 def _named(path: Path) -> tuple[Path, str]:
@@ -377,9 +382,9 @@ def summary(result: Mapping[str, Any]) -> str:
         )
     drawn = images["drawn"]
     if drawn:
-        keys = ["checkpoint", "sigma_rel", "seed", "sampler", "steps", "spacing", "eta", "clip", "labels"]
-        keys += ["guidance_scale"] if drawn.get("guidance_scale") != 1 else []
-        shown = ", ".join(f"{key} {drawn[key]}" for key in keys if drawn.get(key) not in (None, [], ()))
+        default = {**dataclasses.asdict(SamplerConfig()), "sampler": None}
+        keys = ["checkpoint", "sigma_rel", "seed", *default]
+        shown = ", ".join(f"{key} {drawn[key]}" for key in keys if drawn.get(key) not in (None, [], default.get(key)))
         lines.append(f"images: {drawn['run']}, {shown}")
     else:
         lines.append(f"images: {images['name']}")

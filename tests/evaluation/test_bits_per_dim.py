@@ -364,7 +364,7 @@ def test_the_script_computes_bits_and_prints_where(run, whole, run_script):
     assert printed.startswith(f"{likelihood.bits_per_dim:.4f} +- {likelihood.standard_error:.4f} bits/dim over 359")
     assert str(out) in printed
     assert_same(
-        Likelihood(**{k: v for k, v in read_json(out / "likelihood.json").items() if k != "job"}),
+        Likelihood(**{k: v for k, v in read_json(out / "likelihood.json").items() if k not in ("num", "job")}),
         likelihood,
     )
 

@@ -11,10 +11,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from ddpm_jax.config import Config, DataConfig
+from ddpm_jax.config import FROM_PYTHON, Config, DataConfig
 from ddpm_jax.evaluation.bits_per_dim import Request, default_folder, run_job
 from ddpm_jax.evaluation.quality import Quality
-from ddpm_jax.evaluation.report.commands import train_command
+from ddpm_jax.evaluation.report.commands import describe_drawn, sample_command, train_commands
 from ddpm_jax.evaluation.report.contents import fields_of, read_contents
 from ddpm_jax.evaluation.report.embedded import embed, read_frames
 from ddpm_jax.evaluation.report.page import write_report
@@ -23,6 +23,7 @@ from ddpm_jax.generation import job as sampling
 from ddpm_jax.generation.sampler_config import SamplerConfig
 from ddpm_jax.run.build import build_network
 from ddpm_jax.run.command import parse_run
+from ddpm_jax.run.record import LearningRate
 from ddpm_jax.run.trained import TrainedRun
 from ddpm_jax.system import pictures
 from ddpm_jax.system.errors import UserError
@@ -98,7 +99,7 @@ def run(runs, tmp_path_factory):
     scores = {
         "scores": {FD: 12.345, "precision": 0.5, "recall": 0.25},
         "images": {"name": "tiny", "number": 16, "checksum": "", "drawn": sampling.describe_job(job)},
-        "reference": {"images": "digits, train", "number": 1438},
+        "reference": {"images": "digits, train", "number": 1438, "options": ["--reference=digits"]},
         "features": {"name": "EfficientNetLite0", "sha256": "0123456789", "resize": "224x224"},
         "settings": {"covariance": "divisor N - 1, float64"},
         "versions": {"jax": "0"},
@@ -135,13 +136,15 @@ def test_the_page_of_a_run_shows_all_of_it_and_needs_nothing_else(run, tmp_path)
         "8 of split test of digits",
         "5 of the 12 per image",
         "12.345",
+        "16 images; samples checkpoint 7, ddim, 12 steps, seed 0",
+        f"python evaluate.py report {run} --out {tmp_path / 'page.html'} --reverse never",
         "3.000",
         "digits, train (1,438 images)",
         "checkpoint 7, ddim, 12 steps, seed 0",
         "--reverse never leaves it out",
         "metrics.jsonl",
         "checkpoints/7/",
-        f"python evaluate.py fid {run} --features efficientnet-lite0 --num 16 --step 7 --sampler ddim --steps 12",
+        f"python evaluate.py fid {run} --features efficientnet-lite0 --reference=digits --num 16 --step 7",
         f"python evaluate.py quality {run} --num 16 --step 7 --sampler ddim --steps 12",
         f"python evaluate.py likelihood {run} --step 7 --num 8 --num-strata 5",
         f"python sample.py {run} --num 16 --step 7 --sampler ddim --steps 12",
@@ -188,7 +191,7 @@ def test_what_would_take_long_is_not_drawn_unasked(runs, run, tmp_path):
     config = runs.make_config(data=DataConfig("folder", str(tmp_path), height=64, width=64, channels=3))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, width=4096))
     large = TrainedRun(config, build_network(config), None, 7, tmp_path)
-    with pytest.raises(UserError, match=r"about \d+ minutes on this machine \(4 images, 12 steps\).*--reverse always$"):
+    with pytest.raises(UserError, match=r"about \d+ minutes on this machine \(8 images, 12 steps\).*--reverse always$"):
         draw_reverse(large, seed=0)
     assert read_reverse(run) is None
     frames = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), np.uint8)
@@ -258,15 +261,36 @@ def test_many_grids_are_thinned_and_pictures_kept_as_they_were(copy, tmp_path):
         "digits",
         "digits --model.num-classes 10 --train.label-dropout 0.2 --name 'two words'",
         "cifar10 --data.no-flip --model.channel-mult 1 2 --diffusion.spacing log_snr --data.path 'my data'",
+        "cifar10 --name=-x --data.path='--my data'",
     ],
 )
 def test_the_train_command_gives_the_configuration(words, tmp_path):
     config = parse_run(NoOptions, shlex.split(words)).config
     assert config != Config()
-    command = shlex.split(train_command(config, tmp_path / "a run"))
+    (line,) = train_commands(config, tmp_path / "a run")
+    command = shlex.split(line)
     assert command[:2] == ["python", "train.py"]
     assert command[-2:] == ["--workdir", str(tmp_path / "a run")]
     assert parse_run(NoOptions, command[2:-2]).config == config
+
+
+def test_commands_tell_learning_rates_that_changed_and_python_apart(tmp_path):
+    config = parse_run(NoOptions, ["digits", "--train.learning-rate", "1e-5", "--train.steps", "900"]).config
+    first, second = train_commands(config, tmp_path, (LearningRate(0, 2e-4, 5000), LearningRate(700, 1e-5, 0)))
+    configs = [parse_run(NoOptions, shlex.split(command)[2:-2]).config.train for command in (first, second)]
+    found = [(train.steps, train.learning_rate, train.warmup_steps) for train in configs]
+    assert found == [(700, 2e-4, 5000), (900, 1e-5, 0)]
+    given = dataclasses.replace(config, model=dataclasses.replace(config.model, network=FROM_PYTHON))
+    assert train_commands(given, tmp_path) == []
+
+
+def test_commands_and_captions_have_every_option_of_the_sampler(tmp_path):
+    chosen = SamplerConfig("ddim", 5, clip="dynamic", dynamic_quantile=0.9, eps_after_clipping="network", labels=(2,))
+    job = {"checkpoint": 7, "seed": 0, **dataclasses.asdict(chosen)}
+    assert sample_command(job, tmp_path, 4).endswith(
+        "--clip dynamic --dynamic-quantile 0.9 --eps-after-clipping network --labels number:2"
+    )
+    assert "clip dynamic, dynamic quantile 0.9, eps after clipping network, labels (2,), seed 0" in describe_drawn(job)
 
 
 def test_scores_of_an_average_name_its_width(copy, tmp_path):
@@ -276,7 +300,7 @@ def test_scores_of_an_average_name_its_width(copy, tmp_path):
     write_json(file, found)
     pictures.save_png(copy / "averages" / "step_0000007_l_simple.png", np.zeros((8, 8, 3), np.uint8))
     page = Page(write_report([copy], tmp_path / "page.html", drawing="never"))
-    words = "--features efficientnet-lite0 --num 16 --step 7 --ema 0.125 --sampler ddim --steps 12"
+    words = "--features efficientnet-lite0 --reference=digits --num 16 --step 7 --ema 0.125 --sampler ddim --steps 12"
     assert f"python evaluate.py fid {copy} {words}" in page.text
     assert "checkpoint 7, sigma_rel 0.125, ddim" in page.text
     assert "averages/step_0000007_l_simple.png" in page.text

@@ -452,14 +452,14 @@ def run_files():
     """Of a run's folder, what its report reads besides config.json."""
     job = {"checkpoint": 7, "seed": 1, "sampler": "ddim", "steps": 5, "labels": [1], "diffusion.num_steps": 9}
     bits = {"bits_per_dim": 3.5, "standard_error": 0.1, "rate_bits": 1.5, "distortion_bits": 2.0, "rmse": 1.0}
-    bits |= {"l_simple": 0.5, "images": 8, "trained_on": 0}
+    bits |= {"l_simple": 0.5, "images": 8, "trained_on": 0, "num": 0}
     bits["job"] = {**job, "split": "test", "data.source": "digits", "num_strata": 5, "sigma": "model", "cdf": "tanh"}
     quality = {"images": 8, "confidence": 0.5, "confidence_of_real": 0.5, "accuracy": None, "counts": {"0": 8}}
     quality |= {"fd_own": 2.0, "fd_own_of_real": 1.0, "ratio": 2.0, "images_compared": 8, "real": "a", "held_out": None}
     scores = {
         "scores": {"FID": 1.0, "sFID": 1.0, "IS": 2.0, "IS_std": 0.1, "KID": 0.1, "KID_standard_error": 0.1},
         "images": {"name": "a", "number": 8, "drawn": job},
-        "reference": {"images": "digits, train", "number": 9},
+        "reference": {"images": "digits, train", "number": 9, "options": []},
         "features": {"name": "Inception", "sha256": "0" * 64, "resize": "bilinear"},
         "settings": {"a": "b"},
         "versions": {"jax": "0"},

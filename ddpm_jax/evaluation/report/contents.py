@@ -15,7 +15,7 @@ from ddpm_jax.evaluation.report.embedded import Picture, embed, evenly, read_fra
 from ddpm_jax.evaluation.scores import names_of_scores
 from ddpm_jax.run.fields import leaves, value_of
 from ddpm_jax.run.pretrained import is_pretrained
-from ddpm_jax.run.record import is_run, read_config
+from ddpm_jax.run.record import is_run, rates_so_far, read_config
 from ddpm_jax.run.snapshots import FOLDER as AVERAGES
 from ddpm_jax.system.errors import Damage, UserError, printable
 from ddpm_jax.system.files import read_json
@@ -45,6 +45,8 @@ class Score(typing.NamedTuple):
     """The results by their names."""
     protocol: dict[str, str]
     """How they were computed, by names."""
+    rank: tuple[int, int]
+    """Of the scores of a step the greatest is in the headline: number of images, then how near to the defaults."""
     file: str
     """The file that they are from, in the run's folder."""
     command: str | None
@@ -128,7 +130,7 @@ def read_contents(folder: Path, *, name: str) -> Contents:
     grids = sorted(folder.glob("samples/step_*.png"))
     files, num_bytes = _files(folder)
     scores = list(reader.scores())
-    train = commands.train_command(config, folder)
+    rates = rates_so_far(folder / "config.json", config)
     return Contents(
         folder=folder,
         name=name,
@@ -146,8 +148,8 @@ def read_contents(folder: Path, *, name: str) -> Contents:
         files=files,
         num_bytes=num_bytes,
         commands={
-            "train": [train] if train else [],
-            "resume": [f"python train.py {commands.quoted(folder)}"],
+            "train": commands.train_commands(config, folder, rates),
+            "resume": [] if commands.is_from_python(config) else [f"python train.py {commands.quoted(folder)}"],
             "sample": reader.commands,
             "evaluate": [score.command for score in scores if score.command],
         },
@@ -265,8 +267,9 @@ class _Reader:
                 **{name: str(value) for name, value in found["settings"].items()},
                 "versions": ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
             },
+            (images["number"], -commands.num_options(drawn)),
             self._name(file),
-            commands.fid_command(found, self._run, file) if drawn and file.name == "scores.json" else None,
+            commands.fid_command(found, self._run) if drawn and file.name == "scores.json" else None,
         )
 
     def _likelihood(self, file: Path, found: dict[str, Any]) -> Score:
@@ -293,8 +296,9 @@ class _Reader:
                 "decoder": f"normal CDF by {job['cdf']}",
                 "seed": str(job["seed"]),
             },
+            (found["images"], job["num_strata"]),
             self._name(file),
-            commands.likelihood_command(job, self._run, file, number=found["images"]),
+            commands.likelihood_command(found, self._run),
         )
 
     def _quality(self, file: Path, found: dict[str, Any]) -> Score:
@@ -322,6 +326,7 @@ class _Reader:
                 "images per side of a distance": f"{found['images_compared']:,}",
                 "samples by class": ", ".join(f"{name}: {count}" for name, count in found["counts"].items()),
             },
+            (found["images"], -commands.num_options(job)),
             self._name(file),
             commands.quality_command(job, self._run, found["images"]),
         )
@@ -383,8 +388,6 @@ def _value(value: Any) -> str:
             return f"({', '.join(map(str, value))})"
         case "":
             return "-"
-        case float():
-            return f"{value:g}"
     return str(value)
 
 

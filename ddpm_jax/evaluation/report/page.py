@@ -74,7 +74,7 @@ def write_report(folders: Sequence[Path], out: Path, *, seed: int = 0, drawing: 
         for notice in each.notices:
             say(f"{each.folder}: {notice}")
     runs = [_described(each, seed=seed, drawing=drawing) for each in contents]
-    text = _render(runs, folders, out)
+    text = _render(runs, _command(folders, out, seed, drawing))
     write_whole(out, lambda file: file.write(text.encode(errors="replace")))
     return out
 
@@ -122,12 +122,13 @@ def _tiles(run: Contents) -> list[tuple[str, str, str]]:
     if len(speeds):
         tiles.append(("Images/s", f"{statistics.median(speeds):,.0f}", "median"))
     newest: dict[str, Score] = {}
-    for score in sorted(run.scores, key=lambda score: score.step):
+    for score in sorted(run.scores, key=lambda score: (score.step, score.rank)):
         if "sigma_rel" not in score.values:
             newest[score.kind] = score
     for score in newest.values():
         name = next((name for name in score.values if name not in ("images", "confidence")), "")
-        tiles.append((name, score.values[name].partition(" ")[0], f"{score.values['images']} images"))
+        how = next(f"{name} {value}" for name, value in score.protocol.items() if name in ("samples", "timesteps"))
+        tiles.append((name, score.values[name].partition(" ")[0], f"{score.values['images']} images; {how}"))
     return tiles
 
 
@@ -157,7 +158,7 @@ def _facts(run: Contents, parameters: str) -> list[tuple[str, str]]:
             f"{diffusion.schedule} schedule, T = {diffusion.num_steps:,}, predicts {diffusion.prediction}, "
             f"variance {diffusion.variance}",
         ),
-        ("Training", f"batch {train.batch_size}, learning rate {train.learning_rate:g}, EMA decay {train.ema_decay:g}"),
+        ("Training", f"batch {train.batch_size}, learning rate {train.learning_rate}, EMA decay {train.ema_decay}"),
         ("Images seen", f"{done * train.batch_size:,}"),
         ("Time in training steps", _duration(seconds.sum()) if len(seconds) else ""),
         ("Peak memory", f"{memory.max():.2f} GiB" if len(memory) else ""),
@@ -193,18 +194,25 @@ def _tables(runs: Sequence[_Run]) -> list[dict[str, Any]]:
 
 
 def _missing_scores(runs: Sequence[_Run]) -> list[str]:
-    """Returns the commands that compute the scores which no run has."""
-    kinds = {score.kind.partition(" ")[0] for run in runs for score in run.contents.scores}
-    run = commands.quoted(runs[0].contents.folder)
-    wanted = {
-        "Bits/dim": f"python evaluate.py likelihood {run}",
-        "Frechet": f"python evaluate.py fid {run}",
-        "Quality": f"python evaluate.py quality {run}",
-    }
-    return [command for kind, command in wanted.items() if kind not in kinds]
+    """Returns the commands that compute the scores which the runs do not have."""
+    wanted = {"Bits/dim": "likelihood", "Frechet": "fid", "Quality": "quality"}
+    found = []
+    for run in runs:
+        kinds = {score.kind.partition(" ")[0] for score in run.contents.scores}
+        words = [word for kind, word in wanted.items() if kind not in kinds]
+        found += [f"python evaluate.py {word} {commands.quoted(run.contents.folder)}" for word in words]
+    return found
 
 
-def _render(runs: Sequence[_Run], folders: Sequence[Path], out: Path) -> str:
+def _command(folders: Sequence[Path], out: Path, seed: int, drawing: DrawReverse) -> str:
+    is_default = out == (folders[0] if len(folders) == 1 else Path()) / "report.html"
+    options = [] if is_default else ["--out", str(out)]
+    options += ["--reverse", drawing] if drawing != "auto" else []
+    options += ["--seed", str(seed)] if seed else []
+    return shlex.join(["python", "evaluate.py", "report", *map(str, folders), *options])
+
+
+def _render(runs: Sequence[_Run], command: str) -> str:
     import jinja2  # with plotly, used here alone
     import plotly.offline
 
@@ -246,7 +254,7 @@ def _render(runs: Sequence[_Run], folders: Sequence[Path], out: Path) -> str:
         plotly_version=plotly.offline.get_plotlyjs_version(),
         version=ddpm_jax.__version__,
         written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        command=shlex.join(["python", "evaluate.py", "report", *map(str, folders)]),
+        command=command,
     )
     return page
 

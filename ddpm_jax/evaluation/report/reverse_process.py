@@ -1,6 +1,6 @@
 """The reverse process of a run for its page: x_t and the predicted x_0 over time, from its newest EMA weights."""
 
-import os
+import math
 import typing
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from ddpm_jax.names import DrawReverse
 from ddpm_jax.pixels import to_uint8
 from ddpm_jax.run.build import image_shape
 from ddpm_jax.run.trained import TrainedRun
-from ddpm_jax.system import pictures
+from ddpm_jax.system import environment, pictures
 from ddpm_jax.system.errors import Damage, UserError
 from ddpm_jax.training.speed import forward_flops
 
@@ -50,7 +50,8 @@ class ReverseProcess(typing.NamedTuple):
 def draw_reverse(trained: TrainedRun, *, seed: int, drawing: DrawReverse = "auto") -> ReverseProcess:
     """Draws the first images of a sampling job, with x_t and the predicted x_0 on the way to them.
 
-    It takes 16 images (4 if they are larger than 64 pixels, or 16 take too long) and 50 steps of DDIM, T at most.
+    It takes 16 images (4 if they are larger than 64 pixels, or 16 take too long), rounded up to a multiple of the
+    devices, and 50 steps of DDIM, T at most.
 
     Args:
       trained: the run.
@@ -66,9 +67,12 @@ def draw_reverse(trained: TrainedRun, *, seed: int, drawing: DrawReverse = "auto
     height, width, channels = image_shape(trained.config)
     pictures.check_channels(channels)
     steps = min(_STEPS, trained.config.diffusion.num_steps)
-    numbers = [4] if max(height, width) > _LARGE else [16, 4]
+    devices = jax.local_device_count()  # they share a batch
+    numbers = [math.ceil(number / devices) * devices for number in ([4] if max(height, width) > _LARGE else [16, 4])]
     if drawing == "auto":
         each = _seconds(trained, passes=steps + min(_FRAMES, steps))
+        if each is None:
+            raise UserError("how long it would take on this machine is not known: draw it with --reverse always")
         fast = [number for number in numbers if number * each <= _MOST_SECONDS]
         if not fast:
             raise UserError(
@@ -115,8 +119,11 @@ def read_reverse(run: Path) -> ReverseProcess | None:
     return None
 
 
-def _seconds(trained: TrainedRun, *, passes: int) -> float:
-    """Returns about how long so many forward passes of an image take, 0 if that is not known."""
-    flops = forward_flops(trained.network, image_shape(trained.config)) or 0.0
-    speed = _FLOPS_OF_CORE * (os.cpu_count() or 1) if jax.default_backend() == "cpu" else _FLOPS_OF_ACCELERATOR
-    return passes * flops / speed
+def _seconds(trained: TrainedRun, *, passes: int) -> float | None:
+    """Returns about how long so many forward passes of an image take, None if that is not known."""
+    flops = forward_flops(trained.network, image_shape(trained.config))
+    if flops is None:
+        return None
+    if jax.default_backend() == "cpu":
+        return passes * flops / (_FLOPS_OF_CORE * environment.cores())
+    return passes * flops / (_FLOPS_OF_ACCELERATOR * jax.local_device_count())
