@@ -7,7 +7,7 @@ import pytest
 
 from ddpm_jax.config import Config, DiffusionConfig
 from ddpm_jax.run.fields import leaves
-from ddpm_jax.run.validation import validate, warnings_of
+from ddpm_jax.run.validation import most_steps, validate, warnings_of
 from ddpm_jax.system.errors import UserError
 
 
@@ -121,6 +121,15 @@ def test_what_is_rarely_intended_is_warned_about(small, with_value, changes, lin
     (warning,) = warnings_of(small)
     assert "\n" not in warning
     assert re.search(line, warning)
+
+
+def test_a_call_has_no_more_steps_than_come_before_something_is_due(small, with_value):
+    several = with_value(small, "train.steps_per_call", 10**6)
+    assert most_steps(with_value(several, "log.every", 30)) == 30
+    assert most_steps(with_value(several, "train.steps", 20)) == 20
+    assert most_steps(several, [7, 0]) == 7
+    assert most_steps(several, [1]) == 2  # still the program of several steps
+    assert most_steps(small, [7]) == 1
 
 
 @pytest.mark.parametrize("num_steps", [25, 400])

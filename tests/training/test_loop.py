@@ -409,7 +409,7 @@ def test_steps_in_one_call_leave_the_run_as_it_is(tmp_path):
     assert (parts / "metrics.jsonl").read_bytes() == (several / "metrics.jsonl").read_bytes()
     arrays = [json.loads((run / "checkpoints/20/notes/metadata").read_text())["leaves"] for run in (several, parts)]
     assert arrays[0] == arrays[1]  # their checksums
-    run_to(8, single, 10**7)  # as many as there can be, and no arrays of so many
+    run_to(8, single, 100)
     run_to(20, single, 1)
     losses, losses_there = ([line["loss"] for line in read_lines(run / "metrics.jsonl")] for run in (several, single))
     np.testing.assert_allclose(losses_there, losses, rtol=1e-5)
