@@ -100,9 +100,10 @@ WHOLE = [
     *(("sample.py", mode, "RUN") for mode in ("progressive", "share", "reconstruct", "interpolate", "inpaint")),
     *(("evaluate.py", name, "RUN") for name in ("likelihood", "quality", "fid", "figures", "verify", "report")),
     *(("evaluate.py", name, "RUN") for name in ("export", "import", "ema")),
+    ("evaluate.py", "ema", "RUN", "--sigma-rel", "0.1"),
 ]
-# Of other programs: `tfds build`.
-NOT_OURS = {"--data_dir"}
+# Of other programs: `tfds build`, XLA.
+NOT_OURS = {"--data_dir", "--xla_cpu_experimental_onednn_custom_call=true"}
 
 COMMANDS = sorted({(document.name, *each) for document in DOCUMENTS for each in commands(document)})
 

@@ -409,7 +409,7 @@ def test_the_script_draws_and_judges(run, run_script):
     samples = file.with_name("samples.npz")
     status, _, error = run_script("evaluate.py", "quality", samples, *few)
     assert status == 2
-    assert error.endswith("already contains the images: sampler options need the folder of a run\n")
+    assert error.endswith("already contains the images: --ema and sampler options need the folder of a run\n")
 
 
 @pytest.mark.parametrize(
