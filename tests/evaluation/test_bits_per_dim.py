@@ -141,6 +141,7 @@ def test_the_job_computes_the_bound_of_the_whole_set(trained, test_set, whole):
 
     written = read_json(out / "likelihood.json")
     assert written.pop("job") == read_json(out / "job.json")
+    assert written.pop("num") == 0  # all of them
     assert Likelihood(**written) == likelihood
     for name in ("terms.png", "rate_distortion.png"):
         with Image.open(out / name) as picture:
