@@ -189,7 +189,8 @@ def write_page(rows: dict[str, Any]) -> None:
     if missing or searching:
         lines.append(
             f"Not compiled yet: {len(missing)} of the {len(TABLE)} rows of the models, and {searching} of the "
-            f"{len(LARGEST)} searches for the largest batch of the 256x256 model. The command goes on with them."
+            f"{len(LARGEST)} searches for the largest batch of the 256x256 model. Run the "
+            "command again to compile them."
         )
     text = PAGE.read_text() if PAGE.exists() else "<!-- rows -->\n"
     PAGE.write_text(text.partition("<!-- rows -->")[0] + "\n".join(["<!-- rows -->", "", *lines, ""]))

@@ -1,4 +1,4 @@
-"""Where the time of the U-Net goes on a CPU: with parts left out, and by operation.
+"""Profiles the U-Net on a CPU: with parts left out, and by operation.
 
     python benchmarks/profile_cpu.py [digits|fashion_mnist_cpu|cifar10] [--batch-size N] [--rounds 7] [--operations]
 
