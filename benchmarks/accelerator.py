@@ -136,6 +136,12 @@ def seconds_of(call: Callable[[], Any], *, at_least: float) -> float:
     return statistics.median(thirds)
 
 
+def chain_numbers(call: Callable[[], Any], sampler: str, number: int, timed: int) -> dict[str, Any]:
+    """Returns the numbers of a sampler's whole chain for some images, from a call that takes `timed` of its steps."""
+    took = seconds_of(call, at_least=1) * STEPS[sampler] / timed
+    return {"seconds": took, "images_per_second": number / took, "timed_steps": timed}
+
+
 # ---- ours ----
 
 
@@ -436,14 +442,8 @@ def sample(seconds: float, argument: str) -> None:
         began = time.perf_counter()
         compiled = jax.jit(draw).lower(params, jax.random.key(0)).compile()
         compiling = time.perf_counter() - began
-        took = seconds_of(lambda: compiled(params, jax.random.key(0)).block_until_ready(), at_least=1)
-        took *= STEPS[name] / timed
-        return {
-            "seconds": took,
-            "images_per_second": number / took,
-            "timed_steps": timed,
-            "seconds_to_compile": compiling,
-        }
+        call = lambda: compiled(params, jax.random.key(0)).block_until_ready()
+        return chain_numbers(call, name, number, timed) | {"seconds_to_compile": compiling}
 
     for name, number in SAMPLING:
         cases.run(f"{name}, {number} images", lambda name=name, number=number: case(name, number))
@@ -604,13 +604,7 @@ def sample_torch(seconds: float, argument: str) -> None:
         began = time.perf_counter()
         draw()
         compiling = time.perf_counter() - began
-        took = seconds_of(draw, at_least=1) * STEPS[name] / timed
-        return {
-            "seconds": took,
-            "images_per_second": number / took,
-            "timed_steps": timed,
-            "seconds_to_compile": compiling,
-        }
+        return chain_numbers(draw, name, number, timed) | {"seconds_to_compile": compiling}
 
     for name, number in SAMPLING:
         cases.run(f"{name}, {number} images", lambda name=name, number=number: case(name, number))
