@@ -1,9 +1,11 @@
 """Samples images from a trained run: `python sample.py runs/digits`, `python sample.py progressive runs/digits`, .."""
 
 from ddpm_jax.system import interrupts
+from ddpm_jax.system.huge_pages import use_huge_pages
 
 if __name__ == "__main__":
     interrupts.end_at_once()
+    use_huge_pages()
 
 import dataclasses
 import textwrap

@@ -4,9 +4,11 @@ Run the same command again to resume, or: python train.py RUN [--train.steps N .
 """
 
 from ddpm_jax.system import interrupts
+from ddpm_jax.system.huge_pages import use_huge_pages
 
 if __name__ == "__main__":
     interrupts.end_at_once()
+    use_huge_pages()
 
 import dataclasses
 from pathlib import Path

@@ -13,7 +13,7 @@ measures what the machine can do: the rate of float32 matrix products and of rea
 PyTorch and JAX, the better of the two.
 
 Systems:
-- ours, as the scripts run it: with the flags of XLA and the number of devices that they choose.
+- ours, as the scripts run it: with the flags of XLA, the number of devices and the huge pages that they choose.
 - diffusers: `UNet2DModel` with the same structure and number of parameters, its schedulers, its `EMAModel` (foreach)
   and PyTorch's fused Adam, eager; and the same with `torch.compile`.
 - lucidrains' denoising-diffusion-pytorch, at the same width, levels, image size and batch. Its network differs: two
@@ -707,6 +707,10 @@ def _table(head: list[str], lines: list[list[str]]) -> str:
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
         system, model, task, turn = sys.argv[2:6]
+        if system == "ours":
+            from ddpm_jax.system.huge_pages import use_huge_pages
+
+            use_huge_pages()  # as the scripts do
         work(system, Row(model, task, "--quick" in sys.argv), float(turn))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -4,18 +4,17 @@ from ddpm_jax.config import Config
 from ddpm_jax.run.checkpoints import silence_orbax
 from ddpm_jax.system import environment
 from ddpm_jax.system.compilation_cache import use_compilation_cache
-from ddpm_jax.system.cpu import Work, devices_for_sampling, devices_for_training, keep_memory, set_devices, set_flags
+from ddpm_jax.system.cpu import Work, devices_for_sampling, devices_for_training, set_devices, set_flags
 from ddpm_jax.system.environment import fix_options
 from ddpm_jax.system.host_options import Hosts
 from ddpm_jax.system.hosts import join
 
 
 def prepare(work: Work) -> None:
-    """Sets what a script computes with: JAX's options, XLA's flags, memory, and where compiled programs are kept."""
+    """Sets what a script computes with: JAX's options, XLA's flags, and where compiled programs are kept."""
     fix_options()
     silence_orbax()
     set_flags(work)
-    keep_memory()
     use_compilation_cache()
 
 

@@ -4,7 +4,6 @@ XLA reads both when its backend starts, so a script chooses them once, before. W
 its name, and where an accelerator may be found nothing is chosen.
 """
 
-import ctypes
 import importlib.metadata
 import importlib.util
 import os
@@ -35,10 +34,6 @@ _FLAGS: dict[str, dict[Work, tuple[str, ...]]] = {
     "0.10.2": {"training": (_EIGEN,), "sampling": (_EIGEN,)},
     "0.12.0": {"training": (_EIGEN,), "sampling": ()},
 }
-
-# Numbers of glibc's malloc.h: when freed memory goes back to the system, how many blocks are mapped one by one, and
-# from how many heaps threads allocate.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 _DEVICES = "--xla_force_host_platform_device_count"
 # Of NVIDIA, Google, AMD and Intel, and of Windows below Linux.
@@ -83,31 +78,6 @@ def set_flags(work: Work) -> None:
     added = [flag for flag in flags_for(work, importlib.metadata.version("jaxlib")) if _name(flag) not in names]
     if added:
         os.environ["XLA_FLAGS"] = " ".join([*added, *given])
-
-
-def keep_memory() -> None:
-    """Makes the C library keep freed memory for the next step, where JAX computes on the CPU.
-
-    XLA allocates a program's temporary memory anew at each call. Unless told otherwise, glibc takes blocks of that size
-    from the system and gives them back, and the system clears each page again: 60,000 page faults a step of
-    `fashion_mnist_cpu`, a quarter of its time. Milliseconds of a training step with two cores, before and after:
-
-    ```
-    fashion_mnist_cpu, 32 images         189    139
-    emoji32, 32 images                   484    370
-    width 32, 28 x 28, 64 images         775    545
-    ```
-
-    The process holds as much memory as it did at its peak. It has no effect without glibc, or where the user has set
-    malloc by `MALLOC_*` or `GLIBC_TUNABLES`.
-    """
-    set_by_user = any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ
-    if sys.platform != "linux" or set_by_user or not is_alone():
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
-            mallopt(option, value)
 
 
 def flags_for(work: Work, version: str) -> tuple[str, ...]:

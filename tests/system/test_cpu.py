@@ -1,6 +1,5 @@
 """What a script chooses on a CPU, before XLA starts: flags by version, and devices; what the user has set wins."""
 
-import ctypes
 import json
 import os
 import subprocess
@@ -21,18 +20,6 @@ cpu.set_flags("sampling")
 cpu.set_devices(int(sys.argv[1]))
 flags = environment.rounding().get("XLA_FLAGS", "")
 print(json.dumps([jax.device_count(), flags, float(jax.jit(lambda x: x + 1)(1.0))]))
-"""
-
-PAGES = """
-import resource
-import jax, jax.numpy as jnp
-from ddpm_jax.system import cpu
-cpu.keep_memory()
-sin = jax.jit(jnp.sin)
-x = jnp.ones(2**24)  # 64 MiB
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-after = [(jax.block_until_ready(sin(x)), faults())[1] for _ in range(17)]
-print((after[-1] - after[0]) * resource.getpagesize() / (16 * x.nbytes))
 """
 
 
@@ -59,17 +46,6 @@ def test_what_the_user_has_set_wins(name):
     devices, flags = chosen(**{name: value})
     assert devices == 3
     assert name != "XLA_FLAGS" or flags == own
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
-def test_memory_is_not_taken_from_the_system_at_each_call_unless_the_user_has_set_malloc():
-    def share_of_new_pages(**variables):
-        words, environment = [sys.executable, "-c", PAGES], {**os.environ, "JAX_PLATFORMS": "cpu", **variables}
-        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-        return float(done.stdout)
-
-    assert share_of_new_pages() < 0.5
-    assert share_of_new_pages(MALLOC_TRIM_THRESHOLD_="131072") > 0.9
 
 
 @pytest.mark.parametrize(
