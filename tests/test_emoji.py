@@ -1,4 +1,4 @@
-"""The emoji example: what it draws, and which split it draws it for."""
+"""The emoji example: what it draws, which split it draws it for, and which samples it calls memorized."""
 
 import runpy
 from pathlib import Path
@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-DRAW = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "emoji" / "draw.py"), run_name="draw")
+from ddpm_jax.data.source import in_memory
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "emoji"
+DRAW = runpy.run_path(str(EXAMPLE / "draw.py"), run_name="draw")
+RESULTS = runpy.run_path(str(EXAMPLE / "results.py"), run_name="results")
 
 LIST = """
 # group: Smileys & Emotion
@@ -57,3 +61,13 @@ def test_the_font_is_drawn(tmp_path, monkeypatch, capsys):
     left, right = france[68, 30], france[68, 106]
     assert left[2] > left[0] + 50  # blue
     assert right[0] > right[2] + 50  # red
+
+
+def test_copies_of_training_images_are_found_and_new_images_are_not(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
+    source, held_out, new = images[:20], images[20:30], images[30:]
+    copies = source[:5] ^ np.uint8(1)  # off by one
+    assert np.allclose(RESULTS["distances"](copies, in_memory(source)), 1)
+    row = RESULTS["memorized"](np.concatenate([copies, new]), in_memory(source), in_memory(held_out), tmp_path)
+    assert row["samples nearer than that"] == pytest.approx(5 / 15, abs=2 / 15)  # and 1 in 20 new images by definition
+    assert np.asarray(Image.open(tmp_path / "emoji_nearest.png")).std() > 0

@@ -37,9 +37,10 @@ SCORES = ("FD-EfficientNetLite0", "KD-EfficientNetLite0", "precision", "recall")
 
 
 def call(*words: Any) -> None:
-    """Runs one of the scripts."""
+    """Runs one of the scripts; ends where it fails, since it has printed why."""
     print("python", *words, flush=True)
-    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
+    if status := subprocess.run([sys.executable, *map(str, words)], cwd=ROOT).returncode:
+        sys.exit(status)
 
 
 def score(run: Path, out: Path, *options: Any) -> dict[str, Any]:
