@@ -1,12 +1,12 @@
-"""Emoji, 32x32, RGB, in nine classes, on two CPU cores in about two hours: 1,683 color images from a Debian package.
+"""Emoji, 32x32, RGB, in nine classes, on two CPU cores in about 40 minutes: 1,683 color images from a Debian package.
 
     apt-get install fonts-noto-color-emoji unicode-data
     python examples/emoji/draw.py data/emoji
     python train.py configs/emoji32.py
 
 Not from the paper: a small U-Net with class labels, the paper's diffusion. examples/emoji/results.py draws samples by
-class, measures guidance and scores, and looks for what the network has memorized. No flips: many emoji hold text or
-point somewhere.
+class, measures guidance and scores, and looks for what the network has memorized (docs/results/emoji.md). No flips: many
+emoji hold text or point somewhere.
 """
 
 from ddpm_jax.config import (
@@ -34,7 +34,7 @@ config = Config(
         dropout=0.1,
         num_classes=9,
     ),
-    train=TrainConfig(steps=10_000, batch_size=32, learning_rate=6e-4, warmup_steps=500, ema_decay=0.999),
+    train=TrainConfig(steps=6000, batch_size=32, learning_rate=6e-4, warmup_steps=500, ema_decay=0.999),
     ema=EmaConfig(snapshots_every=500),
     eval=EvalConfig(every=500, num=187),
     checkpoints=CheckpointConfig(every=500),
