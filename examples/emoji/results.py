@@ -50,6 +50,12 @@ def score(run: Path, out: Path, *options: Any) -> dict[str, Any]:
     return {name: found[name] for name in SCORES}
 
 
+def draw(run: Path, made: Path, file: Path, *options: Any) -> None:
+    """Draws a grid of samples with a column for each class."""
+    call("sample.py", run, "--num", 72, "--columns", 9, *FAST, *options, "--out", made)
+    file.write_bytes((made / "grid.png").read_bytes())
+
+
 def write(file: Path, rows: list[dict[str, Any]]) -> None:
     """Writes one table."""
     with file.open("w", newline="") as opened:
@@ -110,7 +116,7 @@ def memorized(samples: np.ndarray, source: Source, held_out: Source, out: Path) 
     beside = source.read(found.reshape(-1)).reshape(*found.shape, *source.image_shape)
     rows = np.concatenate([samples[chosen][:, None], beside], axis=1)
     grid = pictures.grid(rows.reshape(-1, *source.image_shape), columns=rows.shape[1], padding=2)
-    pictures.save_png(out / "emoji_nearest.png", pictures.enlarge(grid[None], side=640)[0])
+    pictures.save_png(out / "emoji_nearest.png", pictures.enlarge(grid[None], side=900)[0])
     threshold = float(np.quantile(of_held_out, 0.05))
     return {
         "median distance of samples": float(np.median(of_samples)),
@@ -131,9 +137,7 @@ def main(run: tyro.conf.Positional[Path], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     made = run / "results"
     for scale, name in ((1.0, "plain"), (2.0, "guided")):
-        guidance = ("--guidance-scale", scale)
-        call("sample.py", run, "--num", 72, "--columns", 9, *FAST, *guidance, "--out", made / name)
-        (out / f"emoji_{name}.png").write_bytes((made / name / "grid.png").read_bytes())
+        draw(run, made / name, out / f"emoji_{name}.png", "--guidance-scale", scale)
     call("evaluate.py", "likelihood", run, "--split", "test", "--num-strata", 100, "--out", made / "likelihood")
     rows = [
         {"guidance_scale": scale, **score(run, made / f"guidance_{scale}", *FAST, "--guidance-scale", scale)}
@@ -158,6 +162,10 @@ def main(run: tyro.conf.Positional[Path], out: Path) -> None:
     for suffix in ("csv", "png"):
         scored = run / "averages" / f"step_{step:07d}_{SCORES[0]}.{suffix}"
         (out / f"emoji_widths.{suffix}").write_bytes(scored.read_bytes())
+    with (out / "emoji_widths.csv").open(newline="") as opened:
+        widths = [row for row in csv.DictReader(opened) if row["sigma_rel"] != "plain"]
+    best = min(widths, key=lambda row: float(row[SCORES[0]]))["sigma_rel"]
+    draw(run, made / "ema", out / "emoji_ema.png", "--ema", best, "--guidance-scale", 3.0)
     call("sample.py", run, "--num", IMAGES, *FAST, "--format", "npz", "--out", made / "memorized")
     samples = np.load(made / "memorized" / "samples.npz")["arr_0"]
     row = memorized(samples, load_source(config.data), load_held_out(config.data), out)
