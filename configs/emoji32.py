@@ -5,8 +5,8 @@
     python train.py configs/emoji32.py
 
 Not from the paper: a small U-Net with class labels, the paper's diffusion. examples/emoji/results.py draws samples by
-class, measures guidance and scores, and looks for what the network has memorized (docs/results/emoji.md). No flips, since
-many emoji hold text or point somewhere.
+class, measures guidance and scores, and looks for what the network has memorized (docs/results/emoji.md). Nothing is
+flipped: many emoji hold text or point somewhere.
 """
 
 from ddpm_jax.config import (
