@@ -28,10 +28,11 @@ def use_huge_pages() -> None:
     """Starts the script anew with huge pages for malloc, where the system gives them to programs that ask for them.
 
     It returns where it has nothing to do: in the second process, without glibc, where the system gives them to all
-    programs or to none, and where the user has set `GLIBC_TUNABLES`. Process number, arguments and the rest of the
-    environment stay. To be called first by the file that Python was started with.
+    programs or to none, and where the user has set `GLIBC_TUNABLES`; and where the script is not what Python was started
+    with, as under `%run` in a notebook. Process number, arguments and the rest of the environment stay.
     """
-    if _TUNABLES not in os.environ and _can_ask() and sys.executable and Path(sys.argv[0]).is_file():
+    started_with_it = sys.orig_argv[-len(sys.argv) :] == sys.argv and Path(sys.argv[0]).is_file()
+    if started_with_it and sys.executable and _TUNABLES not in os.environ and _can_ask():
         os.environ[_TUNABLES] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 

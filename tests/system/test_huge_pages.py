@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,8 +27,15 @@ print(json.dumps([started, sys.argv[1:], sys.flags.optimize, os.getpid(), os.env
 """
 
 
-def run(tmp_path, *, own=None):
-    """What a script says of itself, with the user's tunables."""
+NOTEBOOK = """
+import runpy, sys
+sys.argv = sys.argv[1:-1]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run(tmp_path, *, before=(), after=(), own=None):
+    """What a script says of itself, with other words in its command, and with the user's tunables."""
     file = tmp_path / "script.py"
     file.write_text(SCRIPT)
     clean = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
@@ -38,7 +46,7 @@ def run(tmp_path, *, own=None):
         **({"GLIBC_TUNABLES": own} if own else {}),
     }
     process = subprocess.Popen(
-        [sys.executable, "-O", file, "a b", ""], env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-O", *before, file, "a b", "", *after], env=environment, stdout=subprocess.PIPE, text=True
     )
     (line,) = process.communicate()[0].splitlines()
     started, arguments, optimize, number, tunables, pages = json.loads(line)
@@ -53,6 +61,10 @@ def test_a_script_starts_anew_once_and_its_memory_comes_in_huge_pages(tmp_path):
     assert pages < 0.05
 
 
+def test_it_does_not_where_another_program_runs_the_script(tmp_path):
+    assert run(tmp_path, before=("-c", NOTEBOOK), after=("cell",))[:2] == (0, None)
+
+
 def test_it_does_not_where_the_user_has_set_malloc(tmp_path):
     assert run(tmp_path, own="glibc.malloc.perturb=0")[:2] == (0, "glibc.malloc.perturb=0")
 
@@ -64,5 +76,8 @@ def test_it_does_not_where_it_would_change_nothing(mode, tmp_path, monkeypatch):
         file.write_text(mode)
     monkeypatch.setattr(huge_pages, "_MODE", file)
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "enabled.py")])
+    monkeypatch.setattr(sys, "orig_argv", [sys.executable, *sys.argv])
+    Path(sys.argv[0]).touch()
     monkeypatch.setattr(os, "execv", lambda *words: pytest.fail("started anew"))
     huge_pages.use_huge_pages()
