@@ -28,7 +28,7 @@ def use_huge_pages() -> None:
     """Starts the script anew with huge pages for malloc, where the system gives them to programs that ask for them.
 
     It returns where it has nothing to do: in the second process, without glibc, where the system gives them to all
-    programs or to none, and where the user has set `GLIBC_TUNABLES`; and where the script is not what Python was started
+    programs or to none, where the user has set `GLIBC_TUNABLES`, and where the script is not what Python was started
     with, as under `%run` in a notebook. Process number, arguments and the rest of the environment stay.
     """
     started_with_it = sys.orig_argv[-len(sys.argv) :] == sys.argv and Path(sys.argv[0]).is_file()
