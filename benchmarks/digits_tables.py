@@ -33,9 +33,10 @@ IMAGES = 256
 
 
 def call(*words: str | Path) -> None:
-    """Runs one of the scripts."""
+    """Runs one of the scripts; ends where it fails, since it has printed why."""
     print("python", *words, flush=True)
-    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
+    if status := subprocess.run([sys.executable, *map(str, words)], cwd=ROOT).returncode:
+        sys.exit(status)
 
 
 def bits(loss: str, variance: str) -> dict[str, object]:

